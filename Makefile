@@ -1,0 +1,57 @@
+# Set-up, tests and checks. `make` alone lists what there is.
+
+PYTHON    ?= python3
+VENV      := .venv
+BIN       := $(VENV)/bin
+STAMP     := $(VENV)/.installed
+# Passed to every `pip install`, e.g. PIP_ARGS="--find-links wheels" for a CPU or CUDA build of torch.
+PIP_ARGS  ?=
+# Passed to pytest, e.g. TEST_ARGS="tests/unit -k report".
+TEST_ARGS ?=
+# A text file to train the quick start on instead of its own.
+TEXT      ?=
+# The version range of torch, read from its only owner.
+TORCH     := $(shell sed -n 's/^ *"\(torch[<>=!~][^"]*\)".*/\1/p' pyproject.toml)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test checks format quickstart clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | \
+		awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
+
+setup: $(STAMP) ## create .venv and install the package with its tools (PYTHON=python3.12 chooses another Python)
+
+$(STAMP): pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "megatron_salt needs Python 3.11 or newer, '$(PYTHON)' is" \
+			"$$($(PYTHON) --version 2>&1 || true). Choose another: make setup PYTHON=python3.12" >&2; \
+		exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
+		echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv" >&2; \
+		rm -rf $(VENV); exit 1; }
+	@# torch comes first and alone: pip then takes the build it is configured for (a CPU wheel, say)
+	@# before the other packages' looser requirements can choose one.
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) "$(TORCH)"
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[dev]"
+	@touch $@
+
+test: setup ## run the tests (TEST_ARGS="tests/unit -k report" for some of them)
+	$(BIN)/python -m pytest tests $(TEST_ARGS)
+
+checks: setup ## lint, formatting, types and spelling, as before every commit
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy megatron_salt
+	$(BIN)/codespell
+
+format: setup ## apply the formatter and the safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quickstart: setup ## a small SALT run against its baseline on this machine (TEXT=file.txt to use your own text)
+	$(BIN)/python examples/quickstart/run.py --output runs/quickstart $(if $(TEXT),--text $(TEXT))
+
+clean: ## remove caches and builds; .venv and runs/ stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
