@@ -1,0 +1,298 @@
+"""Runs as their `metrics.jsonl` tells them: read, checked, and measured against a target loss.
+
+Training seconds are the running sum of `step_time_s`: the teacher's forwards count, evaluations and
+checkpoints do not. Evaluations describe the model after their step; step 0 is the initial model.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# What every line of a training step holds. Only those that the report uses are checked further.
+STEP_KEYS = (
+    "phase",
+    "ce_nats",
+    "kl_nats",
+    "kd_weight",
+    "loss",
+    "lr",
+    "grad_norm",
+    "tokens",
+    "step_time_s",
+    "tokens_per_s",
+    "teacher_time_s",
+)
+VALID_KEYS = ("valid_ce_nats", "valid_accuracy", "valid_tokens")
+
+# Shown in the table of models when a run's config.json has them: never anything that may be a path.
+CONFIG_KEYS = (
+    "model.num_layers",
+    "model.hidden_size",
+    "model.num_attention_heads",
+    "model.seq_length",
+    "train.seed",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What an evaluation of the model after `step` measured, `train_s` seconds into training."""
+
+    step: int
+    train_s: float
+    ce_nats: float
+    accuracy: float
+    num_tokens: int
+    teacher_ce_nats: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run as its `metrics.jsonl` tells it: one array element per training step, from step 1."""
+
+    label: str
+    is_kd: NDArray[np.bool_]
+    ce_nats: NDArray[np.float64]
+    kd_weight: NDArray[np.float64]
+    step_time_s: NDArray[np.float64]
+    teacher_time_s: NDArray[np.float64]  # NaN where the file says null
+    num_tokens: int
+    evaluations: tuple[Evaluation, ...]
+    config: Mapping[str, Any]
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.step_time_s)
+
+    @property
+    def num_kd_steps(self) -> int:
+        return int(self.is_kd.sum())
+
+    @property
+    def final(self) -> Evaluation:
+        return self.evaluations[-1]
+
+    @property
+    def best(self) -> Evaluation:
+        return min(self.evaluations, key=lambda evaluation: evaluation.ce_nats)
+
+    @cached_property
+    def train_s(self) -> NDArray[np.float64]:
+        """Training seconds after 0, 1, 2, ... steps."""
+        return np.concatenate([[0.0], np.cumsum(self.step_time_s)])
+
+    @property
+    def teacher_ce_nats(self) -> float | None:
+        """The teacher's held-out loss as this run measured it last; None without a teacher."""
+        measured = [e.teacher_ce_nats for e in self.evaluations if e.teacher_ce_nats is not None]
+        return measured[-1] if measured else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crossing:
+    """Where a run's held-out loss first is at or below a target."""
+
+    step: float
+    train_s: float
+    evaluation_step: int  # the first evaluation at or below the target, which is not interpolated
+
+
+def load_run(directory: Path, label: str | None = None) -> Run:
+    """Reads and checks `metrics.jsonl` (and `config.json`, if it is there) of a run directory.
+
+    Raises: ValueError with file, line and remedy when a line is torn, a key or a step is missing,
+    a step occurs twice, or no evaluation ran.
+    """
+    path = directory / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file. Name a run's output directory, which holds it.")
+    rows = _read_rows(path)
+    has_initial = rows[0].get("step") == 0
+    steps = rows[1:] if has_initial else rows
+    first_line = 2 if has_initial else 1
+    if not steps:
+        raise ValueError(f"{path}:1: holds no training step, only step 0. Train before comparing.")
+    for step, row in enumerate(steps, start=1):
+        _check_step(row, step, f"{path}:{step + first_line - 1}")
+
+    step_time_s = np.array([float(row["step_time_s"]) for row in steps])
+    train_s = np.concatenate([[0.0], np.cumsum(step_time_s)])
+    evaluations = []
+    for line, row in enumerate(rows, start=1):
+        found = _read_evaluation(row, float(train_s[int(row["step"])]), f"{path}:{line}")
+        if found is not None:
+            evaluations.append(found)
+    if not evaluations or evaluations[-1].step == 0:
+        raise ValueError(
+            f"{path}:{len(rows)}: no evaluation ran in {len(steps)} steps (no line has "
+            f"'valid_ce_nats'). Train with held-out data and an evaluation interval."
+        )
+    is_kd = np.array([row["phase"] == "kd" for row in steps])
+    if np.any(is_kd[1:] & ~is_kd[:-1]):
+        line = int(np.argmax(is_kd[1:] & ~is_kd[:-1])) + 1 + first_line
+        raise ValueError(
+            f"{path}:{line}: phase 'kd' after phase 'lm'. A run has one KD phase, at its start; "
+            f"are these two runs in one file?"
+        )
+    teacher_time_s = [_number(row, "teacher_time_s", "", nullable=True) for row in steps]
+    return Run(
+        label=label if label is not None else directory.resolve().name,
+        is_kd=is_kd,
+        ce_nats=np.array([float(row["ce_nats"]) for row in steps]),
+        kd_weight=np.array([float(row["kd_weight"]) for row in steps]),
+        step_time_s=step_time_s,
+        teacher_time_s=np.array([math.nan if t is None else t for t in teacher_time_s]),
+        num_tokens=int(steps[-1]["tokens"]),
+        evaluations=tuple(evaluations),
+        config=_read_config(directory / "config.json"),
+    )
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    if not lines:
+        raise ValueError(f"{path}:1: the file is empty. Did the run reach its first step?")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            remedy = (
+                "The last line is torn, as a killed run leaves it: resume the run or delete it"
+                if number == len(lines)
+                else "Restore the line from a copy or run again; the steps around it are in doubt"
+            )
+            raise ValueError(f"{path}:{number}: not JSON ({error}). {remedy}.") from None
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"{path}:{number}: expected one JSON object per line, got {line[:60]!r}."
+            )
+        rows.append(row)
+    return rows
+
+
+def _check_step(row: Mapping[str, Any], expected_step: int, where: str) -> None:
+    """Checks one training step's line: the expected step, all keys, usable numbers."""
+    step = _number(row, "step", where)
+    if step != expected_step:
+        kind = "is missing" if step is not None and step > expected_step else "was expected"
+        raise ValueError(
+            f"{where}: step {row['step']} where step {expected_step} {kind}. Steps must be 1, 2, "
+            f"3, ... each once and in order; a duplicated or decreasing step means that two runs "
+            f"wrote into one file, a gap that lines were lost. Use the metrics of one whole run."
+        )
+    missing = [key for key in STEP_KEYS if key not in row]
+    if missing:
+        raise ValueError(
+            f"{where}: step {expected_step} lacks {', '.join(missing)}. "
+            f"Was this file written by another version or edited? Run again."
+        )
+    if row["phase"] not in ("kd", "lm"):
+        raise ValueError(f"{where}: phase is {row['phase']!r}, expected 'kd' or 'lm'.")
+    for key in ("ce_nats", "kd_weight", "tokens"):
+        _number(row, key, where)
+    seconds = _number(row, "step_time_s", where)
+    if seconds is None or seconds < 0:
+        raise ValueError(f"{where}: step_time_s is {seconds}; a step cannot take negative time.")
+    _number(row, "teacher_time_s", where, nullable=True)
+
+
+def _number(
+    row: Mapping[str, Any], key: str, where: str, *, nullable: bool = False
+) -> float | None:
+    """The finite number under `key`; None where null or nothing may be and is."""
+    value = row.get(key)
+    if value is None and nullable:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        found = "missing" if key not in row else f"{value!r}"
+        raise ValueError(f"{where}: '{key}' is {found}, expected a number. Run again.")
+    if not math.isfinite(value):
+        raise ValueError(
+            f"{where}: '{key}' is {value}. The run diverged or overflowed here; compare runs that "
+            f"trained to their end, or cut all of them before this step."
+        )
+    return value
+
+
+def _read_evaluation(row: Mapping[str, Any], train_s: float, where: str) -> Evaluation | None:
+    present = [key for key in VALID_KEYS if key in row]
+    if not present:
+        if row["step"] == 0:
+            raise ValueError(f"{where}: step 0 must hold {', '.join(VALID_KEYS)}. Delete the line.")
+        return None
+    ce_nats, accuracy, num_tokens = (_number(row, key, where) for key in VALID_KEYS)
+    assert ce_nats is not None and accuracy is not None and num_tokens is not None
+    return Evaluation(
+        step=int(row["step"]),
+        train_s=train_s,
+        ce_nats=ce_nats,
+        accuracy=accuracy,
+        num_tokens=int(num_tokens),
+        teacher_ce_nats=_number(row, "teacher_valid_ce_nats", where, nullable=True),
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The values of CONFIG_KEYS in a run's resolved configuration, as far as they are there."""
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}:{error.lineno}: not JSON ({error}). Restore or delete it."
+        ) from None
+    values = {}
+    for key in CONFIG_KEYS:
+        value = config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if isinstance(value, int | float):
+            values[key] = value
+    return values
+
+
+def find_crossing(run: Run, target_ce_nats: float) -> Crossing | None:
+    """Where `run` first has a held-out loss <= target; None when none of its evaluations has.
+
+    The loss is taken as linear in the step between the two evaluations around the crossing; the
+    seconds are the training seconds at that (fractional) step. A first evaluation that is already
+    there is given as it is: nothing before it is known.
+    """
+    previous: Evaluation | None = None
+    for evaluation in run.evaluations:
+        if evaluation.ce_nats <= target_ce_nats:
+            step = float(evaluation.step)
+            if previous is not None:
+                part = (previous.ce_nats - target_ce_nats) / (previous.ce_nats - evaluation.ce_nats)
+                step = previous.step + part * (evaluation.step - previous.step)
+            train_s = float(np.interp(step, np.arange(run.num_steps + 1), run.train_s))
+            return Crossing(step=step, train_s=train_s, evaluation_step=evaluation.step)
+        previous = evaluation
+    return None
+
+
+def find_teachers(runs: Sequence[Run], teacher_run: Run | None) -> dict[str, float]:
+    """Held-out nats/token of the teachers, by label; runs that share a teacher share an entry.
+
+    A measurement within a run is preferred to the end of the teacher's own run, because it is made
+    on the same held-out tokens.
+    """
+    distinct: list[tuple[str, float]] = []
+    for run in runs:
+        ce_nats = run.teacher_ce_nats
+        if ce_nats is not None and all(abs(ce_nats - seen) > 1e-4 for _, seen in distinct):
+            distinct.append((run.label, ce_nats))
+    if not distinct and teacher_run is not None:
+        return {"teacher": teacher_run.final.ce_nats}
+    if len(distinct) == 1:
+        return {"teacher": distinct[0][1]}
+    return {f"teacher of {label}": ce_nats for label, ce_nats in distinct}

@@ -1,0 +1,336 @@
+"""Reports on hand-written metrics, whose crossings, savings and errors are known beforehand."""
+
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from megatron_salt.report import load_run, write_report
+from megatron_salt.report.markdown import describe_machine
+from megatron_salt.report.runs import find_crossing, find_teachers
+
+REPO = Path(__file__).parents[2]
+PLOTS = ("heldout-steps", "heldout-time", "kd-weight", "train-ce", "step-time")
+
+
+def make_rows(
+    heldout: dict[int, float],
+    *,
+    num_steps: int = 100,
+    kd_steps: int = 0,
+    step_time_s: Callable[[int], float] = lambda step: 1.0,
+    teacher_ce: float | None = None,
+    valid_tokens: int = 1000,
+) -> list[dict[str, Any]]:
+    """Metrics lines of a run whose held-out loss after a step is `heldout[step]`."""
+    rows: list[dict[str, Any]] = []
+    for step in range(num_steps + 1):
+        if step == 0:
+            row: dict[str, Any] = {"step": 0, "tokens": 0}
+        else:
+            is_kd = step <= kd_steps
+            row = {
+                "step": step,
+                "phase": "kd" if is_kd else "lm",
+                "ce_nats": 5.0 - 0.01 * step,
+                "kl_nats": 1.0 if is_kd else None,
+                "kd_weight": 0.5 if is_kd else 0.0,
+                "loss": 5.0,
+                "lr": 1e-3,
+                "grad_norm": 1.0,
+                "tokens": 64 * step,
+                "step_time_s": step_time_s(step),
+                "tokens_per_s": 64.0,
+                "teacher_time_s": 0.25 if is_kd else None,
+            }
+        if step in heldout:
+            row |= {
+                "valid_ce_nats": heldout[step],
+                "valid_accuracy": 0.25,
+                "valid_tokens": valid_tokens,
+            }
+            if teacher_ce is not None:
+                row["teacher_valid_ce_nats"] = teacher_ce
+        if step > 0 or 0 in heldout:
+            rows.append(row)
+    return rows
+
+
+def write_run(directory: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (directory / "metrics.jsonl").write_text(text)
+    return directory
+
+
+@pytest.fixture
+def baseline(tmp_path: Path) -> Path:
+    """4 -> 3 nats/token in 100 steps of 1 s."""
+    return write_run(tmp_path / "plain", make_rows({0: 6.0, 50: 4.0, 100: 3.0}))
+
+
+@pytest.fixture
+def salt(tmp_path: Path) -> Path:
+    """3.5 at step 50, 2.5 at step 100, so 3.0 at step 75; the 40 KD steps take 1.5 s each."""
+    rows = make_rows(
+        {0: 6.0, 50: 3.5, 100: 2.5},
+        kd_steps=40,
+        step_time_s=lambda step: 1.5 if step <= 40 else 1.0,
+        teacher_ce=3.75,
+    )
+    return write_run(tmp_path / "salt", rows)
+
+
+def table_row(text: str, label: str) -> list[str]:
+    """The cells after the label in the first table row that starts with it."""
+    line = next(line for line in text.splitlines() if line.startswith(f"| {label} "))
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+# ---- reading and measuring ----
+
+
+def test_load_run_reads_arrays_evaluations_and_phases(salt: Path) -> None:
+    run = load_run(salt)
+    assert run.label == "salt"
+    assert (run.num_steps, run.num_kd_steps, run.num_tokens) == (100, 40, 6400)
+    assert [e.step for e in run.evaluations] == [0, 50, 100]
+    assert [e.train_s for e in run.evaluations] == [0.0, 70.0, 120.0]
+    assert run.teacher_ce_nats == 3.75
+    assert math.isnan(run.teacher_time_s[-1])
+    assert run.best.step == 100
+
+
+def test_a_run_may_start_without_step_0(tmp_path: Path) -> None:
+    run = load_run(write_run(tmp_path / "run", make_rows({100: 3.0})), "named")
+    assert run.label == "named"
+    assert [e.step for e in run.evaluations] == [100]
+
+
+@pytest.mark.parametrize(
+    ("target", "step", "train_s", "evaluation_step"),
+    [
+        (3.0, 75.0, 95.0, 100),  # half-way between 3.5 and 2.5; 40 · 1.5 s + 35 · 1 s
+        (3.5, 50.0, 70.0, 50),  # exactly at an evaluation: nothing to interpolate
+        (5.0, 20.0, 30.0, 50),  # within the KD phase: seconds follow its own step times
+        (6.5, 0.0, 0.0, 0),  # already there at the first evaluation
+    ],
+)
+def test_crossing_is_interpolated_between_evaluations(
+    salt: Path, target: float, step: float, train_s: float, evaluation_step: int
+) -> None:
+    crossing = find_crossing(load_run(salt), target)
+    assert crossing is not None
+    assert crossing.step == pytest.approx(step)
+    assert crossing.train_s == pytest.approx(train_s)
+    assert crossing.evaluation_step == evaluation_step
+
+
+def test_crossing_is_the_first_one_and_may_not_exist(tmp_path: Path) -> None:
+    heldout = {0: 6.0, 20: 4.0, 40: 2.0, 60: 4.0, 80: 2.0}
+    run = load_run(write_run(tmp_path / "run", make_rows(heldout)))
+    crossing = find_crossing(run, 3.0)
+    assert crossing is not None and crossing.step == pytest.approx(30.0)
+    assert find_crossing(run, 1.999) is None
+
+
+def test_teachers_that_are_the_same_share_a_line(tmp_path: Path) -> None:
+    def run(name: str, teacher_ce: float | None) -> Any:
+        return load_run(write_run(tmp_path / name, make_rows({100: 3.0}, teacher_ce=teacher_ce)))
+
+    plain, a, b, c = run("plain", None), run("a", 3.5), run("b", 3.5), run("c", 3.25)
+    own = load_run(write_run(tmp_path / "teacher", make_rows({50: 3.9, 100: 3.6})))
+    assert find_teachers([plain], None) == {}
+    assert find_teachers([plain], own) == {"teacher": 3.6}  # the end of its own run
+    assert find_teachers([plain, a, b], own) == {"teacher": 3.5}  # measured within a run
+    assert find_teachers([plain, a, c], None) == {"teacher of a": 3.5, "teacher of c": 3.25}
+
+
+# ---- the report ----
+
+
+def test_report_tables_are_as_computed_by_hand(baseline: Path, salt: Path, tmp_path: Path) -> None:
+    # Reaches 3.0 only at step 150 and 300 s: both savings are negative.
+    slow = make_rows({100: 4.0, 200: 2.0}, num_steps=200, step_time_s=lambda step: 2.0)
+    never = make_rows({50: 5.0, 100: 3.01})
+    runs = [
+        load_run(baseline),
+        load_run(salt, "SALT|40"),
+        load_run(write_run(tmp_path / "slow", slow)),
+        load_run(write_run(tmp_path / "never", never)),
+    ]
+    output = tmp_path / "out" / "report.md"
+    stdout = write_report(runs, output, title="By hand")
+    text = output.read_text()
+    assert text.startswith("# By hand\n")
+    assert stdout.split("\n\n")[0] in text and stdout.split("\n\n")[1] in text
+
+    results, crossings = stdout.split("\n\n")
+    assert table_row(results, "plain") == [
+        *("3.0000", "25.00 %", "3.0000 (100)", "100", "6,400", "100.0")
+    ]
+    assert table_row(results, "*teacher*")[0] == "3.7500"
+    assert table_row(crossings, "plain") == ["100", "100.0", "", "100.0", ""]
+    salt_line = next(line for line in crossings.splitlines() if line.startswith(r"| SALT\|40"))
+    assert "| 100 |" in " ".join(salt_line.split())
+    assert "75.0 | 25.0 % | 95.0 | 5.0 %" in " ".join(salt_line.split())
+    assert table_row(crossings, "slow") == ["200", "150.0", "-50.0 %", "300.0", "-200.0 %"]
+    assert table_row(crossings, "never") == ["not reached", "not reached", "", "not reached", ""]
+
+    step_times = text[text.index("## Step times") :]
+    assert r"SALT\|40 |       40 |    1,500.0 |    1.500 |            250.0" in step_times
+    assert table_row(step_times, "slow") == ["0", "", "", "", "200", "2,000.0", "2.000"]
+
+
+def test_report_names_machine_and_versions_but_no_paths(
+    baseline: Path, salt: Path, tmp_path: Path
+) -> None:
+    config = {
+        "model": {"num_layers": 4, "hidden_size": 96},
+        "train": {"save_dir": str(tmp_path), "seed": str(tmp_path)},
+    }
+    (salt / "config.json").write_text(json.dumps(config))
+    output = tmp_path / "report.md"
+    write_report([load_run(baseline), load_run(salt)], output, title="T")
+    text = output.read_text()
+    assert table_row(text[text.index("## Models") :], "salt") == ["4", "96"]
+    for needed in ("torch ", "megatron-core ", "deepspeed ", "Python ", "one seed", "shared"):
+        assert needed in text
+    assert describe_machine() in text
+    assert str(tmp_path) not in text
+    assert "1,000 tokens" in text
+
+
+def test_unequal_heldout_sets_are_said_loudly(baseline: Path, tmp_path: Path) -> None:
+    other = write_run(tmp_path / "other", make_rows({100: 3.0}, valid_tokens=999))
+    write_report([load_run(baseline), load_run(other)], tmp_path / "report.md", title="T")
+    assert (
+        "**unequal numbers of tokens (plain: 1,000; other: 999)"
+        in (tmp_path / "report.md").read_text()
+    )
+
+
+def test_plots_exist_are_linked_and_show_something(
+    baseline: Path, salt: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "salt.md"
+    write_report([load_run(baseline), load_run(salt)], output, title="T")
+    text = output.read_text()
+    for name in PLOTS:
+        assert f"(salt-{name}.png)" in text
+        pixels = (255 * imread(tmp_path / f"salt-{name}.png")[..., :3]).round().astype(np.int32)
+        assert min(pixels.shape[:2]) > 200, name
+        colours = pixels @ np.array([1 << 16, 1 << 8, 1])
+        assert len(np.unique(colours)) > 20, name
+        assert (colours == 0x0072B2).sum() > 50, f"{name} does not show the run in its colour"
+
+
+def test_equal_labels_are_refused(baseline: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="labels must differ.*--label"):
+        write_report([load_run(baseline)] * 2, tmp_path / "report.md", title="T")
+
+
+# ---- broken files ----
+
+
+def break_rows(change: Callable[[list[dict[str, Any]]], Any]) -> list[dict[str, Any]]:
+    rows = make_rows({0: 6.0, 10: 3.0}, num_steps=10, kd_steps=3)
+    change(rows)
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("change", "line", "says"),
+    [
+        (lambda rows: rows.insert(5, dict(rows[4])), 6, "step 4 where step 5 was expected"),
+        (lambda rows: rows.insert(8, dict(rows[2])), 9, "step 2 where step 8 was expected"),
+        (lambda rows: rows.pop(5), 6, "step 6 where step 5 is missing"),
+        (lambda rows: rows[4].pop("kd_weight"), 5, "step 4 lacks kd_weight"),
+        (lambda rows: rows[4].pop("step"), 5, "'step' is missing"),
+        (lambda rows: rows[4].update(ce_nats=None), 5, "'ce_nats' is None"),
+        (lambda rows: rows[4].update(ce_nats=math.nan), 5, "'ce_nats' is nan.*diverged"),
+        (lambda rows: rows[4].update(step_time_s=-1.0), 5, "negative time"),
+        (lambda rows: rows[4].update(phase="sft"), 5, "phase is 'sft'"),
+        (lambda rows: rows[8].update(phase="kd"), 9, "phase 'kd' after phase 'lm'"),
+        (lambda rows: rows[10].pop("valid_accuracy"), 11, "'valid_accuracy' is missing"),
+        (lambda rows: [rows[10].pop(key) for key in list(rows[10]) if "valid" in key], 11, "no ev"),
+        (lambda rows: rows.__delitem__(slice(1, None)), 1, "no training step"),
+    ],
+)
+def test_broken_metrics_name_file_line_and_remedy(
+    tmp_path: Path, change: Callable[[list[dict[str, Any]]], Any], line: int, says: str
+) -> None:
+    directory = write_run(tmp_path / "run", break_rows(change))
+    with pytest.raises(ValueError, match=rf"metrics\.jsonl:{line}: .*{says}"):
+        load_run(directory)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "says"),
+    [
+        ('{"step": 1, "pha', 1, "last line is torn"),
+        ('{"step": 1\n{"step": 2}\n', 1, "not JSON.*Restore"),
+        ("[1]\n", 1, "one JSON object per line"),
+        ("", 1, "empty"),
+    ],
+)
+def test_torn_lines_are_named(tmp_path: Path, text: str, line: int, says: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=rf"metrics\.jsonl:{line}: .*{says}"):
+        load_run(tmp_path)
+
+
+def test_missing_directory_says_what_is_expected(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: no such file.*output directory"):
+        load_run(tmp_path / "absent")
+
+
+# ---- the command line ----
+
+
+@pytest.fixture
+def run_tool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs tools/compare_runs.py within this process: a new one would import torch again."""
+    spec = importlib.util.spec_from_file_location("compare_runs", REPO / "tools/compare_runs.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*args: str | Path) -> None:
+        monkeypatch.setattr(sys, "argv", ["compare_runs.py", *map(str, args)])
+        module.main()
+
+    return run
+
+
+def test_tool_prints_the_tables_and_writes_the_report(
+    run_tool: Callable[..., None],
+    baseline: Path,
+    salt: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "report.md"
+    args = ["--baseline", baseline, "--run", salt, "--output", output, "--label", "A", "B"]
+    run_tool(*args, "--teacher", write_run(tmp_path / "slm", make_rows({100: 3.8})))
+    printed = capsys.readouterr().out
+    assert table_row(printed, "A")[0] == "3.0000"
+    assert table_row(printed, "B")[0] == "2.5000"
+    assert table_row(printed, "*slm, its own run*")[0] == "3.8000"
+    assert output.is_file()
+
+
+def test_tool_reports_errors_without_a_traceback(
+    run_tool: Callable[..., None], baseline: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit, match=r"error: .*metrics\.jsonl: no such file"):
+        run_tool("--baseline", baseline, "--run", tmp_path, "--output", tmp_path / "r.md")
+    with pytest.raises(SystemExit, match="2"):
+        run_tool("--baseline", baseline, "--run", tmp_path, "--output", tmp_path / "directory")
