@@ -1,0 +1,223 @@
+"""The manifest beside a tokenised dataset, and the checks before a dataset is trained on.
+
+A dataset is `<prefix>.bin` and `<prefix>.idx` in Megatron's format. `tools/preprocess_data.py` adds
+`<prefix>.manifest.json`, which says what the two hold and with which tokenizer they were made, and
+a copy of that tokenizer in `<prefix>.tokenizer/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_salt.data.text_files import sha256_of_file
+from megatron_salt.data.tokenizer import Tokenizer, check_same_tokens, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+AGAIN = "run tools/preprocess_data.py again"
+
+# The header of a Megatron .idx: magic, version, dtype code, numbers of sequences and documents.
+# Read here because megatron-core checks it with assertions and only up to the version.
+_IDX_MAGIC = b"MMIDIDX\x00\x00"
+_IDX_HEADER = struct.Struct("<9sQBQQ")
+_IDX_ITEM_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputRecord:
+    """One input file, as it was on disk."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetManifest:
+    """What a tokenised dataset holds and what it was made of. Names are base names, no paths."""
+
+    format_version: int
+    tokenizer_fingerprint: str
+    vocab_size: int
+    eod: int
+    documents: int
+    tokens: int
+    bad_lines: int
+    empty_documents: int
+    input_bytes: int
+    inputs: tuple[InputRecord, ...]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    bin_bytes: int
+    bin_sha256: str
+    idx_bytes: int
+    idx_sha256: str
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+
+@dataclass(frozen=True)
+class _IndexSummary:
+    sequences: int
+    documents: int
+    tokens: int
+    bin_bytes: int
+
+
+def bin_path(prefix: str | Path) -> Path:
+    return Path(f"{prefix}.bin")
+
+
+def idx_path(prefix: str | Path) -> Path:
+    return Path(f"{prefix}.idx")
+
+
+def manifest_path(prefix: str | Path) -> Path:
+    return Path(f"{prefix}.manifest.json")
+
+
+def tokenizer_directory(prefix: str | Path) -> Path:
+    return Path(f"{prefix}.tokenizer")
+
+
+def read_manifest(prefix: str | Path) -> DatasetManifest | None:
+    """The manifest of the dataset at `prefix`, or None when it has none.
+
+    Raises: ValueError when there is one that cannot be read.
+    """
+    path = manifest_path(prefix)
+    if not path.exists():
+        return None
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        version = fields["format_version"]
+        if version == FORMAT_VERSION:
+            inputs = tuple(InputRecord(**record) for record in fields.pop("inputs"))
+            return DatasetManifest(inputs=inputs, **fields)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not a dataset manifest ({error!r}); {AGAIN}") from error
+    raise ValueError(
+        f"{path} has format version {version}, this release reads {FORMAT_VERSION}; {AGAIN}"
+    )
+
+
+def verify_dataset(
+    prefix: str | Path, tokenizer: Tokenizer | None = None, *, hashes: bool = False
+) -> DatasetManifest | None:
+    """Checks a dataset before training on it, and returns its manifest.
+
+    Sizes always: `.idx` against itself, `.bin` against the `.idx`, both against the manifest. With
+    `tokenizer`, that the ids mean its tokens. With `hashes`, every byte (reads the whole dataset).
+    A dataset without a manifest, as Megatron-LM writes them, is accepted with a warning.
+
+    Raises: FileNotFoundError or ValueError naming the file, what is wrong and what to do.
+    """
+    for path in (bin_path(prefix), idx_path(prefix)):
+        if not path.is_file():
+            raise FileNotFoundError(f"missing dataset file {path}; {AGAIN}")
+    index = _check_index(idx_path(prefix))
+    _check_size(bin_path(prefix), index.bin_bytes, "its index")
+    manifest = read_manifest(prefix)
+    if manifest is None:
+        logger.warning(
+            "%s is missing, so nothing tells which tokenizer made this dataset; its ids are taken"
+            " on trust",
+            manifest_path(prefix),
+        )
+        return None
+    _check_size(bin_path(prefix), manifest.bin_bytes, "its manifest")
+    _check_size(idx_path(prefix), manifest.idx_bytes, "its manifest")
+    if (index.tokens, index.documents) != (manifest.tokens, manifest.documents):
+        raise ValueError(
+            f"{idx_path(prefix)} counts {index.tokens} tokens in {index.documents} documents, its"
+            f" manifest {manifest.tokens} in {manifest.documents}; {AGAIN}"
+        )
+    if hashes:
+        _check_hash(bin_path(prefix), manifest.bin_sha256)
+        _check_hash(idx_path(prefix), manifest.idx_sha256)
+    if tokenizer is not None:
+        _check_tokenizer(prefix, manifest, tokenizer)
+    return manifest
+
+
+def _check_index(path: Path) -> _IndexSummary:
+    """Reads the header and the lengths of an .idx and checks that they fit together."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        header = file.read(_IDX_HEADER.size)
+    if len(header) < _IDX_HEADER.size or not header.startswith(_IDX_MAGIC):
+        raise ValueError(f"{path} is not a Megatron index (bad header); {AGAIN}")
+    _, version, dtype_code, sequences, boundaries = _IDX_HEADER.unpack(header)
+    if version != 1 or dtype_code not in _IDX_ITEM_BYTES:
+        raise ValueError(
+            f"{path} is not a Megatron index that can be read: version {version},"
+            f" dtype code {dtype_code}"
+        )
+    expected = _IDX_HEADER.size + sequences * (4 + 8) + boundaries * 8
+    if size != expected:
+        raise ValueError(
+            f"truncated or overlong: {path} has {size} bytes, its header says {expected}; {AGAIN}"
+        )
+    offset = _IDX_HEADER.size
+    lengths = np.fromfile(path, dtype="<i4", count=sequences, offset=offset)
+    offset += sequences * (4 + 8)
+    last_boundary = np.fromfile(path, dtype="<i8", offset=offset + max(boundaries - 1, 0) * 8)
+    if last_boundary.tolist() != [sequences] or (sequences and lengths.min() < 0):
+        raise ValueError(f"{path} contradicts itself: documents do not end at its end; {AGAIN}")
+    tokens = int(lengths.sum(dtype=np.int64))
+    return _IndexSummary(
+        sequences=sequences,
+        documents=boundaries - 1,
+        tokens=tokens,
+        bin_bytes=tokens * _IDX_ITEM_BYTES[dtype_code],
+    )
+
+
+def _check_size(path: Path, expected_bytes: int, authority: str) -> None:
+    actual_bytes = os.path.getsize(path)
+    if actual_bytes != expected_bytes:
+        what = "truncated" if actual_bytes < expected_bytes else "overlong"
+        raise ValueError(
+            f"{what}: {path} has {actual_bytes} bytes, {authority} says {expected_bytes}; {AGAIN}"
+        )
+
+
+def _check_hash(path: Path, expected_sha256: str) -> None:
+    actual = sha256_of_file(path)
+    if actual != expected_sha256:
+        raise ValueError(
+            f"corrupt: {path} has sha256 {actual}, its manifest says {expected_sha256}; {AGAIN}"
+        )
+
+
+def _check_tokenizer(prefix: str | Path, manifest: DatasetManifest, tokenizer: Tokenizer) -> None:
+    if manifest.tokenizer_fingerprint == tokenizer.fingerprint:
+        return
+    remedy = f"give the tokenizer that made the dataset, or {AGAIN}"
+    try:
+        made_with = load_tokenizer(tokenizer_directory(prefix))
+    except (OSError, ValueError):
+        made_with = None
+    if made_with is not None and made_with.fingerprint == manifest.tokenizer_fingerprint:
+        try:
+            check_same_tokens(
+                f"the dataset {prefix}", made_with, f"the tokenizer {tokenizer.path}", tokenizer
+            )
+        except ValueError as error:
+            raise ValueError(f"{error}\n{remedy}") from None
+    raise ValueError(
+        f"the dataset {prefix} was made with a tokenizer of {manifest.vocab_size} tokens and"
+        f" fingerprint {manifest.tokenizer_fingerprint}, {tokenizer.path} has"
+        f" {tokenizer.vocab_size} and {tokenizer.fingerprint}; {remedy}"
+    )
