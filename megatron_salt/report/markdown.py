@@ -44,7 +44,7 @@ def write_report(
             figure.savefig(output.parent / images[name], metadata={"Software": None})
 
     baseline = runs[0]
-    models = config_table(runs)
+    settings = config_table(runs)
     sections = [
         f"# {title}",
         f"The baseline is *{baseline.label}*. Losses are held-out nats per token, measured on "
@@ -72,7 +72,7 @@ def write_report(
         "## Schedule and training loss",
         f"![Weight of the KL term]({images['kd-weight']})",
         f"![Training cross-entropy]({images['train-ce']})",
-        *(["## Models", models] if models is not None else []),
+        *(["## Settings", settings] if settings is not None else []),
         "## Machine",
         f"This report was written on: {describe_machine()}.",
     ]

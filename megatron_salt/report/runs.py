@@ -31,12 +31,14 @@ STEP_KEYS = (
 )
 VALID_KEYS = ("valid_ce_nats", "valid_accuracy", "valid_tokens")
 
-# Shown in the table of models when a run's config.json has them: never anything that may be a path.
+# The table of settings shows those that a run's config.json has: numbers, never paths.
 CONFIG_KEYS = (
     "model.num_layers",
     "model.hidden_size",
     "model.num_attention_heads",
-    "model.seq_length",
+    "data.seq_length",
+    "salt.kd_steps",
+    "salt.kd_weight",
     "train.seed",
 )
 

@@ -146,7 +146,7 @@ def step_time_table(runs: Sequence[Run]) -> str:
 
 
 def config_table(runs: Sequence[Run]) -> str | None:
-    """The models' sizes as far as the runs' config.json tell them; None when none does."""
+    """Sizes, schedules and seeds as far as the runs' config.json tell them, else None."""
     keys = [key for key in CONFIG_KEYS if any(key in run.config for run in runs)]
     if not keys:
         return None

@@ -200,7 +200,7 @@ def test_report_names_machine_and_versions_but_no_paths(
     output = tmp_path / "report.md"
     write_report([load_run(baseline), load_run(salt)], output, title="T")
     text = output.read_text()
-    assert table_row(text[text.index("## Models") :], "salt") == ["4", "96"]
+    assert table_row(text[text.index("## Settings") :], "salt") == ["4", "96"]
     for needed in ("torch ", "megatron-core ", "deepspeed ", "Python ", "one seed", "shared"):
         assert needed in text
     assert describe_machine() in text
