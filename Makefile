@@ -6,7 +6,8 @@ BIN       := $(VENV)/bin
 STAMP     := $(VENV)/.installed
 # Passed to every `pip install`, e.g. PIP_ARGS="--find-links wheels" for a CPU or CUDA build of torch.
 PIP_ARGS  ?=
-# Passed to pytest, e.g. TEST_ARGS="tests/unit -k report".
+# What pytest runs, and further arguments for it, e.g. TESTS=tests/unit TEST_ARGS="-k report".
+TESTS     ?= tests
 TEST_ARGS ?=
 # A text file to train the quick start on instead of its own.
 TEXT      ?=
@@ -36,8 +37,8 @@ $(STAMP): pyproject.toml setup.py
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[dev]"
 	@touch $@
 
-test: setup ## run the tests (TEST_ARGS="tests/unit -k report" for some of them)
-	$(BIN)/python -m pytest tests $(TEST_ARGS)
+test: setup ## run the tests (TESTS=tests/unit TEST_ARGS="-k report" for some of them)
+	$(BIN)/python -m pytest $(TESTS) $(TEST_ARGS)
 
 checks: setup ## lint, formatting, types and spelling, as before every commit
 	$(BIN)/ruff check .
