@@ -214,12 +214,15 @@ def _number(
     if value is None and nullable:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        found = "missing" if key not in row else f"{value!r}"
-        raise ValueError(f"{where}: '{key}' is {found}, expected a number. Run again.")
+        if key in row and value is None:
+            value = math.nan  # metrics.jsonl has null for numbers that JSON cannot hold
+        else:
+            found = f"{value!r}" if key in row else "missing"
+            raise ValueError(f"{where}: '{key}' is {found}, expected a number. Run again.")
     if not math.isfinite(value):
         raise ValueError(
-            f"{where}: '{key}' is {value}. The run diverged or overflowed here; compare runs that "
-            f"trained to their end, or cut all of them before this step."
+            f"{where}: '{key}' is not finite. The run diverged or overflowed here; compare runs "
+            f"that trained to their end, or cut all of them before this step."
         )
     return value
 
