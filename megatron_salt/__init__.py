@@ -1,3 +1,3 @@
-"""Pre-training of large language models with help from a small one (SALT, arXiv 2410.18779)."""
+"""megatron_salt: pre-train a large language model with help from a small one (SALT)."""
 
 __version__ = "0.1.0"

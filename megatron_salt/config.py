@@ -1,0 +1,447 @@
+"""Every setting of a run: six frozen dataclasses, how they are read, what they must satisfy.
+
+A leaf of the import graph: standard library and jsonargparse only, so `--help` and a misspelt key
+answer in a second. The DeepSpeed JSON, which alone owns batch sizes, precision, optimiser, ZeRO
+and clipping, is read in `deepspeed_config.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+Transition = Literal["constant", "step", "linear_decay", "linear_ratio_decay",
+                     "knowledge_inheritance", "wsd"]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The transformer. Names are Megatron's; the vocabulary size comes from the tokenizer."""
+
+    num_layers: int
+    """Number of transformer layers."""
+    hidden_size: int
+    """Width D of the residual stream."""
+    num_attention_heads: int
+    """Number of query heads H."""
+    num_query_groups: int | None = None
+    """Number of key/value heads (grouped-query attention); null: one per query head."""
+    kv_channels: int | None = None
+    """Size of one attention head; null: hidden_size / num_attention_heads."""
+    ffn_hidden_size: int | None = None
+    """Inner width of the MLP; null: 4 * hidden_size."""
+    max_position_embeddings: int | None = None
+    """Rows of the learned position table; null: data.seq_length. Unused with rope."""
+    position_embedding_type: Literal["rope", "learned_absolute"] = "rope"
+    """How positions enter: rotary embeddings, or a learned table as in GPT-2."""
+    rotary_base: int = 10000
+    """Base period of the rotary embeddings."""
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    """Kind of normalisation before attention, MLP and output head."""
+    layernorm_epsilon: float = 1e-5
+    """Epsilon of the normalisation."""
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    """MLP activation: gated SwiGLU (Llama) or GELU (GPT)."""
+    add_bias_linear: bool = False
+    """Biases in the linear layers (GPT style)."""
+    untie_embeddings_and_output_weights: bool = True
+    """Give the output head a weight of its own instead of the embedding's."""
+    init_method_std: float = 0.02
+    """Standard deviation of the initial weights; output projections are divided by sqrt(2 L)."""
+    make_vocab_size_divisible_by: int = 128
+    """Pad the vocabulary of each tensor-parallel shard to a multiple of this."""
+
+    @property
+    def query_groups(self) -> int:
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def ffn_size(self) -> int:
+        return self.ffn_hidden_size or 4 * self.hidden_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the student is cut over ranks. The data-parallel size is what is left of the world."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer's matrices."""
+    pipeline_model_parallel_size: int = 1
+    """Pipeline stages. More than one needs ZeRO stage <= 1 (DeepSpeed's limit)."""
+    sequence_parallel: bool = False
+    """Shard activations between the tensor-parallel regions along the sequence."""
+    recompute_granularity: Literal["none", "full"] = "none"
+    """Activation checkpointing: full keeps only each layer's input and recomputes the rest."""
+    timeout_minutes: float = 30.0
+    """A collective that waits longer than this ends the run on every rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read. Prefixes are Megatron's: the path without .bin/.idx."""
+
+    train_data_path: list[str] = field(default_factory=list)
+    """Training datasets: PREFIX, or WEIGHT PREFIX WEIGHT PREFIX … to blend several."""
+    valid_data_path: list[str] = field(default_factory=list)
+    """Held-out datasets, same form; empty: the second part of data.split of the training data."""
+    split: str = "99,1"
+    """Shares of documents for training and held-out when valid_data_path is empty."""
+    tokenizer: str | None = None
+    """Tokenizer file or directory; null: the copy that preprocess_data.py put beside the data."""
+    seq_length: int = 2048
+    """Tokens per training sequence (S)."""
+    eod_mask_loss: bool = False
+    """Give no loss to positions whose input is the end-of-document token."""
+    cache_path: str | None = None
+    """Folder for megatron-core's index files; null: train.output_dir/index_cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The small language model that teaches."""
+
+    checkpoint: str | None = None
+    """A megatron_salt checkpoint (or a run's output_dir: its last one); null: no teacher."""
+    max_valid_ce_gap_nats: float = 0.05
+    """Refuse a teacher whose CE on the held-out data it was saved with has moved by more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaltConfig:
+    """The method: a KD phase of kd_steps, then plain training. See docs/method.md."""
+
+    kd_steps: int = 0
+    """Length n_KD of the KD phase in optimiser steps; 0: no KD phase."""
+    kd_weight: float = 0.5
+    """w in (1-w) CE + w KL at its highest."""
+    transition: Transition = "step"
+    """How w goes to 0: see megatron_salt/salt.py for the formulas."""
+    transition_steps: int = 0
+    """Window of linear_decay, linear_ratio_decay and the decay of wsd, inside the KD phase."""
+    warmup_steps: int = 0
+    """Rise of w from 0, for the wsd transition."""
+    inheritance_slope: float = 1.0
+    """Slope of knowledge_inheritance: w = max(kd_weight - slope * step / kd_steps, 0)."""
+    teacher_temperature: float = 1.0
+    """Divides the teacher's logits in the KL."""
+    student_temperature: float = 1.0
+    """Divides the student's logits in the KL (never in the CE). No tau^2 factor is applied."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The run: length, learning-rate shape, evaluation, checkpoints, output."""
+
+    steps: int
+    """Optimiser steps of the whole run, both phases."""
+    output_dir: str
+    """Metrics, TensorBoard files and checkpoints go here."""
+    seed: int = 1234
+    """Seed of the initial weights and of the order of the data."""
+    lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Shape of the learning rate; its peak is the optimizer's lr in the DeepSpeed JSON."""
+    lr_warmup_steps: int = 0
+    """Linear warm-up from 0 to the peak."""
+    lr_decay_steps: int | None = None
+    """Length of the decay: for cosine null means to train.steps, for wsd 10 % of train.steps."""
+    min_lr_ratio: float = 0.1
+    """Final learning rate as a share of the peak."""
+    log_interval: int = 10
+    """Steps between console lines; metrics.jsonl has every step."""
+    eval_interval: int = 0
+    """Steps between evaluations on held-out data; 0: only after the last step."""
+    eval_samples: int = 256
+    """Held-out sequences per evaluation (at most what the held-out data has)."""
+    checkpoint_interval: int = 0
+    """Steps between checkpoints; 0: only after the last step."""
+    keep_checkpoints: int = 3
+    """How many of the newest checkpoints to keep; 0: all."""
+    resume: str = "auto"
+    """auto: the newest complete checkpoint in output_dir, if any; none: start; or a path."""
+    tensorboard: bool = True
+    """Write TensorBoard files under output_dir/tensorboard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All of it, as resolved from the YAML files and the command line."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    data: DataConfig
+    teacher: TeacherConfig
+    salt: SaltConfig
+    train: TrainConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str) -> RunConfig:
+        """Rebuild a config that `to_dict` wrote.
+
+        Raises: ValueError naming `source`, for a section or field that this version lacks.
+        """
+        sections = {}
+        for section, kind in SECTIONS.items():
+            given = values.get(section, {})
+            unknown = set(given) - {item.name for item in dataclasses.fields(kind)}
+            if unknown:
+                raise ValueError(f"{source}: unknown fields {sorted(unknown)} in {section}")
+            sections[section] = kind(**given)
+        return cls(**sections)
+
+
+SECTIONS: dict[str, Any] = {
+    "model": ModelConfig,
+    "parallel": ParallelConfig,
+    "data": DataConfig,
+    "teacher": TeacherConfig,
+    "salt": SaltConfig,
+    "train": TrainConfig,
+}
+KEYS = [
+    f"{name}.{item.name}" for name, kind in SECTIONS.items() for item in dataclasses.fields(kind)
+]
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A suggestion to append to an error, or nothing: the known name nearest to `name`."""
+    tail = name.rsplit(".", 1)[-1]
+    tails = {key.rsplit(".", 1)[-1]: key for key in known}
+    for candidates, lookup in ((known, {}), (list(tails), tails)):
+        match = difflib.get_close_matches(tail if lookup else name, candidates, n=1, cutoff=0.6)
+        if match:
+            return f" Did you mean {lookup.get(match[0], match[0])!r}?"
+    return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandLine:
+    """What the command line gave: the run's config and where the DeepSpeed JSON lies."""
+
+    config: RunConfig
+    deepspeed_config: str
+    dry_run: bool
+
+
+class _Parser(ArgumentParser):
+    """jsonargparse, with the error alone instead of the error after two screens of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def build_parser(prog: str) -> ArgumentParser:
+    """The parser of `megatron_salt.pretrain`: sections as `--section.field`, YAML by `--config`."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _Parser(
+        prog=prog,
+        description="Pre-train a language model, with or without a small teacher.",
+        default_env=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file; may be given several times.")
+    parser.add_argument(
+        "--deepspeed_config", type=str, help="DeepSpeed JSON: batch, precision, optimizer, ZeRO."
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="Build and check everything, print the layout and the memory, train nothing.",
+    )
+    # Launchers add these; the environment is what counts.
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, help="Set by `deepspeed`; unused."
+    )
+    for name, kind in SECTIONS.items():
+        parser.add_class_arguments(kind, name)
+    return parser
+
+
+def check_yaml_keys(path: str) -> None:
+    """Raise ValueError for a key of the YAML file that is not a setting, naming file and key."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--config {path}: {error.strerror or error}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path}: expected sections {list(SECTIONS)}, found {values!r}")
+    flat_extra = ["deepspeed_config", "dry_run"]
+    for section, body in values.items():
+        if section in flat_extra:
+            continue
+        if section not in SECTIONS:
+            raise ValueError(
+                f"{path}: unknown section {section!r}.{nearest(section, [*SECTIONS, *flat_extra])}"
+            )
+        for key in body or {}:
+            if f"{section}.{key}" not in KEYS:
+                raise ValueError(
+                    f"{path}: unknown key '{section}.{key}'.{nearest(f'{section}.{key}', KEYS)}"
+                )
+
+
+def parse_command_line(argv: Sequence[str] | None = None, prog: str = "pretrain") -> CommandLine:
+    """Read YAML files and overrides, check them, return frozen values.
+
+    Raises: SystemExit(2) after printing the problem, the way argparse does; SystemExit(0) after
+    `--help` or `--print_config`.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser(prog)
+    try:
+        for position, word in enumerate(argv):
+            if word == "--config" and position + 1 < len(argv):
+                check_yaml_keys(argv[position + 1])
+            elif word.startswith("--config="):
+                check_yaml_keys(word.split("=", 1)[1])
+        for word in argv:
+            key = word.lstrip("-").split("=")[0]
+            if word.startswith("--") and "." in key and key not in KEYS:
+                raise ValueError(f"unknown option --{key}.{nearest(key, KEYS)}")
+        namespace = parser.parse_args(argv)
+        config = _from_namespace(parser, namespace)
+        check_config(config)
+        if not namespace.deepspeed_config:
+            raise ValueError("--deepspeed_config is missing: give the DeepSpeed JSON of this run")
+    except ValueError as error:
+        parser.error(str(error))
+    return CommandLine(
+        config=config,
+        deepspeed_config=os.fspath(namespace.deepspeed_config),
+        dry_run=bool(namespace.dry_run),
+    )
+
+
+def _from_namespace(parser: ArgumentParser, namespace: Namespace) -> RunConfig:
+    built = {}
+    for name, kind in SECTIONS.items():
+        values = namespace[name]
+        built[name] = kind(**{item.name: values[item.name] for item in dataclasses.fields(kind)})
+    return RunConfig(**built)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def check_config(config: RunConfig) -> None:
+    """Raise ValueError, naming the settings and the remedy, if they contradict each other."""
+    check_model(config.model, config.data.seq_length, config.parallel)
+    salt, train, data = config.salt, config.train, config.data
+    _require(train.steps > 0, f"train.steps = {train.steps}: must be at least 1")
+    _require(data.seq_length > 0, f"data.seq_length = {data.seq_length}: must be at least 1")
+    _require(bool(data.train_data_path), "data.train_data_path is empty: give at least one prefix")
+    _require(
+        0 <= salt.kd_steps <= train.steps,
+        f"salt.kd_steps = {salt.kd_steps}: must lie between 0 and train.steps = {train.steps}",
+    )
+    _require(0.0 <= salt.kd_weight <= 1.0, f"salt.kd_weight = {salt.kd_weight}: must be in [0, 1]")
+    for name in ("teacher_temperature", "student_temperature"):
+        value = getattr(salt, name)
+        _require(value > 0, f"salt.{name} = {value}: must be above 0")
+    window = salt.transition_steps + (salt.warmup_steps if salt.transition == "wsd" else 0)
+    _require(
+        window <= salt.kd_steps,
+        f"salt.transition_steps and warmup_steps ({window} together) exceed "
+        f"salt.kd_steps = {salt.kd_steps}: the window lies inside the KD phase",
+    )
+    needs_window = salt.kd_steps > 0 and salt.transition in ("linear_decay", "linear_ratio_decay")
+    _require(
+        not needs_window or salt.transition_steps > 0,
+        f"salt.transition = {salt.transition} needs salt.transition_steps > 0",
+    )
+    _require(
+        salt.transition != "linear_ratio_decay" or salt.kd_weight < 1.0,
+        "salt.transition = linear_ratio_decay: the ratio w/(1-w) is infinite at kd_weight 1; "
+        "choose a kd_weight below 1 or linear_decay",
+    )
+    _require(
+        salt.kd_steps == 0 or config.teacher.checkpoint is not None,
+        f"salt.kd_steps = {salt.kd_steps} but teacher.checkpoint is not set: name the teacher's "
+        "checkpoint, or set salt.kd_steps to 0 for plain training",
+    )
+    _require(
+        config.teacher.checkpoint is None or salt.kd_steps > 0,
+        "teacher.checkpoint is set but salt.kd_steps is 0: it would never teach",
+    )
+    _require(
+        train.lr_warmup_steps <= train.steps,
+        f"train.lr_warmup_steps = {train.lr_warmup_steps} exceeds train.steps = {train.steps}",
+    )
+    for name in ("eval_interval", "checkpoint_interval", "keep_checkpoints", "lr_warmup_steps"):
+        _require(getattr(train, name) >= 0, f"train.{name} must not be negative")
+    _require(train.eval_samples > 0 and train.log_interval > 0, "train.eval_samples and "
+             "train.log_interval must be at least 1")  # fmt: skip
+
+
+def check_model(model: ModelConfig, seq_length: int, parallel: ParallelConfig) -> None:
+    """The part of `check_config` that concerns shapes and their division over ranks."""
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    _require(tp >= 1 and pp >= 1, "parallel sizes must be at least 1")
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "ffn_size", "head_size"):
+        value = getattr(model, name)
+        _require(value > 0, f"model: {name} = {value}: must be at least 1")
+    _require(
+        model.kv_channels is not None or model.hidden_size % model.num_attention_heads == 0,
+        f"model.hidden_size = {model.hidden_size} is not a multiple of num_attention_heads = "
+        f"{model.num_attention_heads}; set model.kv_channels or change one of them",
+    )
+    _require(
+        model.num_attention_heads % model.query_groups == 0,
+        f"model.num_attention_heads = {model.num_attention_heads} is not a multiple of "
+        f"num_query_groups = {model.query_groups}",
+    )
+    for name in ("query_groups", "num_attention_heads", "ffn_size"):
+        value = getattr(model, name)
+        _require(
+            value % tp == 0,
+            f"model: {name} = {value} is not divisible by "
+            f"parallel.tensor_model_parallel_size = {tp}",
+        )
+    _require(
+        pp <= model.num_layers,
+        f"parallel.pipeline_model_parallel_size = {pp} exceeds model.num_layers = "
+        f"{model.num_layers}: every stage needs a layer",
+    )
+    _require(
+        not parallel.sequence_parallel or tp > 1,
+        "parallel.sequence_parallel needs parallel.tensor_model_parallel_size > 1",
+    )
+    _require(
+        not parallel.sequence_parallel or seq_length % tp == 0,
+        f"parallel.sequence_parallel: data.seq_length = {seq_length} is not divisible by tp {tp}",
+    )
+    _require(
+        model.position_embedding_type == "rope"
+        or (model.max_position_embeddings or seq_length) >= seq_length,
+        f"model.max_position_embeddings = {model.max_position_embeddings} is below "
+        f"data.seq_length = {seq_length}",
+    )
+    _require(
+        model.position_embedding_type != "rope" or model.head_size % 2 == 0,
+        f"model: rotary embeddings need an even head size, not {model.head_size}",
+    )
+
+
+def write_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved config as JSON, which `--config` reads too (YAML is a superset)."""
+    path.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")

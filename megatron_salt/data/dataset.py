@@ -1,0 +1,294 @@
+"""Token datasets of a run: megatron-core's `GPTDataset`, one per epoch, and its blending.
+
+Why one dataset per epoch: `GPTDataset` built for N samples shuffles all epochs together, so its
+order depends on N and a run that is extended would see other data. Here epoch e of a prefix is a
+`GPTDataset` of exactly one epoch with a seed of its own, so the order is a function of (seed, row).
+Each epoch leaves out its last tokens that do not fill a sequence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from torch import Tensor
+
+from megatron_salt.config import DataConfig
+from megatron_salt.data.manifest import read_manifest, verify_dataset
+from megatron_salt.data.order import epoch_and_offset, epoch_seed, evaluation_rows
+from megatron_salt.data.tokenizer import Tokenizer, load_tokenizer
+
+# Held-out samples are drawn with this seed whatever train.seed is, so runs score the same text.
+EVALUATION_SEED = 1234
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Rows of one data-parallel rank. R rows, S tokens each."""
+
+    tokens_RS: Tensor
+    """Inputs, int64."""
+    labels_RS: Tensor
+    """The token after each input, int64."""
+    mask_RS: Tensor
+    """1 where the position counts, fp32."""
+
+    def rows(self, start: int, stop: int) -> Batch:
+        return Batch(
+            tokens_RS=self.tokens_RS[start:stop],
+            labels_RS=self.labels_RS[start:stop],
+            mask_RS=self.mask_RS[start:stop],
+        )
+
+    def to(self, device: torch.device) -> Batch:
+        fields = (self.tokens_RS, self.labels_RS, self.mask_RS)
+        tokens, labels, mask = (field.to(device, non_blocking=True) for field in fields)
+        return Batch(tokens_RS=tokens, labels_RS=labels, mask_RS=mask)
+
+
+def parse_blend(paths: Sequence[str], option: str) -> tuple[list[str], list[float]]:
+    """Prefixes and weights from `PREFIX` or `WEIGHT PREFIX WEIGHT PREFIX …`.
+
+    Raises: ValueError naming the option for any other form.
+    """
+    if len(paths) == 1:
+        return [paths[0]], [1.0]
+    try:
+        weights = [float(word) for word in paths[0::2]]
+    except ValueError as error:
+        raise ValueError(
+            f"{option} = {list(paths)}: several datasets need a weight before each prefix"
+        ) from error
+    prefixes = list(paths[1::2])
+    if len(prefixes) != len(weights) or min(weights) <= 0:
+        raise ValueError(
+            f"{option} = {list(paths)}: expected WEIGHT PREFIX pairs with weights above 0"
+        )
+    return prefixes, weights
+
+
+def find_tokenizer(data: DataConfig) -> Tokenizer:
+    """The tokenizer of the run: data.tokenizer, or the copy beside the first training dataset.
+
+    Raises: ValueError saying what to set if there is neither.
+    """
+    if data.tokenizer is not None:
+        return load_tokenizer(data.tokenizer)
+    prefix = parse_blend(data.train_data_path, "data.train_data_path")[0][0]
+    beside = Path(prefix + ".tokenizer")
+    if not beside.exists():
+        raise ValueError(
+            f"data.tokenizer is not set and {beside} does not exist: name the tokenizer that "
+            f"{prefix} was made with"
+        )
+    return load_tokenizer(beside)
+
+
+def verify_all(data: DataConfig, tokenizer: Tokenizer) -> None:
+    """Check every dataset's files and tokenizer.
+
+    Raises: ValueError/FileNotFoundError naming the file and the remedy (see `verify_dataset`).
+    """
+    for option in ("train_data_path", "valid_data_path"):
+        paths = getattr(data, option)
+        for prefix in parse_blend(paths, f"data.{option}")[0] if paths else []:
+            verify_dataset(prefix, tokenizer)
+
+
+class EpochedDataset(torch.utils.data.Dataset):
+    """An endless order over one prefix: epoch after epoch of `GPTDataset`, each shuffled anew."""
+
+    def __init__(self, epochs: Sequence[GPTDataset]) -> None:
+        self.epochs = list(epochs)
+        self.samples_per_epoch = len(self.epochs[0])
+        # What `BlendedDataset` asks of its parts.
+        self.index_split = self.epochs[0].index_split
+        self.unique_identifiers = {
+            "class": type(self).__name__,
+            "epochs": [epoch.unique_identifiers for epoch in self.epochs],
+        }
+
+    def __len__(self) -> int:
+        return self.samples_per_epoch * len(self.epochs)
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        epoch, offset = epoch_and_offset(int(row), self.samples_per_epoch)
+        return self.epochs[epoch][offset]
+
+
+class DataSource:
+    """Reads the rows of a step or of an evaluation. Every rank can read any row.
+
+    Args:
+        num_samples: rows the run needs in all; decides how many epochs are indexed, not the order.
+        cache_path: folder for index files, shared by all ranks; rank 0 writes, the others map.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        tokenizer: Tokenizer,
+        *,
+        num_samples: int,
+        seed: int,
+        cache_path: Path,
+    ) -> None:
+        self.data, self.tokenizer, self.seed = data, tokenizer, seed
+        self.cache_path = cache_path
+        prefixes, weights = parse_blend(data.train_data_path, "data.train_data_path")
+        shares = np.asarray(weights) / sum(weights)
+        # Greedy blending never strays from the share by more than one sample per dataset.
+        needed = [int(np.ceil(share * num_samples)) + len(prefixes) for share in shares]
+        if len(prefixes) == 1:
+            needed = [num_samples]
+        self.parts = [
+            self._epochs(prefix, count) for prefix, count in zip(prefixes, needed, strict=True)
+        ]
+        self.prefixes, self.shares = prefixes, shares.tolist()
+        self.train: Any = self.parts[0]
+        if len(prefixes) > 1:
+            config = self._config(prefixes[0], seed, held_out=False)
+            self.train = BlendedDataset(self.parts, list(self.shares), num_samples, config)
+            _barrier()  # rank 0 wrote the blend's index; the others read it
+        self.valid = self._held_out(prefixes)
+
+    def _config(self, prefix: str, seed: int, *, held_out: bool) -> GPTDatasetConfig:
+        split = "0,1,0" if held_out and self.data.valid_data_path else self._split()
+        return GPTDatasetConfig(
+            random_seed=seed,
+            sequence_length=self.data.seq_length,
+            blend=([prefix], None),
+            split=split,
+            # megatron-core's cache key holds the path but not the content: new data under an old
+            # name must not meet the old index.
+            path_to_cache=str(self.cache_path / dataset_fingerprint(prefix)),
+            tokenizer=self.tokenizer,
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=self.data.eod_mask_loss,
+            create_attention_mask=False,
+        )
+
+    def _split(self) -> str:
+        return "1,0,0" if self.data.valid_data_path else f"{self.data.split},0"
+
+    def _build(self, config: GPTDatasetConfig) -> list[GPTDataset | None]:
+        """One epoch of each split; collective (rank 0 writes the index files first)."""
+        sizes = [None, None, None]
+        builder = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config)
+        return builder.build()
+
+    def _epochs(self, prefix: str, num_samples: int) -> EpochedDataset:
+        epochs: list[GPTDataset] = []
+        while not epochs or len(epochs) * len(epochs[0]) < num_samples:
+            config = self._config(prefix, epoch_seed(self.seed, len(epochs)), held_out=False)
+            train = self._build(config)[0]
+            if train is None or len(train) == 0:
+                raise ValueError(
+                    f"{prefix}: the training part holds no sequence of data.seq_length = "
+                    f"{self.data.seq_length} tokens; use more text or shorter sequences"
+                )
+            epochs.append(train)
+        return EpochedDataset(epochs)
+
+    def _held_out(self, train_prefixes: Sequence[str]) -> list[GPTDataset]:
+        prefixes: Sequence[str] = train_prefixes
+        if self.data.valid_data_path:
+            prefixes = parse_blend(self.data.valid_data_path, "data.valid_data_path")[0]
+        found = []
+        for prefix in prefixes:
+            valid = self._build(self._config(prefix, EVALUATION_SEED, held_out=True))[1]
+            if valid is None or len(valid) == 0:
+                raise ValueError(
+                    f"{prefix}: the held-out part holds no sequence of data.seq_length = "
+                    f"{self.data.seq_length} tokens; give data.valid_data_path or a larger second "
+                    f"share in data.split = {self.data.split!r}"
+                )
+            found.append(valid)
+        return found
+
+    def read(self, rows: Sequence[int]) -> Batch:
+        """Training rows of the endless order."""
+        return _stack([self.train[row] for row in rows])
+
+    def num_held_out(self) -> int:
+        return min(len(valid) for valid in self.valid) * len(self.valid)
+
+    def read_held_out(self, rows: Sequence[int]) -> Batch:
+        """Held-out rows, taken in turn from each held-out dataset; row -1 counts for nothing."""
+        samples = []
+        for row in rows:
+            index, which = divmod(max(row, 0), len(self.valid))
+            sample = dict(self.valid[which][index])
+            if row < 0:
+                sample["loss_mask"] = torch.zeros_like(sample["loss_mask"])
+            samples.append(sample)
+        return _stack(samples)
+
+    def evaluation_batches(
+        self, num_samples: int, micro_batch_size: int, dp_rank: int, dp_size: int
+    ) -> list[Batch]:
+        """This data-parallel rank's micro-batches of one evaluation."""
+        total = min(num_samples, self.num_held_out())
+        rounds = evaluation_rows(total, micro_batch_size, dp_rank, dp_size)
+        return [self.read_held_out(rows) for rows in rounds]
+
+    def fingerprints(self) -> list[str]:
+        """Identity of each training dataset, to notice at a resume that the data changed."""
+        return [dataset_fingerprint(prefix) for prefix in self.prefixes]
+
+    def evaluation_fingerprint(self, num_samples: int) -> str:
+        """Identity of the held-out samples that an evaluation scores."""
+        prefixes = self.prefixes
+        if self.data.valid_data_path:
+            prefixes = parse_blend(self.data.valid_data_path, "data.valid_data_path")[0]
+        parts = [dataset_fingerprint(prefix) for prefix in prefixes]
+        total = min(num_samples, self.num_held_out())
+        held_out = [bool(self.data.valid_data_path), self._split(), EVALUATION_SEED]
+        text = repr((parts, held_out, self.data.seq_length, self.data.eod_mask_loss, total))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def epochs_needed(self, num_samples: int) -> dict[str, float]:
+        """How often each prefix is read over `num_samples` rows."""
+        return {
+            prefix: share * num_samples / part.samples_per_epoch
+            for prefix, share, part in zip(self.prefixes, self.shares, self.parts, strict=True)
+        }
+
+
+def dataset_fingerprint(prefix: str) -> str:
+    """Short hash of a dataset: the token file's hash from its manifest, else its size and times."""
+    manifest = read_manifest(prefix)
+    if manifest is not None:
+        text = manifest.bin_sha256 + manifest.idx_sha256
+    else:
+        stats = [Path(f"{prefix}{suffix}").stat() for suffix in (".bin", ".idx")]
+        text = repr([(stat.st_size, stat.st_mtime_ns) for stat in stats])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _stack(samples: Sequence[dict[str, Tensor]]) -> Batch:
+    """torch.stack copies, so nobody can write into the dataset's cached masks."""
+    return Batch(
+        tokens_RS=torch.stack([sample["tokens"] for sample in samples]),
+        labels_RS=torch.stack([sample["labels"] for sample in samples]),
+        mask_RS=torch.stack([sample["loss_mask"] for sample in samples]).float(),
+    )
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+logging.getLogger("megatron.core").setLevel(logging.WARNING)

@@ -1,0 +1,229 @@
+"""Reading the DeepSpeed JSON: the only owner of batch sizes, precision, optimiser, ZeRO, clipping.
+
+The file stays DeepSpeed's. Here it is checked (unknown keys, features this trainer does not drive,
+contradictions with the run's own config) and the few numbers that the trainer needs are read out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_salt.config import ParallelConfig, RunConfig, nearest
+
+# Top-level keys of DeepSpeed's documentation that mean here what they mean there.
+KNOWN_KEYS = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+    "optimizer", "fp16", "bf16", "zero_optimization", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer", "gradient_clipping", "prescale_gradients",
+    "gradient_predivide_factor", "communication_data_type", "data_types", "steps_per_print",
+    "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "flops_profiler",
+    "pipeline", "checkpoint", "aio", "timers", "log_level", "disable_allgather",
+    "disable_python_gc", "nebula", "compile",
+)  # fmt: skip
+
+# Keys that DeepSpeed knows but that would fight with this trainer, with what to do instead.
+REFUSED_KEYS = {
+    "scheduler": "the learning rate is train.lr_schedule of the run's config; remove the section",
+    "activation_checkpointing": "use parallel.recompute_granularity of the run's config",
+    "curriculum_learning": "the order of the data is a pure function of seed and step",
+    "data_efficiency": "the order of the data is a pure function of seed and step",
+    "tensor_parallel": "use parallel.tensor_model_parallel_size of the run's config",
+    "sequence_parallel_size": "use parallel.sequence_parallel of the run's config",
+    "tensorboard": "set train.tensorboard in the run's config",
+    "wandb": "metrics are written to metrics.jsonl and TensorBoard",
+    "csv_monitor": "metrics are written to metrics.jsonl and TensorBoard",
+    "amp": "use the bf16 or fp16 section",
+    "torch_autocast": "use the bf16 or fp16 section",
+    "elasticity": "not supported: batch sizes would change under the schedule",
+    "sparse_attention": "not supported by this trainer",
+    "progressive_layer_drop": "not supported by this trainer",
+    "eigenvalue": "not supported by this trainer",
+    "compression_training": "not supported by this trainer",
+    "hybrid_engine": "not supported by this trainer",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepSpeedSettings:
+    """What the trainer reads out of the JSON, for a given data-parallel size."""
+
+    path: str
+    values: Mapping[str, Any]
+    micro_batch_size: int
+    """B, sequences in one micro-batch of one data-parallel rank."""
+    num_micro_batches: int
+    """M, micro-batches per step and data-parallel rank (gradient accumulation steps)."""
+    global_batch_size: int
+    """Sequences per step over all ranks: B * M * data-parallel size."""
+    precision: str
+    """fp32, bf16 or fp16."""
+    zero_stage: int
+    learning_rate: float
+    """Peak of the learning-rate schedule."""
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.global_batch_size // (self.micro_batch_size * self.num_micro_batches)
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """Parse the JSON file.
+
+    Raises: ValueError naming the file, for a missing or broken file and for unknown keys.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--deepspeed_config {path}: {error.strerror or error}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}"
+        ) from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    for key in values:
+        if key in REFUSED_KEYS:
+            raise ValueError(f"{path}: key {key!r} is not used here: {REFUSED_KEYS[key]}")
+        if key not in KNOWN_KEYS:
+            raise ValueError(f"{path}: unknown key {key!r}.{nearest(key, KNOWN_KEYS)}")
+    _check_auto(values, path, prefix="")
+    return values
+
+
+def _check_auto(values: Mapping[str, Any], path: str, prefix: str) -> None:
+    for key, value in values.items():
+        if value == "auto":
+            raise ValueError(f"{path}: '{prefix}{key}' is \"auto\", which only Hugging Face's "
+                             "Trainer fills in: write the number")  # fmt: skip
+        if isinstance(value, Mapping):
+            _check_auto(value, path, prefix=f"{prefix}{key}.")
+
+
+def _enabled(values: Mapping[str, Any], section: str) -> bool:
+    return bool(values.get(section, {}).get("enabled", False))
+
+
+def _positive(values: Mapping[str, Any], key: str, path: str) -> int | None:
+    value = values.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{path}: {key} = {value!r}: must be a whole number of at least 1")
+    return value
+
+
+def resolve_batch_sizes(
+    values: Mapping[str, Any], data_parallel_size: int, path: str
+) -> tuple[int, int, int]:
+    """Micro-batch size B, micro-batches M and global batch size, from any two of the three keys.
+
+    Raises: ValueError naming the file, the three keys and their values if they do not fit.
+    """
+    total = _positive(values, "train_batch_size", path)
+    micro = _positive(values, "train_micro_batch_size_per_gpu", path)
+    steps = _positive(values, "gradient_accumulation_steps", path)
+    dp = data_parallel_size
+    if micro is None and total is None:
+        raise ValueError(f"{path}: give train_batch_size or train_micro_batch_size_per_gpu")
+    if micro is None:
+        assert total is not None
+        steps = steps or 1
+        micro = total // (dp * steps)
+    elif steps is None:
+        steps = 1 if total is None else total // (micro * dp)
+    product = micro * steps * dp
+    if product < 1 or (total is not None and product != total):
+        raise ValueError(
+            f"{path}: train_batch_size = {total} is not train_micro_batch_size_per_gpu = {micro} "
+            f"* gradient_accumulation_steps = {steps} * data-parallel size {dp}; change one of "
+            "them or the number of ranks"
+        )
+    return micro, steps, product
+
+
+def load_deepspeed_config(path: str, data_parallel_size: int) -> DeepSpeedSettings:
+    """Read and check the JSON on its own.
+
+    Raises: ValueError naming the file and the key.
+    """
+    values = read_json(path)
+    micro, steps, total = resolve_batch_sizes(values, data_parallel_size, path)
+    if _enabled(values, "bf16") and _enabled(values, "fp16"):
+        raise ValueError(f"{path}: bf16 and fp16 are both enabled; disable one")
+    precision = (
+        "bf16" if _enabled(values, "bf16") else "fp16" if _enabled(values, "fp16") else "fp32"
+    )
+    for section in ("fp16", "bf16"):
+        if values.get(section, {}).get("auto_cast"):
+            raise ValueError(f"{path}: {section}.auto_cast would round the loss weights; remove it")
+    optimizer = values.get("optimizer", {})
+    learning_rate = optimizer.get("params", {}).get("lr")
+    if not isinstance(optimizer.get("type"), str) or not isinstance(learning_rate, int | float):
+        raise ValueError(f'{path}: needs "optimizer": {{"type": "AdamW", "params": {{"lr": …}}}}')
+    stage = values.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"{path}: zero_optimization.stage = {stage!r}: must be 0, 1, 2 or 3")
+    return DeepSpeedSettings(
+        path=path,
+        values=values,
+        micro_batch_size=micro,
+        num_micro_batches=steps,
+        global_batch_size=total,
+        precision=precision,
+        zero_stage=stage,
+        learning_rate=float(learning_rate),
+    )
+
+
+def check_against_run(settings: DeepSpeedSettings, config: RunConfig) -> None:
+    """Raise ValueError, naming both files' settings, where the JSON contradicts the run's config."""
+    parallel: ParallelConfig = config.parallel
+    path, values, pp = settings.path, settings.values, parallel.pipeline_model_parallel_size
+    if pp > 1 and settings.zero_stage > 1:
+        raise ValueError(
+            f"{path}: zero_optimization.stage = {settings.zero_stage} does not work with "
+            f"parallel.pipeline_model_parallel_size = {pp}; use stage 0 or 1, or one stage"
+        )
+    if pp > 1 and settings.zero_stage == 1 and settings.precision == "bf16":
+        if values.get("data_types", {}).get("grad_accum_dtype") != "fp32":
+            raise ValueError(
+                f'{path}: bf16 with ZeRO 1 and pipeline parallelism needs "data_types": '
+                '{"grad_accum_dtype": "fp32"}: gradients of many micro-batches are lost in bf16'
+            )
+    pipeline = values.get("pipeline", {})
+    for key in ("pipe_partitioned", "grad_partitioned"):
+        if parallel.sequence_parallel and pipeline.get(key):
+            raise ValueError(
+                f"{path}: pipeline.{key} contradicts parallel.sequence_parallel, which already "
+                "shards what stages exchange; remove the key"
+            )
+    if pipeline.get("activation_checkpoint_interval"):
+        raise ValueError(
+            f"{path}: pipeline.activation_checkpoint_interval: use parallel.recompute_granularity"
+        )
+
+
+def engine_config(settings: DeepSpeedSettings, parallel: ParallelConfig) -> dict[str, Any]:
+    """The dictionary given to `deepspeed.initialize`: the JSON plus what the trainer must fix."""
+    values = json.loads(json.dumps(dict(settings.values)))
+    values["train_batch_size"] = settings.global_batch_size
+    values["train_micro_batch_size_per_gpu"] = settings.micro_batch_size
+    values["gradient_accumulation_steps"] = settings.num_micro_batches
+    # The trainer prints its own lines; DeepSpeed's are one number and a host sync.
+    values.setdefault("steps_per_print", 2**31)
+    if (
+        settings.precision == "fp32"
+        and settings.zero_stage == 0
+        and not values.get("gradient_clipping")
+    ):
+        # DeepSpeed computes the gradient norm of this mode only to clip; never reached.
+        values["gradient_clipping"] = 1e30
+    if parallel.sequence_parallel:
+        # DeepSpeed would send 1/tp of each activation, taking the tp ranks' copies for equal;
+        # under sequence parallelism they are different shards already.
+        values.setdefault("pipeline", {}).update(pipe_partitioned=False, grad_partitioned=False)
+    return values

@@ -1,0 +1,7 @@
+"""The distillation loss over vocabulary shards: one public function, interchangeable bodies."""
+
+from megatron_salt.kernels.kd_loss import KdLoss, kd_loss
+from megatron_salt.kernels.reference import vocab_parallel_argmax
+from megatron_salt.kernels.vocab import VocabShard, padded_vocab_size
+
+__all__ = ["KdLoss", "VocabShard", "kd_loss", "padded_vocab_size", "vocab_parallel_argmax"]

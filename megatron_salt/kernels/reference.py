@@ -1,0 +1,146 @@
+"""The specification of `kd_loss` in plain PyTorch, with the backward written by hand.
+
+The backward is local: the sums over the vocabulary that it needs were reduced in the forward, so
+nothing can be reduced twice (an autograd-derived backward through all-reduce is tp times too large
+in several published versions). Letters: T tokens, W columns on this rank, C <= W real columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_salt.kernels.vocab import VocabShard
+
+
+def _all_reduce(packed: Tensor, op: dist.ReduceOp.RedOpType, group: ProcessGroup | None) -> Tensor:
+    if group is not None and dist.get_world_size(group) > 1:
+        dist.all_reduce(packed, op=op, group=group)
+    return packed
+
+
+def _real_columns(logits_TW: Tensor, vocab: VocabShard, temperature: float) -> Tensor:
+    """This rank's real columns in the arithmetic dtype, divided by the temperature. [T, C]"""
+    dtype = torch.float64 if logits_TW.dtype == torch.float64 else torch.float32
+    return logits_TW[:, : vocab.num_columns].to(dtype) / temperature
+
+
+def _local_max(x_TC: Tensor) -> Tensor:
+    """Row maximum; -inf for a shard without real columns. [T]"""
+    return x_TC.amax(dim=1) if x_TC.shape[1] else x_TC.new_full(x_TC.shape[:1], -torch.inf)
+
+
+class ReferenceKdLoss(torch.autograd.Function):
+    """See `kd_loss` for the contract; differentiable in student_logits_TW only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_logits_TW: Tensor,
+        teacher_logits_TW: Tensor | None,
+        labels_T: Tensor,
+        ce_weight_T: Tensor,
+        kd_weight_T: Tensor,
+        vocab: VocabShard,
+        teacher_temperature: float,
+        student_temperature: float,
+        tp_group: ProcessGroup | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        a, b = teacher_temperature, student_temperature
+        s1_TC = _real_columns(student_logits_TW, vocab, 1.0)
+        local_label_T = labels_T - vocab.start
+        owned_T = (local_label_T >= 0) & (local_label_T < vocab.num_columns)
+        rows_T = torch.arange(labels_T.shape[0], device=labels_T.device)[owned_T]
+        label_logit_T = s1_TC.new_zeros(labels_T.shape)
+        label_logit_T[owned_T] = s1_TC[rows_T, local_label_T[owned_T]]
+
+        if teacher_logits_TW is None:
+            max_T = _all_reduce(_local_max(s1_TC), dist.ReduceOp.MAX, tp_group)
+            sum_T = (s1_TC - max_T[:, None]).exp().sum(dim=1)
+            packed = _all_reduce(torch.stack([sum_T, label_logit_T]), dist.ReduceOp.SUM, tp_group)
+            lse_T = max_T + packed[0].log()
+            ce_T = lse_T - packed[1]
+            kl_T = torch.zeros_like(ce_T)
+            ctx.save_for_backward(
+                student_logits_TW, None, local_label_T, owned_T, ce_weight_T, kd_weight_T, lse_T
+            )
+        else:
+            z_TC = _real_columns(teacher_logits_TW, vocab, a)
+            # With b = 1 the student's tempered logits are its logits: one sum serves CE and KL.
+            s_TC = s1_TC if b == 1.0 else s1_TC / b
+            packed = torch.stack([_local_max(z_TC), _local_max(s_TC)])
+            z_max_T, s_max_T = _all_reduce(packed, dist.ReduceOp.MAX, tp_group)
+            p_TC = (z_TC - z_max_T[:, None]).exp()
+            # 0 * (-inf) would be nan where the teacher gives a token no probability at all.
+            gap_TC = torch.where(p_TC > 0, p_TC * (z_TC - s_TC), 0.0)
+            sums = [
+                p_TC.sum(dim=1),
+                (s_TC - s_max_T[:, None]).exp().sum(dim=1),
+                gap_TC.sum(dim=1),
+                label_logit_T,
+            ]
+            if b != 1.0:
+                sums.append((s1_TC - s_max_T[:, None] * b).exp().sum(dim=1))
+            packed = _all_reduce(torch.stack(sums), dist.ReduceOp.SUM, tp_group)
+            z_lse_T = z_max_T + packed[0].log()
+            s_lse_T = s_max_T + packed[1].log()
+            lse_T = s_lse_T if b == 1.0 else s_max_T * b + packed[4].log()
+            kl_T = packed[2] / packed[0] - z_lse_T + s_lse_T
+            ce_T = lse_T - packed[3]
+            ctx.save_for_backward(
+                student_logits_TW, teacher_logits_TW, local_label_T, owned_T, ce_weight_T,
+                kd_weight_T, lse_T, z_lse_T, s_lse_T,
+            )  # fmt: skip
+        ctx.vocab, ctx.temperatures = vocab, (a, b)
+        ctx.mark_non_differentiable(ce_T, kl_T)
+        # A zero weight contributes exactly nothing, even where the value is inf or nan.
+        loss_T = torch.where(ce_weight_T != 0, ce_weight_T * ce_T, 0.0)
+        loss_T = loss_T + torch.where(kd_weight_T != 0, kd_weight_T * kl_T, 0.0)
+        return loss_T.sum(), ce_T, kl_T
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """dL/ds = ce_weight (q1 - onehot) + kd_weight (q - p) / b, on this rank's columns."""
+        grad_loss = grad_outputs[0]
+        saved = ctx.saved_tensors
+        student_TW, teacher_TW, local_label_T, owned_T, ce_weight_T, kd_weight_T, lse_T = saved[:7]
+        vocab, (a, b) = ctx.vocab, ctx.temperatures
+        num_columns = vocab.num_columns
+        s1_TC = _real_columns(student_TW, vocab, 1.0)
+        q1_TC = (s1_TC - lse_T[:, None]).exp()
+        rows_T = torch.arange(q1_TC.shape[0], device=q1_TC.device)[owned_T]
+        q1_TC[rows_T, local_label_T[owned_T]] -= 1.0
+        ce_scale_T1 = (grad_loss * ce_weight_T)[:, None]
+        grad_TC = torch.where(ce_scale_T1 != 0, ce_scale_T1 * q1_TC, 0.0)
+        if teacher_TW is not None:
+            z_lse_T, s_lse_T = saved[7:]
+            p_TC = (_real_columns(teacher_TW, vocab, a) - z_lse_T[:, None]).exp()
+            s_TC = s1_TC if b == 1.0 else s1_TC / b
+            q_TC = (s_TC - s_lse_T[:, None]).exp()
+            kd_scale_T1 = (grad_loss * kd_weight_T / b)[:, None]
+            grad_TC += torch.where(kd_scale_T1 != 0, kd_scale_T1 * (q_TC - p_TC), 0.0)
+        grad_TW = torch.zeros_like(student_TW)
+        grad_TW[:, :num_columns] = grad_TC.to(student_TW.dtype)
+        return (grad_TW, *([None] * 8))
+
+
+def vocab_parallel_argmax(
+    logits_TW: Tensor, vocab: VocabShard, tp_group: ProcessGroup | None
+) -> Tensor:
+    """Global id of the largest real logit of each token; the smallest id on a tie. int64 [T]
+
+    Collectives: one MAX and one MIN of one number per token over tp_group.
+    """
+    real_TC = logits_TW[:, : vocab.num_columns].float()
+    best_T = _local_max(real_TC)
+    if vocab.num_columns:
+        local_T = real_TC.argmax(dim=1) + vocab.start
+    else:
+        local_T = torch.full_like(best_T, vocab.size, dtype=torch.int64)
+    global_T = _all_reduce(best_T.clone(), dist.ReduceOp.MAX, tp_group)
+    candidate_T = torch.where(best_T == global_T, local_T, vocab.size)
+    return _all_reduce(candidate_T, dist.ReduceOp.MIN, tp_group)

@@ -1,0 +1,1 @@
+"""The student, the teacher, and the table of weights that both share."""

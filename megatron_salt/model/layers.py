@@ -1,0 +1,298 @@
+"""The layers of student and teacher, from megatron-core's parts.
+
+Letters: B micro-batch, S sequence, D width, H heads, V vocabulary, W its columns on this rank.
+Between layers the hidden state is `[S, B, D]`, or `[S/tp, B, D]` under sequence parallelism.
+
+Where megatron-core's local spec stops short this file fills in: its core attention needs CUDA (ours
+is PyTorch's SDPA), its torch norm refuses sequence parallelism, its rotary cache would keep a
+released teacher's tensors alive.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron_salt.config import ModelConfig
+from megatron_salt.kernels.vocab import VocabShard
+from megatron_salt.model.weights import padded_vocab
+
+if not torch.cuda.is_available():
+    # megatron-core allocates its sequence-parallel buffers and moves its rotary frequencies with
+    # `device=torch.cuda.current_device()`. Without CUDA that call can only raise, so nothing that
+    # works today changes; with this the same code runs on the CPU.
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+
+
+def transformer_config(
+    model: ModelConfig, *, tp_size: int, sequence_parallel: bool, dtype: torch.dtype
+) -> TransformerConfig:
+    """megatron-core's config of one model. Pipeline stages are DeepSpeed's affair: always 1 here."""
+    fuse = torch.cuda.is_available()
+    gelu_without_bias = model.activation == "gelu" and not model.add_bias_linear
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        kv_channels=model.head_size,
+        ffn_hidden_size=model.ffn_size,
+        normalization=model.normalization,
+        layernorm_epsilon=model.layernorm_epsilon,
+        add_bias_linear=model.add_bias_linear,
+        gated_linear_unit=model.activation == "swiglu",
+        activation_func=F.silu if model.activation == "swiglu" else F.gelu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=tp_size,
+        sequence_parallel=sequence_parallel,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        # Weights come from model/weights.py, the same for every layout.
+        perform_initialization=False,
+        use_cpu_initialization=True,
+        # These go through torch.compile, which is not worth its start-up on a CPU.
+        bias_activation_fusion=fuse and not gelu_without_bias,
+        bias_dropout_fusion=fuse,
+        persist_layer_norm=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+class Norm(nn.Module):
+    """Factory with megatron-core's signature for torch's fused RMSNorm or LayerNorm.
+
+    Under sequence parallelism each tensor-parallel rank normalises its own tokens, so its weight
+    gradient is partial; the mark makes `sum_sequence_parallel_gradients` add them up.
+    """
+
+    def __new__(  # type: ignore[misc]
+        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+    ) -> nn.Module:
+        kind = nn.RMSNorm if config.normalization == "RMSNorm" else nn.LayerNorm
+        norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
+        for weight in norm.parameters():
+            weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return norm
+
+
+class SdpaCoreAttention(nn.Module):
+    """Causal attention through `torch.nn.functional.scaled_dot_product_attention`.
+
+    Shapes: query [S, B, H, C], key and value [S, B, G, C] with this rank's heads and groups and
+    C channels; result [S, B, H * C]. No mask tensor exists: the causal flag picks flash attention.
+    """
+
+    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+        super().__init__()
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
+    ) -> Tensor:
+        if attention_mask is not None:
+            raise ValueError("SdpaCoreAttention is causal; it takes no attention mask")
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        grouped = query.shape[1] != key.shape[1]
+        context = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=grouped
+        )
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+
+def layer_submodules() -> TransformerLayerSubmodules:
+    """megatron-core's local layer spec with our core attention and norm."""
+    return TransformerLayerSubmodules(
+        input_layernorm=Norm,
+        self_attention=ModuleSpec(
+            module=SelfAttention,
+            params={"attn_mask_type": AttnMaskType.causal},
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=ColumnParallelLinear,
+                core_attention=SdpaCoreAttention,
+                linear_proj=RowParallelLinear,
+                q_layernorm=IdentityOp,
+                k_layernorm=IdentityOp,
+            ),
+        ),
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=Norm,
+        mlp=ModuleSpec(
+            module=MLP,
+            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        ),
+        mlp_bda=get_bias_dropout_add,
+    )
+
+
+class RotaryTable:
+    """Rotary angles [S, 1, 1, C], one tensor shared by all layers of a model on this rank.
+
+    A plain object, not a module with a buffer: casting the model to bf16 must leave it in fp32.
+    """
+
+    def __init__(self, model: ModelConfig, seq_length: int, group: Any) -> None:
+        rotary = RotaryEmbedding(
+            kv_channels=model.head_size,
+            rotary_percent=1.0,
+            rotary_base=model.rotary_base,
+            use_cpu_initialization=True,
+            cp_group=group,
+        )
+        self._angles = rotary.get_emb(seq_length)
+
+    def angles(self, device: torch.device) -> Tensor:
+        if self._angles.device != device:
+            self._angles = self._angles.to(device)
+        return self._angles
+
+
+class ModelParts:
+    """What the layers of one model share on this rank: config, groups, rotary table, vocabulary.
+
+    Args:
+        groups: `tp` and `cp` process groups; the teacher's are this rank alone.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        *,
+        vocab_size: int,
+        seq_length: int,
+        groups: ProcessGroupCollection,
+        sequence_parallel: bool,
+        dtype: torch.dtype,
+        recompute: bool = False,
+    ) -> None:
+        self.model = model
+        self.seq_length = seq_length
+        self.groups = groups
+        self.tp_size, self.tp_rank = groups.tp.size(), groups.tp.rank()
+        self.sequence_parallel = sequence_parallel
+        self.recompute = recompute
+        self.config = transformer_config(
+            model, tp_size=self.tp_size, sequence_parallel=sequence_parallel, dtype=dtype
+        )
+        self.vocab_size = vocab_size
+        self.padded_vocab = padded_vocab(model, vocab_size, self.tp_size)
+        self.max_position_embeddings = model.max_position_embeddings or seq_length
+        uses_rope = model.position_embedding_type == "rope"
+        self.rotary = RotaryTable(model, seq_length, groups.cp) if uses_rope else None
+
+    @property
+    def vocab(self) -> VocabShard:
+        return VocabShard.of_rank(
+            size=self.vocab_size,
+            padded_size=self.padded_vocab,
+            tp_rank=self.tp_rank,
+            tp_size=self.tp_size,
+        )
+
+
+class Embedding(nn.Module):
+    """tokens [B, S] -> hidden [S, B, D], or this rank's [S/tp, B, D] under sequence parallelism."""
+
+    canonical_name = "embedding"
+
+    def __init__(self, parts: ModelParts) -> None:
+        super().__init__()
+        self.sequence_parallel = parts.sequence_parallel
+        self.word_embeddings = VocabParallelEmbedding(
+            parts.padded_vocab,
+            parts.model.hidden_size,
+            init_method=lambda weight: None,
+            reduce_scatter_embeddings=parts.sequence_parallel,
+            config=parts.config,
+            tp_group=parts.groups.tp,
+        )
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        hidden: Tensor = self.word_embeddings(tokens_BS)
+        return hidden if self.sequence_parallel else hidden.transpose(0, 1).contiguous()
+
+
+class PositionEmbedding(nn.Module):
+    """Adds the learned position rows; under sequence parallelism the rows of this rank's tokens."""
+
+    canonical_name = "position_embedding"
+
+    def __init__(self, parts: ModelParts) -> None:
+        super().__init__()
+        shape = (parts.max_position_embeddings, parts.model.hidden_size)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=parts.config.params_dtype))
+        self.weight.sequence_parallel = parts.sequence_parallel  # type: ignore[attr-defined]
+        self.tp_rank = parts.tp_rank if parts.sequence_parallel else 0
+
+    def forward(self, hidden_SBD: Tensor) -> Tensor:
+        length = hidden_SBD.shape[0]
+        start = self.tp_rank * length
+        return hidden_SBD + self.weight[start : start + length, None, :]
+
+
+class DecoderLayer(TransformerLayer):
+    """One megatron-core transformer layer that takes and returns only the hidden state."""
+
+    def __init__(self, parts: ModelParts, index: int) -> None:
+        super().__init__(
+            parts.config, layer_submodules(), layer_number=index + 1, pg_collection=parts.groups
+        )
+        self.canonical_name = f"layers.{index}"
+        self.rotary = parts.rotary
+        self.recompute = parts.recompute
+
+    def forward(self, hidden_SBD: Tensor) -> Tensor:  # type: ignore[override]
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._layer, hidden_SBD, use_reentrant=False)
+        return self._layer(hidden_SBD)
+
+    def _layer(self, hidden_SBD: Tensor) -> Tensor:
+        angles = self.rotary.angles(hidden_SBD.device) if self.rotary else None
+        output_SBD, _ = super().forward(hidden_SBD, attention_mask=None, rotary_pos_emb=angles)
+        return output_SBD
+
+
+class FinalNorm(nn.Module):
+    """The normalisation before the output head, in and out `[S, B, D]`."""
+
+    canonical_name = "final_layernorm"
+
+    def __new__(cls, parts: ModelParts) -> nn.Module:  # type: ignore[misc]
+        norm = Norm(parts.config, parts.model.hidden_size, eps=parts.model.layernorm_epsilon)
+        norm.canonical_name = cls.canonical_name
+        return norm
+
+
+def canonical_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """This rank's parameters under the names of `model/weights.py`.
+
+    DeepSpeed numbers the layers of a stage; here every layer carries its name, so that weights are
+    found whatever the pipeline split. A tied weight appears once.
+    """
+    found: dict[str, nn.Parameter] = {}
+    for layer in module.modules():
+        prefix = getattr(layer, "canonical_name", None)
+        if prefix is not None:
+            for name, parameter in layer.named_parameters():
+                found[f"{prefix}.{name}"] = parameter
+    return found

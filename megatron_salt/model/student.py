@@ -1,0 +1,206 @@
+"""The student: one list of layers, run as DeepSpeed pipeline stages or as a single stage.
+
+Also trains the small language model itself: an SLM is a student without a teacher.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, nn
+
+from megatron_salt.model.layers import (
+    DecoderLayer,
+    Embedding,
+    FinalNorm,
+    ModelParts,
+    PositionEmbedding,
+    canonical_parameters,
+)
+from megatron_salt.model.loss import LossFunction, Targets
+from megatron_salt.model.weights import initial_weight, shard, weight_table
+from megatron_salt.parallel.layout import Layout
+
+
+class OutputLayer(nn.Module):
+    """The output head's weight [W, D], and where a single stage computes its loss.
+
+    The loss is computed inside this module's forward when targets are given, so that ZeRO 3 has the
+    weight gathered when it is used. As a pipeline layer it passes the hidden state on; DeepSpeed
+    then calls the loss function on its own.
+    """
+
+    canonical_name = "output_layer"
+
+    def __init__(self, parts: ModelParts, tied: bool = False) -> None:
+        super().__init__()
+        self.weight: nn.Parameter | None = None
+        if not tied:
+            shape = (parts.padded_vocab // parts.tp_size, parts.model.hidden_size)
+            self.weight = nn.Parameter(torch.empty(shape, dtype=parts.config.params_dtype))
+
+    def forward(
+        self,
+        hidden_SBD: Tensor,
+        targets: Targets | None = None,
+        loss_function: LossFunction | None = None,
+        tied_weight: Tensor | None = None,
+    ) -> Tensor:
+        if targets is None or loss_function is None:
+            return hidden_SBD
+        weight = self.weight if tied_weight is None else tied_weight
+        return loss_function(hidden_SBD, weight, targets)
+
+
+def _body(parts: ModelParts) -> list[tuple[type, tuple[Any, ...]]]:
+    """Every layer but the word embedding and the output head, as (class, arguments)."""
+    learned = parts.model.position_embedding_type == "learned_absolute"
+    layers: list[tuple[type, tuple[Any, ...]]] = [(PositionEmbedding, (parts,))] if learned else []
+    layers += [(DecoderLayer, (parts, index)) for index in range(parts.model.num_layers)]
+    return [*layers, (FinalNorm, (parts,))]
+
+
+class SingleStageStudent(nn.Module):
+    """The whole student on each tensor-parallel group: pp = 1, any ZeRO stage."""
+
+    def __init__(self, parts: ModelParts, loss_function: LossFunction) -> None:
+        super().__init__()
+        tied = not parts.model.untie_embeddings_and_output_weights
+        self.embedding = Embedding(parts)
+        self.body = nn.ModuleList([kind(*args) for kind, args in _body(parts)])
+        self.output_layer = OutputLayer(parts, tied=tied)
+        self.tied = tied
+        self.loss_function = loss_function
+        if tied and hasattr(self.embedding.word_embeddings.weight, "ds_id"):
+            deepspeed.zero.register_external_parameter(
+                self.output_layer, self.embedding.word_embeddings.weight
+            )
+
+    def forward(self, tokens_BS: Tensor, targets: Targets) -> Tensor:
+        """Scalar loss of one micro-batch (see `LossFunction`)."""
+        hidden_SBD = self.embedding(tokens_BS)
+        for layer in self.body:
+            hidden_SBD = layer(hidden_SBD)
+        tied_weight = self.embedding.word_embeddings.weight if self.tied else None
+        return self.output_layer(hidden_SBD, targets, self.loss_function, tied_weight)
+
+
+class PipelineStudent(PipelineModule):
+    """The student as DeepSpeed pipeline stages: pp > 1, ZeRO <= 1.
+
+    Args:
+        stage_bounds: over the transformer layers, from `layout.balanced_stages`.
+    """
+
+    def __init__(
+        self,
+        parts: ModelParts,
+        loss_function: LossFunction,
+        layout: Layout,
+        stage_bounds: list[int],
+    ) -> None:
+        self.tied = not parts.model.untie_embeddings_and_output_weights
+        self.student_loss = loss_function
+        body = [LayerSpec(kind, *args) for kind, args in _body(parts)]
+        if self.tied:
+            attribute = ["word_embeddings.weight"]
+            first = TiedLayerSpec("embedding", Embedding, parts, tied_weight_attr=attribute)
+            last = TiedLayerSpec(
+                "embedding", Embedding, parts, forward_fn=_pass_on, tied_weight_attr=attribute
+            )
+        else:
+            first, last = LayerSpec(Embedding, parts), LayerSpec(OutputLayer, parts)
+        # Layers before the first transformer layer: embedding and, if any, the position table.
+        before = len(body) - parts.model.num_layers
+        inner = [bound + before for bound in stage_bounds[1:-1]]
+        self._stage_parts = [0, *inner, len(body) + 2]
+        topology = PipeModelDataParallelTopology(
+            num_pp=layout.pp_size, num_mp=layout.tp_size, num_dp=layout.dp_size
+        )
+        # DeepSpeed prints its partition here; `--dry_run` and the start-up lines show ours.
+        with contextlib.redirect_stdout(io.StringIO()):
+            super().__init__([first, *body, last], topology=topology, loss_fn=self._loss)
+
+    def _partition_layers(self, method: str = "uniform") -> None:
+        """DeepSpeed's hook for the split, replaced: balanced by cost, head included."""
+        self.parts = self._stage_parts
+        self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
+
+    def _loss(self, hidden_SBD: Tensor, targets: tuple[Tensor, ...]) -> Tensor:
+        if self.tied:
+            weight = self.tied_modules["embedding"].word_embeddings.weight
+        else:
+            weight = self.forward_funcs[-1].weight
+        return self.student_loss(hidden_SBD, weight, Targets(*targets))
+
+
+def _pass_on(module: nn.Module, hidden_SBD: Tensor) -> Tensor:
+    """What the tied head does as a pipeline layer; the loss function reads its weight."""
+    return hidden_SBD
+
+
+@contextlib.contextmanager
+def gathered(parameter: nn.Parameter, *, write: bool = False) -> Iterator[None]:
+    """The whole of a tensor-parallel shard that ZeRO 3 may have cut up further."""
+    if not hasattr(parameter, "ds_id"):
+        yield
+        return
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if write else None):
+        yield
+
+
+def initialize_weights(student: nn.Module, parts: ModelParts, seed: int) -> None:
+    """Fill this rank's parameters: the same model from the same seed at every tp, pp and ZeRO stage.
+
+    Mutates: the parameters and their tensor-parallel marks. Raises: RuntimeError for a parameter that the weight table lacks.
+    """
+    table = weight_table(parts.model, parts.vocab_size, parts.max_position_embeddings)
+    for name, parameter in canonical_parameters(student).items():
+        if name not in table:
+            raise RuntimeError(f"parameter {name} is missing from the weight table")
+        # megatron-core sets this mark in the initialisation that ours replaces; by it gradient norms
+        # count a replicated weight once and a sharded one on every rank.
+        parameter.tensor_model_parallel = table[name].sharding != "replicated"  # type: ignore[attr-defined]
+        full = initial_weight(table[name], parts.model, seed)
+        part = shard(full, table[name], parts.tp_rank, parts.tp_size, parts.padded_vocab)
+        with gathered(parameter, write=True), torch.no_grad():
+            parameter.copy_(part)
+
+
+def sum_sequence_parallel_gradients(student: nn.Module, parts: ModelParts) -> None:
+    """Add up, over tp, the gradients of weights that saw only this rank's tokens.
+
+    megatron-core does this once per step; here it happens as each gradient is complete, before
+    DeepSpeed's own hooks see it, because ZeRO 2 and 3 give gradients away immediately.
+
+    Collectives: one all-reduce of D numbers per norm weight and micro-batch over tp.
+    """
+
+    def all_reduce(gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient, group=parts.groups.tp)
+        return gradient
+
+    if parts.sequence_parallel:
+        for parameter in student.parameters():
+            if getattr(parameter, "sequence_parallel", False):
+                parameter.register_hook(all_reduce)
+
+
+def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Optimiser groups: matrices decay, norms and biases do not."""
+    named = canonical_parameters(student)
+    sizes = {name: len(getattr(p, "ds_shape", p.shape)) for name, p in named.items()}
+    groups = [
+        {"params": [p for n, p in named.items() if sizes[n] >= 2], "weight_decay": weight_decay},
+        {"params": [p for n, p in named.items() if sizes[n] < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

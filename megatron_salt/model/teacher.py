@@ -1,0 +1,217 @@
+"""The teacher: a frozen replica on every rank, its work divided, its hidden states collected.
+
+Letters: R rows (sequences) of a data-parallel replica's step, S sequence, E teacher width,
+V vocabulary, W the student's vocabulary columns on this rank.
+
+The teacher never travels as logits: last hidden states go to the last pipeline stage, where its
+output head is sharded in the student's columns.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_salt.checkpoint import CheckpointManifest, read_manifest, read_weights, resolve
+from megatron_salt.kernels import VocabShard
+from megatron_salt.metrics import Stopwatch
+from megatron_salt.model.layers import (
+    DecoderLayer,
+    Embedding,
+    FinalNorm,
+    ModelParts,
+    PositionEmbedding,
+    canonical_parameters,
+)
+from megatron_salt.model.weights import output_weight_name, shard, weight_table
+from megatron_salt.parallel.groups import Groups, same_error_everywhere
+from megatron_salt.parallel.layout import split_rows, teacher_rows
+
+
+class Teacher:
+    """A frozen language model without gradient, optimiser or wrapper, built from its checkpoint.
+
+    Everything about its shape comes from its own checkpoint; only the sequence length of the
+    student's data is needed, because that is what it reads.
+
+    Args:
+        path: a checkpoint, or a run's output_dir (its newest checkpoint).
+        vocab: the student's vocabulary columns on this rank.
+        head_columns: W, the width of the student's shard with padding.
+        micro_batch_size: rows per forward pass.
+    Raises: ValueError naming the checkpoint and the weight, if anything is missing, of another
+        shape or all zeros; or if the vocabulary or the longest sequence does not fit.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        groups: Groups,
+        *,
+        vocab: VocabShard,
+        head_columns: int,
+        seq_length: int,
+        micro_batch_size: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.groups, self.dtype, self.micro_batch_size = groups, dtype, micro_batch_size
+        with same_error_everywhere("loading the teacher"):
+            self.checkpoint = resolve(path, what="teacher.checkpoint")
+            self.manifest = read_manifest(self.checkpoint)
+            check_teacher_fits(self.checkpoint, self.manifest, vocab.size, seq_length)
+        config = self.manifest.config
+        self.parts = ModelParts(
+            config.model,
+            vocab_size=self.manifest.vocab_size,
+            seq_length=seq_length,
+            groups=groups.teacher,
+            sequence_parallel=False,
+            dtype=dtype,
+        )
+        # A learned position table keeps the size that it was trained with.
+        self.parts.max_position_embeddings = (
+            config.model.max_position_embeddings or config.data.seq_length
+        )
+        self.body = self._build_body()
+        self.head_WE: Tensor | None = None
+        self._load(vocab, head_columns)
+        self._clock = Stopwatch(groups.device)
+
+    def _build_body(self) -> nn.ModuleList:
+        parts = self.parts
+        learned = config_has_learned_positions(self.manifest)
+        layers: list[nn.Module] = [Embedding(parts)]
+        layers += [PositionEmbedding(parts)] if learned else []
+        layers += [DecoderLayer(parts, index) for index in range(parts.model.num_layers)]
+        layers.append(FinalNorm(parts))
+        body = nn.ModuleList(layers).to(self.dtype).to(self.groups.device)
+        return body.requires_grad_(False).eval()
+
+    def _load(self, vocab: VocabShard, head_columns: int) -> None:
+        """Fill the body and the head shard. Rank 0 reads; every weight is broadcast once.
+
+        Collectives: one broadcast per weight over all ranks.
+        """
+        parts = self.parts
+        table = weight_table(parts.model, parts.vocab_size, parts.max_position_embeddings)
+        head_name = output_weight_name(parts.model)
+        parameters = canonical_parameters(self.body)
+        full: dict[str, Tensor] = {}
+        with same_error_everywhere("loading the teacher"):
+            if self.groups.rank == 0:
+                full = read_weights(self.checkpoint, self.manifest)
+                for name, weight in full.items():
+                    if table[name].init != "zeros" and not weight.any():
+                        raise ValueError(
+                            f"teacher {self.checkpoint}: weight {name} is all zeros; this is not a "
+                            "trained model"
+                        )
+                    if not weight.isfinite().all():
+                        raise ValueError(f"teacher {self.checkpoint}: {name} has inf or nan")
+        for name, spec in table.items():
+            weight = torch.empty(spec.shape, dtype=self.dtype, device=self.groups.device)
+            if self.groups.rank == 0:
+                weight.copy_(full.pop(name))
+            dist.broadcast(weight, src=0)
+            if name in parameters:
+                part = shard(weight, spec, 0, 1, parts.padded_vocab)
+                with torch.no_grad():
+                    parameters.pop(name).copy_(part)
+            if name == head_name and self.groups.is_last_stage:
+                self.head_WE = weight.new_zeros((head_columns, spec.shape[1]))
+                self.head_WE[: vocab.num_columns] = weight[vocab.start : vocab.stop]
+        if parameters:
+            raise RuntimeError(f"teacher {self.checkpoint}: no weight for {sorted(parameters)}")
+
+    @torch.no_grad()
+    def hidden_states(self, tokens_RS: Tensor) -> Tensor | None:
+        """Last hidden states of all R rows on the last stage's ranks, [R, S, E]; None elsewhere.
+
+        Each of the tp * pp ranks of this replica runs its share of the rows, `micro_batch_size` at
+        a time.
+        Collectives: a gather of R/(tp pp) rows over pp, an all-gather over tp on the last stage.
+        Memory: R S E elements, and as much again while gathering.
+        """
+        self._clock.start()
+        layout, (num_rows, seq_length) = self.groups.layout, tokens_RS.shape
+        start, stop = teacher_rows(num_rows, layout, self.groups.tp_rank, self.groups.pp_rank)
+        longest = split_rows(num_rows, layout.tp_size * layout.pp_size)[0][1]
+        width = self.parts.model.hidden_size
+        mine_RSE = torch.zeros(
+            (longest, seq_length, width), dtype=self.dtype, device=tokens_RS.device
+        )
+        for row in range(start, stop, self.micro_batch_size):
+            end = min(row + self.micro_batch_size, stop)
+            mine_RSE[row - start : end - start] = self._forward(tokens_RS[row:end])
+        self._clock.stop()
+        return self._collect(mine_RSE, num_rows)
+
+    def _forward(self, tokens_BS: Tensor) -> Tensor:
+        hidden = tokens_BS
+        for layer in self.body:
+            hidden = layer(hidden)
+        return hidden.transpose(0, 1)
+
+    def _collect(self, mine_RSE: Tensor, num_rows: int) -> Tensor | None:
+        """Bring all parts to the last stage, in row order and without the filling rows."""
+        groups, layout = self.groups, self.groups.layout
+        stages = [mine_RSE]
+        if layout.pp_size > 1:
+            last = layout.rank(groups.tp_rank, groups.dp_rank, layout.pp_size - 1)
+            receives = groups.is_last_stage
+            stages = [torch.empty_like(mine_RSE) for _ in range(layout.pp_size)] if receives else []
+            dist.gather(mine_RSE, stages if receives else None, dst=last, group=groups.pp)
+        if not groups.is_last_stage:
+            return None
+        column = torch.stack(stages)  # [pp, longest, S, E] of this tensor-parallel rank
+        columns = [column]
+        if layout.tp_size > 1:
+            columns = [torch.empty_like(column) for _ in range(layout.tp_size)]
+            dist.all_gather(columns, column, group=groups.tp)
+        parts = split_rows(num_rows, layout.tp_size * layout.pp_size)
+        ordered = [
+            columns[index % layout.tp_size][index // layout.tp_size, : stop - start]
+            for index, (start, stop) in enumerate(parts)
+        ]
+        return torch.cat(ordered)
+
+    def forward_time_s(self) -> float:
+        """Seconds of this rank's last forward passes, without the collection. Waits for them."""
+        return self._clock.seconds()
+
+    def num_bytes(self) -> int:
+        """Bytes of the teacher's weights on this rank, head shard included."""
+        tensors = [*self.body.parameters(), *([] if self.head_WE is None else [self.head_WE])]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def release(self) -> None:
+        """Let go of every tensor; the object is of no use afterwards."""
+        self.body = nn.ModuleList()
+        self.head_WE = None
+        self.parts.rotary = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def config_has_learned_positions(manifest: CheckpointManifest) -> bool:
+    return manifest.config.model.position_embedding_type == "learned_absolute"
+
+
+def check_teacher_fits(
+    path: Path, manifest: CheckpointManifest, vocab_size: int, seq_length: int
+) -> None:
+    """Raise ValueError if the teacher's vocabulary or position table cannot serve the student."""
+    if manifest.vocab_size != vocab_size:
+        raise ValueError(
+            f"teacher {path} has a vocabulary of {manifest.vocab_size} tokens, the student's "
+            f"tokenizer {vocab_size}: they must be the same tokenizer"
+        )
+    longest = manifest.config.model.max_position_embeddings or manifest.config.data.seq_length
+    if config_has_learned_positions(manifest) and longest < seq_length:
+        raise ValueError(
+            f"teacher {path} has learned positions up to {longest}, data.seq_length is "
+            f"{seq_length}: shorten the sequences or use another teacher"
+        )

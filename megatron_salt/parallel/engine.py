@@ -1,0 +1,297 @@
+"""The student in its DeepSpeed engine: one step, one evaluation, whatever the number of stages.
+
+pp > 1 runs on DeepSpeed's `PipelineEngine`, pp = 1 on `DeepSpeedEngine`; this class is what makes
+the rest of the code not care. Letters: B micro-batch, S sequence, R rows of a step, M micro-batches.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import logger as deepspeed_logger
+from torch import Tensor
+
+from megatron_salt.checkpoint import write_weights
+from megatron_salt.config import RunConfig
+from megatron_salt.data.dataset import Batch
+from megatron_salt.deepspeed_config import DeepSpeedSettings, engine_config
+from megatron_salt.model.layers import ModelParts, canonical_parameters
+from megatron_salt.model.loss import LossFunction, LossSums, Targets
+from megatron_salt.model.student import (
+    PipelineStudent,
+    SingleStageStudent,
+    gathered,
+    initialize_weights,
+    parameter_groups,
+    sum_sequence_parallel_gradients,
+)
+from megatron_salt.parallel.groups import Groups
+from megatron_salt.parallel.layout import balanced_stages, layer_costs
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MicroBatch = tuple[Tensor, Targets]
+
+
+class ModelParallelUnit:
+    """What DeepSpeed asks of an `mpu` when pp = 1: the tensor- and data-parallel groups."""
+
+    def __init__(self, groups: Groups) -> None:
+        self._groups = groups
+
+    def get_model_parallel_rank(self) -> int:
+        return self._groups.tp_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._groups.layout.tp_size
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._groups.tp
+
+    def get_data_parallel_rank(self) -> int:
+        return self._groups.dp_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._groups.layout.dp_size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._groups.dp
+
+
+class StudentEngine:
+    """Owns the student, its optimiser and its loss function on this rank."""
+
+    def __init__(
+        self, config: RunConfig, settings: DeepSpeedSettings, groups: Groups, *, vocab_size: int
+    ) -> None:
+        if not logging.getLogger().isEnabledFor(logging.DEBUG):
+            deepspeed_logger.setLevel(logging.WARNING)
+        self.groups, self.settings = groups, settings
+        parallel = config.parallel
+        self.parts = ModelParts(
+            config.model,
+            vocab_size=vocab_size,
+            seq_length=config.data.seq_length,
+            groups=groups.student,
+            sequence_parallel=parallel.sequence_parallel,
+            dtype=DTYPES[settings.precision],
+            recompute=parallel.recompute_granularity == "full",
+        )
+        self.loss_function = LossFunction(
+            vocab=self.parts.vocab,
+            salt=config.salt,
+            tp_group=groups.tp,
+            sequence_parallel=parallel.sequence_parallel,
+            device=groups.device,
+        )
+        costs = layer_costs(config.model, vocab_size, config.data.seq_length)
+        self.stage_bounds = balanced_stages(costs, groups.layout.pp_size)
+        values = engine_config(settings, parallel)
+        module = self._build_module(values)
+        initialize_weights(module, self.parts, config.train.seed)
+        sum_sequence_parallel_gradients(module, self.parts)
+        weight_decay = values["optimizer"].get("params", {}).get("weight_decay", 0.0)
+        self.engine: Any = deepspeed.initialize(
+            model=module,
+            model_parameters=parameter_groups(module, weight_decay),
+            config=values,
+            mpu=None if self.is_pipeline else ModelParallelUnit(groups),
+            dist_init_required=False,
+        )[0]
+        self.engine.clip_fp32_gradients = self._clip_fp32_gradients
+
+    @property
+    def is_pipeline(self) -> bool:
+        return self.groups.layout.pp_size > 1
+
+    @property
+    def module(self) -> torch.nn.Module:
+        return self.engine.module
+
+    def _build_module(self, values: dict[str, Any]) -> torch.nn.Module:
+        os.environ.setdefault("LOCAL_RANK", "0")
+        if self.is_pipeline:
+            layout, bounds = self.groups.layout, self.stage_bounds
+            return PipelineStudent(self.parts, self.loss_function, layout, bounds)
+        with deepspeed.zero.Init(
+            data_parallel_group=self.groups.dp,
+            config_dict_or_path=values,
+            enabled=self.settings.zero_stage == 3,
+            mpu=ModelParallelUnit(self.groups),
+        ):
+            return SingleStageStudent(self.parts, self.loss_function).to(self.groups.device)
+
+    def micro_batches(
+        self, batch: Batch, kd_weight: float, teacher_hidden_RSE: Tensor | None
+    ) -> list[MicroBatch]:
+        """Cut this rank's rows of a step into M micro-batches with the weights of their tokens.
+
+        The loss is a sum over tokens divided once by the number N of counted tokens of the whole
+        step, over all micro-batches and data-parallel ranks, for CE and KL alike. DeepSpeed divides
+        by M and averages over ranks, so the weights carry M * dp. An empty step has weights of 0.
+
+        Collectives: one all-reduce of one number over dp.
+        """
+        dp_size, num_micro = self.groups.layout.dp_size, self.settings.num_micro_batches
+        num_counted = batch.mask_RS.sum()
+        dist.all_reduce(num_counted, group=self.groups.dp)
+        scale = dp_size * num_micro / num_counted.clamp(min=1.0)
+        ce_weight_RS = batch.mask_RS * ((1.0 - kd_weight) * scale)
+        kd_weight_RS = batch.mask_RS * (kd_weight * scale)
+        size = self.settings.micro_batch_size
+        result = []
+        for start in range(0, size * num_micro, size):
+            rows = slice(start, start + size)
+            hidden = None if teacher_hidden_RSE is None else teacher_hidden_RSE[rows]
+            targets = Targets(
+                batch.labels_RS[rows], batch.mask_RS[rows], ce_weight_RS[rows], kd_weight_RS[rows],
+                hidden,
+            )  # fmt: skip
+            result.append((batch.tokens_RS[rows], targets))
+        return result
+
+    def scoring_batch(self, batch: Batch, teacher_hidden_BSE: Tensor | None) -> MicroBatch:
+        """A micro-batch to be evaluated: every counted token weighs 1 in the CE."""
+        nothing = torch.zeros_like(batch.mask_RS)
+        targets = Targets(
+            batch.labels_RS, batch.mask_RS, batch.mask_RS, nothing, teacher_hidden_BSE
+        )
+        return batch.tokens_RS, targets
+
+    def train_step(self, micro_batches: Sequence[MicroBatch], learning_rate: float) -> None:
+        """Forward, backward and optimiser step over M micro-batches.
+
+        Mutates: weights, optimiser state, the loss function's sums.
+        """
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.is_pipeline:
+            self.engine.train_batch(data_iter=iter(_pipeline_form(micro_batches)))
+            return
+        self.engine.train()
+        for tokens_BS, targets in micro_batches:
+            loss = self.engine(tokens_BS, targets)
+            self.engine.backward(loss)
+            self.engine.step()
+
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> LossSums:
+        """Score micro-batches without gradients; sums over all ranks."""
+        self.loss_function.evaluating = True
+        held_back = self.loss_function.take_sums()
+        try:
+            if self.is_pipeline:
+                self.engine.eval_batch(
+                    iter(_pipeline_form(micro_batches)),
+                    bcast_loss=False,
+                    num_micro_batches=len(micro_batches),
+                )
+            else:
+                self.engine.eval()
+                with torch.no_grad():
+                    for tokens_BS, targets in micro_batches:
+                        self.engine(tokens_BS, targets)
+            sums = self.reduce_sums()
+        finally:
+            self.loss_function.evaluating = False
+        self.loss_function.add_sums(held_back)
+        return sums
+
+    def reduce_sums(self) -> LossSums:
+        """Take the loss function's sums, added over dp, known on every rank.
+
+        Collectives: one all-reduce of 6 numbers over all ranks. Host sync: one.
+        """
+        sums = self.loss_function.take_sums()
+        # Only the last stage has seen losses, and its tp ranks hold the same numbers.
+        if self.groups.tp_rank != 0:
+            sums.zero_()
+        dist.all_reduce(sums)
+        loss, ce, kl, tokens, correct, teacher_ce = sums.tolist()
+        return LossSums(
+            # The weights carried M * dp to undo DeepSpeed's means.
+            loss=loss / (self.groups.layout.dp_size * self.settings.num_micro_batches),
+            ce_nats=ce,
+            kl_nats=kl,
+            tokens=tokens,
+            correct=correct,
+            teacher_ce_nats=teacher_ce,
+        )
+
+    def save(self, directory: Path) -> None:
+        """Write DeepSpeed's state and this rank's part of the weights into an existing directory.
+
+        Collectives: DeepSpeed's, over all ranks.
+        """
+        self.engine.save_checkpoint(str(directory), tag="deepspeed", save_latest=False)
+        own = {
+            name: parameter
+            for name, parameter in canonical_parameters(self.module).items()
+            # A tied embedding lives on the first and the last stage; the first one writes it.
+            if not getattr(parameter, "ds_pipe_replicated", False)
+        }
+        weights = {}
+        for name, parameter in own.items():
+            with gathered(parameter):  # a collective over dp under ZeRO 3: on every rank
+                if self.groups.dp_rank == 0:
+                    weights[name] = parameter.detach().clone().cpu().contiguous()
+        if self.groups.dp_rank == 0:
+            write_weights(directory, self.groups.pp_rank, self.groups.tp_rank, weights)
+
+    def load(self, checkpoint: Path) -> None:
+        """Restore weights, optimiser and loss scale from a checkpoint of the same layout.
+
+        Raises: RuntimeError if DeepSpeed does not find its files.
+        """
+        loaded, _ = self.engine.load_checkpoint(str(checkpoint), tag="deepspeed")
+        if loaded is None:
+            raise RuntimeError(f"{checkpoint}/deepspeed: DeepSpeed could not load its state")
+
+    def drop_buffers(self) -> None:
+        """Let go of the last step's inputs, labels and teacher states in the pipeline's buffers."""
+        if self.is_pipeline:
+            for slots in self.engine.pipe_buffers.values():
+                slots[:] = [None] * len(slots)
+
+    def grad_norm(self) -> float | None:
+        """Norm of the last step's gradient before clipping, as DeepSpeed or the fp32 clip saw it."""
+        norm = self.engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def _clip_fp32_gradients(self) -> None:
+        """Clip in fp32 without ZeRO, by the norm of the whole model's gradient, each weight once.
+
+        Replaces DeepSpeed's own, which counts a tied embedding on both of its stages and keeps the
+        norm to itself.
+        """
+        squares = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        gradients = []
+        for parameter in self.module.parameters():
+            if parameter.grad is None:
+                continue
+            gradients.append(parameter.grad)
+            sharded = getattr(parameter, "tensor_model_parallel", False)
+            replica = getattr(parameter, "ds_pipe_replicated", False)
+            if (sharded or self.groups.tp_rank == 0) and not replica:
+                squares += parameter.grad.double().pow(2).sum()
+        dist.all_reduce(squares, group=self.groups.tp)
+        dist.all_reduce(squares, group=self.groups.pp)
+        norm = math.sqrt(squares.item())
+        self.engine._global_grad_norm = norm
+        limit = self.engine.gradient_clipping()
+        if norm + 1e-6 > limit:  # DeepSpeed's ZeRO clips with this epsilon; be the same
+            torch._foreach_mul_(gradients, limit / (norm + 1e-6))
+
+
+def _pipeline_form(micro_batches: Sequence[MicroBatch]) -> list[tuple[Tensor, tuple[Tensor, ...]]]:
+    """DeepSpeed's pipeline takes (inputs, labels) with labels a plain tuple of tensors."""
+    return [
+        (tokens, tuple(field for field in targets if field is not None))
+        for tokens, targets in micro_batches
+    ]

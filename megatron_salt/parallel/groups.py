@@ -1,0 +1,146 @@
+"""Start of torch.distributed and the process groups, as one frozen value that is passed around."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed import ProcessGroup
+
+from megatron_salt.parallel.layout import Layout, layout_for_world
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """This rank's place: its layout coordinates, its process groups, its device."""
+
+    layout: Layout
+    rank: int
+    tp_rank: int
+    dp_rank: int
+    pp_rank: int
+    tp: ProcessGroup
+    dp: ProcessGroup
+    pp: ProcessGroup
+    alone: ProcessGroup
+    """This rank only: the teacher's tensor-parallel group."""
+    device: torch.device
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.layout.pp_size - 1
+
+    @property
+    def student(self) -> ProcessGroupCollection:
+        """Groups of the student's layers in megatron-core's form (no context parallelism)."""
+        return ProcessGroupCollection(tp=self.tp, cp=self.alone, pp=self.alone)
+
+    @property
+    def teacher(self) -> ProcessGroupCollection:
+        return ProcessGroupCollection(tp=self.alone, cp=self.alone, pp=self.alone)
+
+
+def _fill_environment() -> None:
+    """Set RANK, WORLD_SIZE, … from SLURM where `srun` started the ranks; one rank if nobody did."""
+    env = os.environ
+    if "RANK" in env:
+        env.setdefault("LOCAL_RANK", "0")
+        return
+    if "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
+        env.update(
+            RANK=env["SLURM_PROCID"],
+            WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"],
+            LOCAL_RANK=env["SLURM_LOCALID"],
+        )
+        if "MASTER_ADDR" not in env:
+            names = ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]]
+            env["MASTER_ADDR"] = subprocess.check_output(names, text=True).split()[0]
+        # Jobs that share a node must not share a port; below 32768 nothing is handed out.
+        env.setdefault("MASTER_PORT", str(15000 + int(env["SLURM_JOB_ID"]) % 15000))
+        return
+    env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    env.setdefault("MASTER_ADDR", "localhost")
+    env.setdefault("MASTER_PORT", "29500")
+
+
+def planned_world_size() -> int | None:
+    """World size that the launcher set, before anything is started; None outside a launcher."""
+    value = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS")
+    return int(value) if value else None
+
+
+def initialize(tp_size: int, pp_size: int, timeout_minutes: float) -> Groups:
+    """Join the world (torchrun, deepspeed, srun or a single process) and build all groups.
+
+    Raises: ValueError if the world size does not fit the parallel sizes.
+    """
+    _fill_environment()
+    layout = layout_for_world(int(os.environ["WORLD_SIZE"]), tp_size, pp_size)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    timeout = timedelta(minutes=timeout_minutes)
+    if not dist.is_initialized():
+        import deepspeed  # takes seconds to import; a wrong world size should not wait for it
+
+        backend = "nccl" if cuda else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tp_size,
+            pipeline_model_parallel_size=pp_size,
+            distributed_timeout_minutes=max(1, round(timeout_minutes)),
+        )
+    rank = dist.get_rank()
+    alone = dist.new_group([rank], use_local_synchronization=True, timeout=timeout)
+    tp_rank, dp_rank, pp_rank = layout.coordinates(rank)
+    return Groups(
+        layout=layout,
+        rank=rank,
+        tp_rank=tp_rank,
+        dp_rank=dp_rank,
+        pp_rank=pp_rank,
+        tp=parallel_state.get_tensor_model_parallel_group(),
+        dp=parallel_state.get_data_parallel_group(),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
+        alone=alone,
+        device=device,
+    )
+
+
+@contextlib.contextmanager
+def same_error_everywhere(what: str) -> Iterator[None]:
+    """Run a block that may fail on some ranks only, and raise on all of them if any did.
+
+    Without this the ranks that succeeded wait in their next collective until it times out, and the
+    reason is lost in the noise. The block itself must not contain collectives.
+
+    Collectives: one all-gather of a short string over all ranks, at the end.
+    Raises: the rank's own exception where it failed; RuntimeError naming the first failing rank and
+        its message elsewhere.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # re-raised below, after the other ranks know
+        failure = error
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise RuntimeError(f"{what} failed on rank {rank}: {message}")

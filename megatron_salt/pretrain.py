@@ -1,0 +1,35 @@
+"""Entry point of training: `torchrun … -m megatron_salt.pretrain --config run.yaml
+--deepspeed_config ds.json [--section.field value …]`, also under `deepspeed` and `srun`.
+
+Without a teacher this is plain pre-training, which is how the small language model is made.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from megatron_salt.config import parse_command_line
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, then train or describe. Bad settings and bad files end with one line and status 2."""
+    command = parse_command_line(argv, prog="python -m megatron_salt.pretrain")
+    # torch, megatron-core and deepspeed take seconds to import: after the settings are known good.
+    try:
+        if command.dry_run:
+            from megatron_salt.dry_run import describe
+
+            print(describe(command.config, command.deepspeed_config))
+            return
+        from megatron_salt.trainer import prepare, train
+
+        run = prepare(command.config, command.deepspeed_config)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"pretrain: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    train(run)
+
+
+if __name__ == "__main__":
+    main()

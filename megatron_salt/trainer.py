@@ -1,0 +1,408 @@
+"""The run: builds every object in sight, then the loop over steps.
+
+Read `Run.step` to follow one training step; docs/architecture.md walks through it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_salt import checkpoint as ckpt
+from megatron_salt.config import RunConfig, write_config
+from megatron_salt.data.dataset import Batch, DataSource, find_tokenizer, verify_all
+from megatron_salt.data.order import rows_of_rank
+from megatron_salt.data.tokenizer import check_same_tokens, load_tokenizer
+from megatron_salt.deepspeed_config import (
+    DeepSpeedSettings,
+    check_against_run,
+    load_deepspeed_config,
+)
+from megatron_salt.metrics import MetricsLog, Stopwatch, allocated_bytes, console_line
+from megatron_salt.model.loss import LossSums
+from megatron_salt.model.teacher import Teacher
+from megatron_salt.parallel.engine import DTYPES, StudentEngine
+from megatron_salt.parallel.groups import Groups, initialize, same_error_everywhere
+from megatron_salt.salt import kd_weight, learning_rate, phase
+
+
+def prepare(config: RunConfig, deepspeed_config: str) -> Run:
+    """Join the ranks, check everything there is to check, and build the run up to its first step.
+
+    Raises: ValueError or FileNotFoundError naming the setting or file that is wrong.
+    """
+    parallel = config.parallel
+    groups = initialize(
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.timeout_minutes,
+    )
+    settings = load_deepspeed_config(deepspeed_config, groups.layout.dp_size)
+    check_against_run(settings, config)
+    return Run(config, settings, groups)
+
+
+def train(run: Run) -> None:
+    """Train from the checkpoint that train.resume names, or from the start, to train.steps."""
+    for step in range(run.first_step, run.config.train.steps):
+        run.step(step)
+    run.finish()
+
+
+class Run:
+    """The objects of a run on this rank and what happens between two steps."""
+
+    def __init__(self, config: RunConfig, settings: DeepSpeedSettings, groups: Groups) -> None:
+        self.config, self.settings, self.groups = config, settings, groups
+        self.output_dir = Path(config.train.output_dir)
+        with same_error_everywhere("checking data and checkpoint"):
+            self.tokenizer = find_tokenizer(config.data)
+            verify_all(config.data, self.tokenizer)
+            resume_from, warnings = ckpt.find_resume(str(self.output_dir), config.train.resume)
+            resumed = ckpt.read_manifest(resume_from) if resume_from else None
+            self._check_start(resumed)
+        for warning in warnings:
+            self.say(f"WARNING {warning}")
+        self.first_step = resumed.step if resumed else 0
+        self.tokens = resumed.tokens if resumed else 0
+        self.evaluation = resumed.evaluation if resumed else None
+        self.data = DataSource(
+            config.data,
+            self.tokenizer,
+            num_samples=config.train.steps * settings.global_batch_size,
+            seed=config.train.seed,
+            cache_path=Path(config.data.cache_path or self.output_dir / "index_cache"),
+        )
+        if resumed and resumed.data != self.data.fingerprints():
+            raise ValueError(
+                f"{resume_from}: was trained on other data than data.train_data_path now names; "
+                "a resumed run must read the same files (or start anew in another output_dir)"
+            )
+        self.student = StudentEngine(config, settings, groups, vocab_size=self.tokenizer.vocab_size)
+        if resume_from:
+            self.student.load(resume_from)
+            self.say(f"resumed from {resume_from} at step {self.first_step}")
+        self.log: MetricsLog | None = None
+        if groups.rank == 0:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            write_config(config, self.output_dir / "config.json")
+            shutil.copyfile(settings.path, self.output_dir / "deepspeed.json")
+            self.log = MetricsLog(
+                self.output_dir,
+                resumed_step=self.first_step,
+                tensorboard=config.train.tensorboard,
+            )
+        self.teacher: Teacher | None = None
+        self.teacher_valid_ce: float | None = None
+        if phase(config.salt, self.first_step) == "kd":
+            self._bring_teacher()
+        self.batches = self._prefetch()
+        self.clock = Stopwatch(groups.device)
+        self.started = time.perf_counter()
+        self.evaluation_s = 0.0
+
+    def say(self, text: str) -> None:
+        if self.groups.rank == 0:
+            print(text, file=sys.stderr, flush=True)
+
+    def _check_start(self, resumed: ckpt.CheckpointManifest | None) -> None:
+        """Raise ValueError where starting would lose data or a resume would not continue exactly."""
+        train, layout = self.config.train, self.groups.layout
+        if resumed is None:
+            if ckpt.list_checkpoints(self.output_dir):
+                raise ValueError(
+                    f"train.output_dir = {self.output_dir} already has checkpoints and train.resume "
+                    f"= {train.resume}: choose another output_dir, or train.resume auto"
+                )
+            return
+        saved = (resumed.tp_size, resumed.pp_size, resumed.dp_size, resumed.zero_stage)
+        now = (layout.tp_size, layout.pp_size, layout.dp_size, self.settings.zero_stage)
+        if saved != now:
+            raise ValueError(
+                f"the checkpoint was saved with (tp, pp, dp, ZeRO stage) = {saved}, this run has "
+                f"{now}: resume with the same layout"
+            )
+        if resumed.tokenizer_fingerprint != self.tokenizer.fingerprint:
+            raise ValueError(
+                "the checkpoint was trained with another tokenizer than data.tokenizer"
+            )
+        if resumed.config.model != self.config.model or (
+            resumed.config.data.seq_length != self.config.data.seq_length
+        ):
+            raise ValueError(
+                "the checkpoint's model or sequence length differs from this run's; the "
+                f"checkpoint's model is {resumed.config.model}"
+            )
+        rows = resumed.step * self.settings.global_batch_size
+        if resumed.data_rows != rows:
+            raise ValueError(
+                f"the checkpoint has read {resumed.data_rows} sequences in {resumed.step} steps; "
+                f"with train_batch_size = {self.settings.global_batch_size} this run would go on "
+                f"at sequence {rows}: keep the batch size"
+            )
+        if resumed.config.train.seed != train.seed:
+            raise ValueError(
+                f"train.seed = {train.seed}, the checkpoint's is {resumed.config.train.seed}: the "
+                "order of the data would change"
+            )
+
+    def _bring_teacher(self) -> None:
+        """Load the teacher, check its tokenizer and its held-out CE, score the student as it is."""
+        path = self.config.teacher.checkpoint
+        assert path is not None  # check_config
+        settings, parts = self.settings, self.student.parts
+        with same_error_everywhere("checking the teacher's tokenizer"):
+            folder = ckpt.resolve(path, what="teacher.checkpoint")
+            check_same_tokens(
+                f"teacher {folder}",
+                load_tokenizer(folder / "tokenizer"),
+                "the student's data",
+                self.tokenizer,
+            )
+        self.teacher = Teacher(
+            path,
+            self.groups,
+            vocab=parts.vocab,
+            head_columns=parts.padded_vocab // parts.tp_size,
+            seq_length=self.config.data.seq_length,
+            micro_batch_size=settings.micro_batch_size,
+            dtype=DTYPES[settings.precision],
+        )
+        self.student.loss_function.teacher_head_WE = self.teacher.head_WE
+        sums = self._score_held_out(with_teacher=True)
+        self.teacher_valid_ce = sums.teacher_ce_nats / sums.tokens
+        self._compare_with_stored(self.teacher)
+        if self.first_step == 0 and self.log:
+            values = self._evaluation_values(sums)
+            self.log.write({"step": 0, "tokens": 0, **values})
+
+    def _compare_with_stored(self, teacher: Teacher) -> None:
+        """Print the teacher's held-out CE beside the one stored with it; refuse one that moved."""
+        stored, now = teacher.manifest.evaluation, self.teacher_valid_ce
+        line = f"teacher {teacher.checkpoint}: held-out CE {now:.4f} nats/token"
+        if stored is None:
+            self.say(f"{line}; none was stored with it")
+            return
+        same = stored.data == self.data.evaluation_fingerprint(self.config.train.eval_samples)
+        note = "the same text" if same else "other text, so only a rough comparison"
+        self.say(f"{line}; stored when it was saved: {stored.ce_nats:.4f} ({note})")
+        limit = self.config.teacher.max_valid_ce_gap_nats
+        if same and not abs(now - stored.ce_nats) <= limit:
+            raise ValueError(
+                f"{line}, but {stored.ce_nats:.4f} was stored with it for the same text, more than "
+                f"teacher.max_valid_ce_gap_nats = {limit} away: its weights did not load as saved"
+            )
+
+    def _prefetch(self) -> Iterator[Batch]:
+        """This rank's rows of each step, read one step ahead by a thread."""
+        settings, groups = self.settings, self.groups
+
+        def read(step: int) -> Batch:
+            rows = rows_of_rank(
+                step, settings.global_batch_size, groups.dp_rank, groups.layout.dp_size
+            )
+            return self.data.read(rows)
+
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            pending = reader.submit(read, self.first_step)
+            for step in range(self.first_step, self.config.train.steps):
+                batch = pending.result()
+                if step + 1 < self.config.train.steps:
+                    pending = reader.submit(read, step + 1)
+                yield batch
+
+    def step(self, step: int) -> None:
+        """One optimiser step (counted from 0), its metrics, and what is due after it."""
+        salt, train = self.config.salt, self.config.train
+        if self.teacher is not None and phase(salt, step) == "lm":
+            self._release_teacher(step)
+        self.clock.start()
+        batch = next(self.batches).to(self.groups.device)
+        weight = kd_weight(salt, step)
+        hidden_RSE = self.teacher.hidden_states(batch.tokens_RS) if self.teacher else None
+        micro_batches = self.student.micro_batches(batch, weight, hidden_RSE)
+        lr = learning_rate(train, self.settings.learning_rate, step)
+        self.student.train_step(micro_batches, lr)
+        del hidden_RSE, micro_batches
+        sums = self.student.reduce_sums()
+        self.clock.stop()
+        done = step + 1
+        record = self._record(done, sums, weight, lr)
+        self.tokens = record["tokens"]
+        last = done == train.steps
+        if last or (train.eval_interval and done % train.eval_interval == 0):
+            record.update(self._evaluate(done))
+        if self.log:
+            self.log.write(record)
+        if done % train.log_interval == 0 or last or done == self.first_step + 1:
+            self._console(record)
+        if last or (train.checkpoint_interval and done % train.checkpoint_interval == 0):
+            self.save(done)
+
+    def _record(self, done: int, sums: LossSums, weight: float, lr: float) -> dict[str, Any]:
+        teaching = self.teacher is not None
+        count = max(sums.tokens, 1.0)
+        seconds = self.clock.seconds()
+        return {
+            "step": done,
+            "phase": phase(self.config.salt, done - 1),
+            "ce_nats": sums.ce_nats / count,
+            "kl_nats": sums.kl_nats / count if teaching else None,
+            "kd_weight": weight,
+            "loss": sums.loss,
+            "lr": lr,
+            "grad_norm": self.student.grad_norm(),
+            "tokens": self.tokens + int(sums.tokens),
+            "step_time_s": seconds,
+            "tokens_per_s": sums.tokens / seconds,
+            "teacher_time_s": self.teacher.forward_time_s() if self.teacher else 0.0,
+        }
+
+    def _score_held_out(self, *, with_teacher: bool) -> LossSums:
+        """Sums over the held-out samples, M micro-batches at a time: the memory of a step."""
+        settings, layout = self.settings, self.groups.layout
+        batches = self.data.evaluation_batches(
+            self.config.train.eval_samples,
+            settings.micro_batch_size,
+            self.groups.dp_rank,
+            layout.dp_size,
+        )
+        total: LossSums | None = None
+        for start in range(0, len(batches), settings.num_micro_batches):
+            chunk = [
+                batch.to(self.groups.device)
+                for batch in batches[start : start + settings.num_micro_batches]
+            ]
+            scored = []
+            for batch in chunk:
+                hidden = None
+                if with_teacher and self.teacher is not None:
+                    hidden = self.teacher.hidden_states(batch.tokens_RS)
+                scored.append(self.student.scoring_batch(batch, hidden))
+            sums = self.student.evaluate(scored)
+            total = sums if total is None else total + sums
+        assert total is not None  # DataSource refuses empty held-out data
+        return total
+
+    def _evaluate(self, done: int) -> dict[str, float]:
+        started = time.perf_counter()
+        sums = self._score_held_out(with_teacher=False)
+        values = self._evaluation_values(sums)
+        self.evaluation = ckpt.Evaluation(
+            step=done,
+            ce_nats=values["valid_ce_nats"],
+            accuracy=values["valid_accuracy"],
+            tokens=int(sums.tokens),
+            data=self.data.evaluation_fingerprint(self.config.train.eval_samples),
+        )
+        self.evaluation_s += time.perf_counter() - started
+        return values
+
+    def _evaluation_values(self, sums: LossSums) -> dict[str, float]:
+        values = {
+            "valid_ce_nats": sums.ce_nats / sums.tokens,
+            "valid_accuracy": sums.correct / sums.tokens,
+            "valid_tokens": sums.tokens,
+        }
+        if self.teacher_valid_ce is not None:
+            # Frozen weights and fixed samples: what was measured at the start stays true.
+            values["teacher_valid_ce_nats"] = self.teacher_valid_ce
+        return values
+
+    def _console(self, record: dict[str, Any]) -> None:
+        done = record["step"] - self.first_step
+        elapsed = time.perf_counter() - self.started
+        left = elapsed / done * (self.config.train.steps - record["step"])
+        memory = self._memory_of_ranks()
+        self.say(f"{console_line(record, self.config.train.steps, left)} | {memory}")
+
+    def _memory_of_ranks(self) -> str:
+        """Collective: every rank's allocated memory, as a short text."""
+        mine = torch.tensor([allocated_bytes(self.groups.device) / 2**30], dtype=torch.float64)
+        mine = mine.to(self.groups.device)
+        every = [torch.zeros_like(mine) for _ in range(self.groups.layout.world_size)]
+        dist.all_gather(every, mine)
+        sizes = [value.item() for value in every]
+        return f"memory {min(sizes):.2f} to {max(sizes):.2f} GiB per rank"
+
+    def _release_teacher(self, step: int) -> None:
+        """The switch: the teacher and its buffers go, everything else stays as it is."""
+        assert self.teacher is not None
+        before, size = self._memory_of_ranks(), self.teacher.num_bytes()
+        self.student.loss_function.teacher_head_WE = None
+        self.student.drop_buffers()
+        self.teacher.release()
+        self.teacher = None
+        self.say(
+            f"step {step}: KD phase over, teacher released ({size / 2**30:.2f} GiB of weights on "
+            f"rank 0); {before} before, {self._memory_of_ranks()} after"
+        )
+
+    def save(self, done: int) -> Path:
+        """Write a checkpoint after `done` steps; see `checkpoint.py` for its form.
+
+        Raises: OSError on the rank that could not write (a full disk, say); the others end with
+            RuntimeError or the launcher ends them. The newest complete checkpoint is untouched.
+        """
+        groups, config, settings = self.groups, self.config, self.settings
+        partial = ckpt.partial_dir(self.output_dir, done)
+        with same_error_everywhere("starting a checkpoint"):
+            if groups.rank == 0:
+                ckpt.start_partial(self.output_dir, done)
+                self.tokenizer.save(partial / "tokenizer")
+                text = json.dumps(dict(settings.values), indent=2)
+                (partial / "deepspeed.json").write_text(text, encoding="utf-8")
+                if self.log:
+                    self.log.sync()
+        self.student.save(partial)
+        dist.barrier()  # every file is there before any is read back
+        records: list[dict[str, Any]] = [{}] * groups.layout.world_size
+        with same_error_everywhere("verifying a checkpoint"):
+            mine = ckpt.hash_share(partial, groups.rank, groups.layout.world_size)
+        dist.all_gather_object(records, mine)
+        with same_error_everywhere("publishing a checkpoint"):
+            if groups.rank == 0:
+                manifest = self._manifest(done, {k: v for part in records for k, v in part.items()})
+                final = ckpt.publish(partial, manifest, self.output_dir)
+                ckpt.remove_old(self.output_dir, config.train.keep_checkpoints)
+                self.say(f"saved {final}")
+        return ckpt.checkpoints_dir(self.output_dir) / ckpt.step_name(done)
+
+    def _manifest(self, done: int, files: dict[str, dict[str, Any]]) -> ckpt.CheckpointManifest:
+        layout = self.groups.layout
+        return ckpt.CheckpointManifest(
+            step=done,
+            phase=phase(self.config.salt, done),
+            tokens=self.tokens,
+            data_rows=done * self.settings.global_batch_size,
+            data=self.data.fingerprints(),
+            config=self.config,
+            vocab_size=self.tokenizer.vocab_size,
+            tokenizer_fingerprint=self.tokenizer.fingerprint,
+            tp_size=layout.tp_size,
+            pp_size=layout.pp_size,
+            dp_size=layout.dp_size,
+            zero_stage=self.settings.zero_stage,
+            evaluation=self.evaluation,
+            versions=ckpt.installed_versions(),
+            files=dict(sorted(files.items())),
+        )
+
+    def finish(self) -> None:
+        """Close the files. A run whose checkpoint is already complete has nothing else to do."""
+        if self.log:
+            self.log.close()
+        if self.evaluation is not None and math.isfinite(self.evaluation.ce_nats):
+            self.say(f"held-out CE after step {self.evaluation.step}: "
+                     f"{self.evaluation.ce_nats:.4f} nats/token")  # fmt: skip
+        dist.barrier()

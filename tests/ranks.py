@@ -1,0 +1,101 @@
+"""Run a function on several ranks: forked processes, gloo on localhost, errors brought back.
+
+Importing torch, megatron-core and deepspeed takes seconds, so ranks are forked from the test process
+that has imported them. The parent keeps to one thread (set before torch starts any), because a
+thread pool does not survive a fork.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed  # noqa: F401  imported here so that ranks need not
+import torch
+from megatron.core import parallel_state  # noqa: F401
+
+torch.set_num_threads(1)
+
+TIMEOUT_S = 240
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _rank_main(
+    rank: int, world_size: int, port: int, pipe: Any, function: Callable[..., Any], args: Any
+) -> None:
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    try:
+        pipe.send((True, function(*args)))
+    except BaseException as error:  # everything must reach the parent, SystemExit too
+        pipe.send((False, (type(error).__name__, str(error), traceback.format_exc())))
+    finally:
+        pipe.close()
+        # Skips atexit handlers and destructors of process groups, which may wait for other ranks.
+        os._exit(0)
+
+
+class RankError(AssertionError):
+    """A rank failed. `kind` and `message` are its exception's."""
+
+    def __init__(self, rank: int, kind: str, message: str, trace: str) -> None:
+        super().__init__(f"rank {rank}: {kind}: {message}\n{trace}")
+        self.rank, self.kind, self.message = rank, kind, message
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """`function(*args)` on every rank; returns their (picklable) results in rank order.
+
+    Raises: RankError for the first rank that failed, TimeoutError after TIMEOUT_S seconds.
+    """
+    context = multiprocessing.get_context("fork")
+    port = free_port()
+    processes, pipes = [], []
+    for rank in range(world_size):
+        mine, theirs = context.Pipe(duplex=False)
+        process = context.Process(
+            target=_rank_main, args=(rank, world_size, port, theirs, function, args)
+        )
+        process.start()
+        theirs.close()
+        processes.append(process)
+        pipes.append(mine)
+    results: list[Any] = [None] * world_size
+    waiting = set(range(world_size))
+    deadline = time.monotonic() + TIMEOUT_S
+    try:
+        while waiting:
+            ready = multiprocessing.connection.wait([pipes[r] for r in waiting], timeout=1.0)
+            for rank in [r for r in waiting if pipes[r] in ready]:
+                waiting.discard(rank)
+                try:
+                    succeeded, value = pipes[rank].recv()
+                except EOFError:
+                    processes[rank].join(5)
+                    code = processes[rank].exitcode
+                    raise RankError(rank, "Died", f"exit code {code}", "") from None
+                if not succeeded:
+                    raise RankError(rank, *value)
+                results[rank] = value
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"ranks {sorted(waiting)} did not finish in {TIMEOUT_S} s")
+    finally:
+        for process in processes:
+            if waiting:
+                process.kill()
+            process.join()
+    return results
