@@ -116,7 +116,7 @@ def preprocess(
     or, when strict, the first bad line; RuntimeError when a worker process dies.
     """
     settings = settings or PreprocessSettings()
-    workers = workers or available_cores()
+    workers = available_cores() if workers is None else workers
     if workers < 1:
         raise ValueError(f"--workers is {workers}, it must be at least 1")
     for path in inputs:

@@ -269,6 +269,8 @@ def test_empty_corpus_is_an_error(
     assert file_names(tmp_path) == {"a.jsonl", "b.jsonl"}
     with pytest.raises(FileNotFoundError, match=r"no input file .*absent.jsonl"):
         preprocess([tmp_path / "absent.jsonl"], tmp_path / "out", hugging_face_path)
+    with pytest.raises(ValueError, match="--workers is 0"):
+        preprocess(paths, tmp_path / "out", hugging_face_path, workers=0)
 
 
 # Runs that end early
