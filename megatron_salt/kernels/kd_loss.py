@@ -1,6 +1,6 @@
 """`kd_loss`: cross-entropy and KL(teacher || student) of one batch of tokens, summed with weights.
 
-Dimension letters: T tokens, W vocabulary columns on this rank (padding included), V real vocabulary.
+Letters: T tokens, W vocabulary columns on this rank (padding included), V real vocabulary.
 """
 
 from __future__ import annotations
@@ -54,9 +54,11 @@ def kd_loss(
         fp64 logits are computed in fp64, for tests.
     Collectives: over tp_group one MAX of 2 and one SUM of 4 floats per token (5 if b != 1; 1 and 2
         without a teacher), none in backward.
-    Memory: reference: a few [T, W] temporaries; saved for backward: both logits, 4 floats a token.
-    Host sync: none on CUDA (labels are checked by a device-side assertion).
-    Raises: ValueError for shapes, dtypes, devices, temperatures or labels that do not fit.
+    Memory: reference: a few [T, W] temporaries; saved for backward: both logits, 4 floats a token
+        (5 if b != 1).
+    Host sync: none on CUDA.
+    Raises: ValueError for shapes, dtypes, devices, temperatures or labels that do not fit, and for
+        a kd_weight other than 0 without a teacher. Labels and weights on CUDA are asserted there.
     Source: METHODS in docs/method.md; SALT, arXiv 2410.18779, eq. for the mix of CE and KL.
     """
     if impl not in ("auto", "reference"):
@@ -69,6 +71,13 @@ def kd_loss(
         )
     ce_weight_T = _as_weight(ce_weight_T, student_logits_TW, "ce_weight_T")
     kd_weight_T = _as_weight(kd_weight_T, student_logits_TW, "kd_weight_T")
+    if teacher_logits_TW is None:
+        # Plain training in place of the distillation that was asked for must not pass in silence.
+        message = "kd_weight_T is not 0 but there are no teacher_logits_TW to learn from"
+        if kd_weight_T.is_cuda:
+            torch._assert_async((kd_weight_T == 0).all(), f"kd_loss: {message}")
+        elif kd_weight_T.any():
+            raise ValueError(message)
     loss, ce_T, kl_T = ReferenceKdLoss.apply(
         student_logits_TW, teacher_logits_TW, labels_T, ce_weight_T, kd_weight_T, vocab,
         float(teacher_temperature), float(student_temperature), tp_group,

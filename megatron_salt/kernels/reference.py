@@ -34,6 +34,17 @@ def _local_max(x_TC: Tensor) -> Tensor:
     return x_TC.amax(dim=1) if x_TC.shape[1] else x_TC.new_full(x_TC.shape[:1], -torch.inf)
 
 
+def _at_label(x_TC: Tensor, local_label_T: Tensor, owned_T: Tensor) -> Tensor:
+    """Each row's value at its label, 0 where another rank has that column. [T]
+
+    By clamped index and not by boolean selection, which would wait for the GPU.
+    """
+    if not x_TC.shape[1]:
+        return x_TC.new_zeros(x_TC.shape[:1])
+    index_T1 = local_label_T.clamp(0, x_TC.shape[1] - 1)[:, None]
+    return torch.where(owned_T, x_TC.gather(1, index_T1).squeeze(1), 0.0)
+
+
 class ReferenceKdLoss(torch.autograd.Function):
     """See `kd_loss` for the contract; differentiable in student_logits_TW only."""
 
@@ -50,50 +61,51 @@ class ReferenceKdLoss(torch.autograd.Function):
         student_temperature: float,
         tp_group: ProcessGroup | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        # Logits are centred on their maximum before anything is added up, in both directions: with
+        # a log-sum-exp of 1e4 in its place fp32 would leave 3 digits of the KL and of p and q.
         a, b = teacher_temperature, student_temperature
         s1_TC = _real_columns(student_logits_TW, vocab, 1.0)
         local_label_T = labels_T - vocab.start
         owned_T = (local_label_T >= 0) & (local_label_T < vocab.num_columns)
-        rows_T = torch.arange(labels_T.shape[0], device=labels_T.device)[owned_T]
-        label_logit_T = s1_TC.new_zeros(labels_T.shape)
-        label_logit_T[owned_T] = s1_TC[rows_T, local_label_T[owned_T]]
 
         if teacher_logits_TW is None:
             max_T = _all_reduce(_local_max(s1_TC), dist.ReduceOp.MAX, tp_group)
-            sum_T = (s1_TC - max_T[:, None]).exp().sum(dim=1)
-            packed = _all_reduce(torch.stack([sum_T, label_logit_T]), dist.ReduceOp.SUM, tp_group)
-            lse_T = max_T + packed[0].log()
-            ce_T = lse_T - packed[1]
+            s1_TC = s1_TC - max_T[:, None]
+            sums = [s1_TC.exp().sum(dim=1), _at_label(s1_TC, local_label_T, owned_T)]
+            sum_T, label_T = _all_reduce(torch.stack(sums), dist.ReduceOp.SUM, tp_group)
+            ce_T = sum_T.log() - label_T
             kl_T = torch.zeros_like(ce_T)
             ctx.save_for_backward(
-                student_logits_TW, None, local_label_T, owned_T, ce_weight_T, kd_weight_T, lse_T
-            )
+                student_logits_TW, None, local_label_T, owned_T, ce_weight_T, kd_weight_T,
+                max_T, sum_T,
+            )  # fmt: skip
         else:
             z_TC = _real_columns(teacher_logits_TW, vocab, a)
             # With b = 1 the student's tempered logits are its logits: one sum serves CE and KL.
             s_TC = s1_TC if b == 1.0 else s1_TC / b
             packed = torch.stack([_local_max(z_TC), _local_max(s_TC)])
             z_max_T, s_max_T = _all_reduce(packed, dist.ReduceOp.MAX, tp_group)
-            p_TC = (z_TC - z_max_T[:, None]).exp()
+            z_TC, s_TC = z_TC - z_max_T[:, None], s_TC - s_max_T[:, None]
+            s1_TC = s_TC if b == 1.0 else s1_TC - s_max_T[:, None] * b
+            p_TC = z_TC.exp()
             # 0 * (-inf) would be nan where the teacher gives a token no probability at all.
             gap_TC = torch.where(p_TC > 0, p_TC * (z_TC - s_TC), 0.0)
             sums = [
                 p_TC.sum(dim=1),
-                (s_TC - s_max_T[:, None]).exp().sum(dim=1),
+                s_TC.exp().sum(dim=1),
                 gap_TC.sum(dim=1),
-                label_logit_T,
+                _at_label(s1_TC, local_label_T, owned_T),
             ]
             if b != 1.0:
-                sums.append((s1_TC - s_max_T[:, None] * b).exp().sum(dim=1))
+                sums.append(s1_TC.exp().sum(dim=1))
             packed = _all_reduce(torch.stack(sums), dist.ReduceOp.SUM, tp_group)
-            z_lse_T = z_max_T + packed[0].log()
-            s_lse_T = s_max_T + packed[1].log()
-            lse_T = s_lse_T if b == 1.0 else s_max_T * b + packed[4].log()
-            kl_T = packed[2] / packed[0] - z_lse_T + s_lse_T
-            ce_T = lse_T - packed[3]
+            z_sum_T, s_sum_T, gap_T, label_T = packed[:4]
+            s1_sum_T = s_sum_T if b == 1.0 else packed[4]
+            kl_T = gap_T / z_sum_T - z_sum_T.log() + s_sum_T.log()
+            ce_T = s1_sum_T.log() - label_T
             ctx.save_for_backward(
                 student_logits_TW, teacher_logits_TW, local_label_T, owned_T, ce_weight_T,
-                kd_weight_T, lse_T, z_lse_T, s_lse_T,
+                kd_weight_T, s_max_T, s1_sum_T, z_max_T, z_sum_T, s_sum_T,
             )  # fmt: skip
         ctx.vocab, ctx.temperatures = vocab, (a, b)
         ctx.mark_non_differentiable(ce_T, kl_T)
@@ -107,20 +119,25 @@ class ReferenceKdLoss(torch.autograd.Function):
         """dL/ds = ce_weight (q1 - onehot) + kd_weight (q - p) / b, on this rank's columns."""
         grad_loss = grad_outputs[0]
         saved = ctx.saved_tensors
-        student_TW, teacher_TW, local_label_T, owned_T, ce_weight_T, kd_weight_T, lse_T = saved[:7]
+        student_TW, teacher_TW, local_label_T, owned_T, ce_weight_T, kd_weight_T = saved[:6]
+        s_max_T, s1_sum_T = saved[6:8]
         vocab, (a, b) = ctx.vocab, ctx.temperatures
         num_columns = vocab.num_columns
         s1_TC = _real_columns(student_TW, vocab, 1.0)
-        q1_TC = (s1_TC - lse_T[:, None]).exp()
-        rows_T = torch.arange(q1_TC.shape[0], device=q1_TC.device)[owned_T]
-        q1_TC[rows_T, local_label_T[owned_T]] -= 1.0
+        # Without a teacher there is no tempered maximum: s_max_T is that of the logits themselves.
+        shift_T = s_max_T if teacher_TW is None else s_max_T * b
+        q1_TC = (s1_TC - shift_T[:, None]).exp() / s1_sum_T[:, None]
+        if num_columns:
+            index_T1 = local_label_T.clamp(0, num_columns - 1)[:, None]
+            q1_TC.scatter_add_(1, index_T1, -owned_T[:, None].to(q1_TC.dtype))
         ce_scale_T1 = (grad_loss * ce_weight_T)[:, None]
         grad_TC = torch.where(ce_scale_T1 != 0, ce_scale_T1 * q1_TC, 0.0)
         if teacher_TW is not None:
-            z_lse_T, s_lse_T = saved[7:]
-            p_TC = (_real_columns(teacher_TW, vocab, a) - z_lse_T[:, None]).exp()
+            z_max_T, z_sum_T, s_sum_T = saved[8:]
+            z_TC = _real_columns(teacher_TW, vocab, a)
+            p_TC = (z_TC - z_max_T[:, None]).exp() / z_sum_T[:, None]
             s_TC = s1_TC if b == 1.0 else s1_TC / b
-            q_TC = (s_TC - s_lse_T[:, None]).exp()
+            q_TC = (s_TC - s_max_T[:, None]).exp() / s_sum_T[:, None]
             kd_scale_T1 = (grad_loss * kd_weight_T / b)[:, None]
             grad_TC += torch.where(kd_scale_T1 != 0, kd_scale_T1 * (q_TC - p_TC), 0.0)
         grad_TW = torch.zeros_like(student_TW)

@@ -1,4 +1,4 @@
-"""Three sizes that must never be confused: the real vocabulary, its padded size, one rank's shard."""
+"""Three sizes never to be confused: the real vocabulary, its padded size, one rank's shard."""
 
 from __future__ import annotations
 
