@@ -70,6 +70,8 @@ class CheckpointManifest:
     dp_size: int
     zero_stage: int
     evaluation: Evaluation | None
+    teacher_valid_ce_nats: float | None
+    """The teacher's CE on the same held-out samples, as measured when it was loaded."""
     versions: dict[str, str]
     files: dict[str, dict[str, Any]]
     """Relative path -> {"bytes": …, "sha256": …} of every file but this one."""

@@ -243,7 +243,9 @@ class _Parser(ArgumentParser):
     """jsonargparse, with the error alone instead of the error after two screens of usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        # Every rank reads the same settings; a thousand copies of the line help nobody.
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            print(f"{self.prog}: error: {message}", file=sys.stderr)
         raise SystemExit(2)
 
 

@@ -10,11 +10,13 @@ import sys
 from collections.abc import Sequence
 
 from megatron_salt.config import parse_command_line
+from megatron_salt.noise import silence_known_warnings
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, then train or describe. Bad settings and bad files end with one line and status 2."""
     command = parse_command_line(argv, prog="python -m megatron_salt.pretrain")
+    silence_known_warnings()
     # torch, megatron-core and deepspeed take seconds to import: after the settings are known good.
     try:
         if command.dry_run:

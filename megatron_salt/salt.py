@@ -47,12 +47,12 @@ def kd_weight(salt: SaltConfig, step: int) -> float:
             return w0 * left
         case "linear_ratio_decay":
             ratio = w0 / (1.0 - w0) * left
-            return ratio / (1.0 + ratio)
+            return min(w0, ratio / (1.0 + ratio))  # rounding may pass w0 by a last bit
         case "knowledge_inheritance":
             return max(w0 - salt.inheritance_slope * step / n, 0.0)
         case "wsd":
             if step < salt.warmup_steps:
-                return w0 * (step + 1) / salt.warmup_steps
+                return w0 * ((step + 1) / salt.warmup_steps)
             return w0 * (1.0 + math.cos(math.pi * (1.0 - left))) / 2.0
     raise ValueError(f"salt.transition = {salt.transition!r} is not known")
 
@@ -68,7 +68,7 @@ def learning_rate(train: TrainConfig, peak: float, step: int) -> float:
     """
     warmup, floor = train.lr_warmup_steps, train.min_lr_ratio * peak
     if step < warmup:
-        return peak * (step + 1) / warmup
+        return peak * ((step + 1) / warmup)
     if train.lr_schedule == "constant":
         return peak
     if train.lr_schedule == "cosine":

@@ -103,7 +103,10 @@ class Run:
                 tensorboard=config.train.tensorboard,
             )
         self.teacher: Teacher | None = None
+        # Known from the checkpoint where the run is resumed after the teacher has gone.
         self.teacher_valid_ce: float | None = None
+        if resumed and config.teacher.checkpoint is not None:
+            self.teacher_valid_ce = resumed.teacher_valid_ce_nats
         if phase(config.salt, self.first_step) == "kd":
             self._bring_teacher()
         self.batches = self._prefetch()
@@ -394,6 +397,7 @@ class Run:
             dp_size=layout.dp_size,
             zero_stage=self.settings.zero_stage,
             evaluation=self.evaluation,
+            teacher_valid_ce_nats=self.teacher_valid_ce,
             versions=ckpt.installed_versions(),
             files=dict(sorted(files.items())),
         )

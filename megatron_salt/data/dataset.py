@@ -132,6 +132,7 @@ class DataSource:
     Args:
         num_samples: rows the run needs in all; decides how many epochs are indexed, not the order.
         cache_path: folder for index files, shared by all ranks; rank 0 writes, the others map.
+        held_out_only: index no training data.
     """
 
     def __init__(
@@ -142,11 +143,18 @@ class DataSource:
         num_samples: int,
         seed: int,
         cache_path: Path,
+        held_out_only: bool = False,
     ) -> None:
         self.data, self.tokenizer, self.seed = data, tokenizer, seed
         self.cache_path = cache_path
         prefixes, weights = parse_blend(data.train_data_path, "data.train_data_path")
         shares = np.asarray(weights) / sum(weights)
+        self.prefixes, self.shares = prefixes, shares.tolist()
+        self.valid = self._held_out(prefixes)
+        self.parts: list[EpochedDataset] = []
+        self.train: Any = None
+        if held_out_only:
+            return
         # Greedy blending never strays from the share by more than one sample per dataset.
         needed = [int(np.ceil(share * num_samples)) + len(prefixes) for share in shares]
         if len(prefixes) == 1:
@@ -154,21 +162,19 @@ class DataSource:
         self.parts = [
             self._epochs(prefix, count) for prefix, count in zip(prefixes, needed, strict=True)
         ]
-        self.prefixes, self.shares = prefixes, shares.tolist()
-        self.train: Any = self.parts[0]
+        self.train = self.parts[0]
         if len(prefixes) > 1:
             config = self._config(prefixes[0], seed, held_out=False)
+            config.path_to_cache = str(self.cache_path / "blend")
             self.train = BlendedDataset(self.parts, list(self.shares), num_samples, config)
             _barrier()  # rank 0 wrote the blend's index; the others read it
-        self.valid = self._held_out(prefixes)
 
     def _config(self, prefix: str, seed: int, *, held_out: bool) -> GPTDatasetConfig:
-        split = "0,1,0" if held_out and self.data.valid_data_path else self._split()
-        return GPTDatasetConfig(
+        config = GPTDatasetConfig(
             random_seed=seed,
             sequence_length=self.data.seq_length,
             blend=([prefix], None),
-            split=split,
+            split=self._split(held_out),
             # megatron-core's cache key holds the path but not the content: new data under an old
             # name must not meet the old index.
             path_to_cache=str(self.cache_path / dataset_fingerprint(prefix)),
@@ -178,12 +184,20 @@ class DataSource:
             eod_mask_loss=self.data.eod_mask_loss,
             create_attention_mask=False,
         )
+        wanted = 1 if held_out else 0
+        # The builder would index every part of the split; one is asked for.
+        config.split_matrix = [
+            bounds if part == wanted else None for part, bounds in enumerate(config.split_matrix)
+        ]
+        return config
 
-    def _split(self) -> str:
-        return "1,0,0" if self.data.valid_data_path else f"{self.data.split},0"
+    def _split(self, held_out: bool) -> str:
+        if self.data.valid_data_path:
+            return "0,1,0" if held_out else "1,0,0"
+        return f"{self.data.split},0"
 
     def _build(self, config: GPTDatasetConfig) -> list[GPTDataset | None]:
-        """One epoch of each split; collective (rank 0 writes the index files first)."""
+        """One epoch of the part asked for; collective (rank 0 writes the index files first)."""
         sizes = [None, None, None]
         builder = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config)
         return builder.build()
@@ -254,7 +268,7 @@ class DataSource:
             prefixes = parse_blend(self.data.valid_data_path, "data.valid_data_path")[0]
         parts = [dataset_fingerprint(prefix) for prefix in prefixes]
         total = min(num_samples, self.num_held_out())
-        held_out = [bool(self.data.valid_data_path), self._split(), EVALUATION_SEED]
+        held_out = [bool(self.data.valid_data_path), self._split(True), EVALUATION_SEED]
         text = repr((parts, held_out, self.data.seq_length, self.data.eod_mask_loss, total))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -97,6 +97,9 @@ def initialize(tp_size: int, pp_size: int, timeout_minutes: float) -> Groups:
         import deepspeed  # takes seconds to import; a wrong world size should not wait for it
 
         backend = "nccl" if cuda else "gloo"
+        # DeepSpeed would compile a shared-memory all-reduce for CPU inference here, which nothing
+        # in training calls, and whose build lock hangs every later run if one is killed in it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 from megatron_salt.config import ModelConfig
 
@@ -50,10 +51,10 @@ def layout_for_world(world_size: int, tp_size: int, pp_size: int) -> Layout:
 
 
 def split_rows(num_rows: int, num_parts: int) -> list[tuple[int, int]]:
-    """Cut `[0, num_rows)` into contiguous parts whose sizes differ by at most one, longest first."""
+    """Cut `[0, num_rows)` into contiguous parts, longest first, sizes differing by at most one."""
     size, extra = divmod(num_rows, num_parts)
     bounds = [part * size + min(part, extra) for part in range(num_parts + 1)]
-    return list(zip(bounds, bounds[1:], strict=False))
+    return list(pairwise(bounds))
 
 
 def teacher_rows(num_rows: int, layout: Layout, tp_rank: int, pp_rank: int) -> tuple[int, int]:
@@ -82,11 +83,12 @@ def layer_costs(model: ModelConfig, vocab_size: int, seq_length: int) -> list[fl
 
 
 def balanced_stages(costs: Sequence[float], num_stages: int) -> list[int]:
-    """Stage bounds over transformer layers, minimising the slowest stage's cost.
+    """Stage bounds over transformer layers, minimising the slowest stage's cost, then the next.
 
     `costs` is `layer_costs`: the embedding stays on the first stage, the head on the last, every
-    stage has at least one layer. Among equally good splits later stages get fewer layers, because
-    the last one also computes the loss.
+    stage has at least one layer. Where a heavy head sets the pace the others are still even: the
+    first stage holds the most activations. Among equally good splits later stages get fewer layers,
+    because the last one also computes the loss.
 
     Returns: `num_stages + 1` bounds over the L layers, from 0 to L.
     """
@@ -98,17 +100,18 @@ def balanced_stages(costs: Sequence[float], num_stages: int) -> list[int]:
         prefix.append(prefix[-1] + cost)
 
     @cache
-    def best(stage: int, start: int) -> tuple[float, int]:
-        """Smallest maximum over stages `stage`.. from layer `start`, and where this stage stops."""
+    def best(stage: int, start: int) -> tuple[tuple[float, ...], int]:
+        """Costs of stages `stage`.. from layer `start`, largest first, and where this one stops."""
         extra = costs[0] if stage == 0 else 0.0
         if stage == num_stages - 1:
-            return prefix[-1] - prefix[start] + extra + costs[-1], num_layers
+            return (prefix[-1] - prefix[start] + extra + costs[-1],), num_layers
         choices = []
         for stop in range(start + 1, num_layers - (num_stages - 2 - stage)):
             here = prefix[stop] - prefix[start] + extra
-            choices.append((max(here, best(stage + 1, stop)[0]), -stop))
-        worst, negative_stop = min(choices)
-        return worst, -negative_stop
+            rest = best(stage + 1, stop)[0]
+            choices.append((tuple(sorted((here, *rest), reverse=True)), -stop))
+        largest_first, negative_stop = min(choices)
+        return largest_first, -negative_stop
 
     bounds = [0]
     for stage in range(num_stages):

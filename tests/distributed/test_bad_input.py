@@ -1,0 +1,265 @@
+"""What is wrong is said in one message that names the file or setting, before training starts."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+from ranks import RankError, run_ranks
+from safetensors.torch import load_file, save_file
+from tiny import make_config, make_deepspeed, metrics_of, run_to_end
+
+from megatron_salt.checkpoint import (
+    list_checkpoints,
+    read_manifest,
+    sha256_of,
+    verify_hashes,
+)
+from megatron_salt.data.train_tokenizer import train_tokenizer
+from megatron_salt.trainer import prepare
+
+
+def _prepare(config: Any, deepspeed_config: str) -> None:
+    prepare(config, deepspeed_config)
+
+
+def _train(config: Any, deepspeed_config: str) -> None:
+    run_to_end(config, deepspeed_config)
+
+
+@pytest.fixture
+def fails(tmp_path: Path) -> Callable[..., str]:
+    """Prepare a run that must fail on every rank; returns the message of the first."""
+
+    def attempt(world_size: int, dataset: Path, **settings: Any) -> str:
+        deepspeed = settings.pop("deepspeed", {})
+        config = make_config(dataset, tmp_path / "run", **settings)
+        with pytest.raises(RankError) as caught:
+            run_ranks(world_size, _prepare, config, make_deepspeed(tmp_path, **deepspeed))
+        assert caught.value.kind in ("ValueError", "FileNotFoundError", "RuntimeError")
+        return caught.value.message
+
+    return attempt
+
+
+def copy_dataset(dataset: Path, folder: Path) -> Path:
+    for path in dataset.parent.glob(dataset.name + ".*"):
+        target = folder / path.name
+        shutil.copytree(path, target) if path.is_dir() else shutil.copy(path, target)
+    return folder / dataset.name
+
+
+def copy_checkpoint(teacher: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(list_checkpoints(teacher)[-1], folder / "teacher"))
+
+
+def rewrite_weights(
+    checkpoint: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+) -> None:
+    """Change the weights of a one-rank checkpoint and make its manifest agree again."""
+    file = next((checkpoint / "weights").iterdir())
+    save_file(change(load_file(file)), file)
+    manifest_file = checkpoint / "manifest.json"
+    manifest = json.loads(manifest_file.read_text())
+    manifest["files"][f"weights/{file.name}"] = {
+        "bytes": file.stat().st_size,
+        "sha256": sha256_of(file),
+    }
+    manifest_file.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_missing_and_truncated_data(
+    dataset: Path, tmp_path: Path, fails: Callable[..., str], suffix: str
+) -> None:
+    broken = copy_dataset(dataset, tmp_path)
+    file = Path(f"{broken}{suffix}")
+    file.write_bytes(file.read_bytes()[:-10])
+    message = fails(1, broken)
+    assert f"{broken.name}{suffix}" in message
+    file.unlink()
+    message = fails(1, broken)
+    assert f"{broken.name}{suffix}" in message and "missing" in message
+
+
+def test_other_tokenizer_shows_the_first_differing_tokens(
+    dataset: Path, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    texts = [f"entirely different words, number {n}, said {n * n} times" for n in range(300)]
+    train_tokenizer(texts, tmp_path / "other.model", vocab_size=330)
+    message = fails(1, dataset, data__tokenizer=str(tmp_path / "other.model"))
+    assert "330" in message and "509" in message
+    assert "id " in message or "token" in message
+
+
+def test_no_tokenizer_anywhere(dataset: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
+    bare = copy_dataset(dataset, tmp_path)
+    shutil.rmtree(f"{bare}.tokenizer")
+    assert "data.tokenizer is not set" in fails(1, bare)
+
+
+def test_sequences_longer_than_the_held_out_text(dataset: Path, fails: Callable[..., str]) -> None:
+    message = fails(1, dataset, data__split="999999,1")
+    assert "held-out" in message and "data.split" in message
+
+
+def test_teacher_path(dataset: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
+    message = fails(1, dataset, teacher__checkpoint=str(tmp_path / "nowhere"), salt__kd_steps=2)
+    assert "teacher.checkpoint" in message and "does not exist" in message
+
+
+def test_teacher_of_zeros(
+    dataset: Path, teacher: Path, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    checkpoint = copy_checkpoint(teacher, tmp_path)
+    name = "layers.1.mlp.linear_fc2.weight"
+    rewrite_weights(checkpoint, lambda w: {**w, name: torch.zeros_like(w[name])})
+    message = fails(1, dataset, teacher__checkpoint=str(checkpoint), salt__kd_steps=2)
+    assert name in message and "all zeros" in message
+
+
+def test_teacher_with_a_missing_weight_fails_on_every_rank(
+    dataset: Path, teacher: Path, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    checkpoint = copy_checkpoint(teacher, tmp_path)
+    name = "layers.0.mlp.linear_fc1.weight"
+    rewrite_weights(checkpoint, lambda w: {k: v for k, v in w.items() if k != name})
+    settings = {"teacher__checkpoint": str(checkpoint), "salt__kd_steps": 2}
+    message = fails(2, dataset, parallel__tensor_model_parallel_size=2, **settings)
+    assert name in message
+
+
+def test_teacher_whose_weights_are_not_those_it_was_saved_with(
+    dataset: Path, teacher: Path, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    """All there, no zeros, right shapes, another model: only its held-out CE gives it away."""
+    checkpoint = copy_checkpoint(teacher, tmp_path)
+    rewrite_weights(checkpoint, lambda w: {**w, "output_layer.weight": -w["output_layer.weight"]})
+    message = fails(1, dataset, teacher__checkpoint=str(checkpoint), salt__kd_steps=2)
+    assert "max_valid_ce_gap_nats" in message
+
+
+def test_teacher_of_another_vocabulary(
+    dataset: Path, teacher: Path, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    checkpoint = copy_checkpoint(teacher, tmp_path)
+    texts = [f"entirely different words, number {n}, said {n * n} times" for n in range(300)]
+    train_tokenizer(texts, checkpoint / "tokenizer" / "tokenizer.model", vocab_size=330)
+    manifest_file = checkpoint / "manifest.json"
+    manifest = json.loads(manifest_file.read_text())
+    size = (checkpoint / "tokenizer" / "tokenizer.model").stat().st_size
+    manifest["files"]["tokenizer/tokenizer.model"]["bytes"] = size
+    manifest_file.write_text(json.dumps(manifest))
+    message = fails(1, dataset, teacher__checkpoint=str(checkpoint), salt__kd_steps=2)
+    assert "teacher" in message and "330" in message and "509" in message
+
+
+def test_world_size_that_does_not_fit(dataset: Path, fails: Callable[..., str]) -> None:
+    message = fails(3, dataset, parallel__tensor_model_parallel_size=2)
+    assert "world size 3" in message and "tensor_model_parallel_size = 2" in message
+
+
+def test_batch_that_does_not_divide(dataset: Path, fails: Callable[..., str]) -> None:
+    message = fails(1, dataset, deepspeed={"train_micro_batch_size_per_gpu": 3})
+    assert "train_batch_size = 8" in message and "train_micro_batch_size_per_gpu = 3" in message
+
+
+def test_output_dir_with_checkpoints_is_not_overwritten(
+    dataset: Path, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    config = make_config(dataset, tmp_path / "run", train__steps=1)
+    run_ranks(1, _train, config, make_deepspeed(tmp_path))
+    before = metrics_of(tmp_path / "run")
+    assert "train.resume" in fails(1, dataset, train__resume="none")
+    assert metrics_of(tmp_path / "run") == before
+
+
+def test_resume_at_another_layout_or_batch_or_data(
+    dataset: Path, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    config = make_config(dataset, tmp_path / "run", train__steps=2)
+    run_ranks(1, _train, config, make_deepspeed(tmp_path))
+    assert "same layout" in fails(2, dataset, parallel__tensor_model_parallel_size=2)
+    assert "train_batch_size = 16" in fails(1, dataset, deepspeed={"train_batch_size": 16})
+    assert "train.seed" in fails(1, dataset, train__seed=7)
+    assert "other data" in fails(
+        1, dataset, data__train_data_path=["0.5", str(dataset), "0.5", str(dataset)]
+    )
+
+
+def test_damaged_checkpoint_is_passed_over_or_refused(dataset: Path, tmp_path: Path) -> None:
+    deepspeed_config = make_deepspeed(tmp_path)
+    settings = {"train__checkpoint_interval": 1, "train__steps": 2}
+    config = make_config(dataset, tmp_path / "run", **settings)
+    run_ranks(1, _train, config, deepspeed_config)
+    newest = list_checkpoints(tmp_path / "run")[-1]
+    file = next((newest / "weights").iterdir())
+    file.write_bytes(file.read_bytes()[:-1])
+    named = make_config(dataset, tmp_path / "run", train__resume=str(newest), train__steps=3)
+    with pytest.raises(RankError, match="damaged"):
+        run_ranks(1, _prepare, named, deepspeed_config)
+    auto = make_config(dataset, tmp_path / "run", train__steps=3)
+    run_ranks(1, _train, auto, deepspeed_config)
+    assert [record["step"] for record in metrics_of(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_changed_byte_is_found_by_its_hash(teacher: Path, tmp_path: Path) -> None:
+    checkpoint = copy_checkpoint(teacher, tmp_path)
+    file = next((checkpoint / "weights").iterdir())
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    manifest = read_manifest(checkpoint)  # sizes are as they were
+    with pytest.raises(ValueError, match=file.name):
+        verify_hashes(checkpoint, manifest, [f"weights/{file.name}"])
+
+
+def _train_with_small_files(config: Any, deepspeed_config: str, limit_bytes: int) -> None:
+    """No file can grow beyond the limit: writing fails as it does on a full disk."""
+    run = prepare(config, deepspeed_config)
+    run.step(run.first_step)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+    run.step(run.first_step + 1)
+
+
+@pytest.mark.parametrize("limit_bytes", [60_000, 300_000])  # fails in weights, in DeepSpeed's state
+def test_failed_save_leaves_the_last_checkpoint(
+    dataset: Path, tmp_path: Path, limit_bytes: int
+) -> None:
+    settings = {"train__checkpoint_interval": 1, "train__steps": 2, "train__keep_checkpoints": 1}
+    config = make_config(dataset, tmp_path / "run", **settings)
+    deepspeed_config = make_deepspeed(tmp_path)
+    with pytest.raises(RankError):
+        run_ranks(1, _train_with_small_files, config, deepspeed_config, limit_bytes)
+    left = list_checkpoints(tmp_path / "run")
+    assert [path.name for path in left] == ["step_00000001"]
+    manifest = read_manifest(left[0])
+    verify_hashes(left[0], manifest, list(manifest.files))
+    run_ranks(1, _train, config, deepspeed_config)  # and it resumes
+    assert [record["step"] for record in metrics_of(tmp_path / "run")] == [1, 2]
+
+
+def test_trains_on_a_dataset_of_megatron_core(dataset: Path, tmp_path: Path) -> None:
+    """No manifest and no tokenizer beside it: what Megatron-LM's own preprocessing leaves."""
+    prefix = tmp_path / "foreign_text_document"
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(509))
+    generator = np.random.default_rng(0)
+    for _ in range(40):
+        tokens = torch.from_numpy(generator.integers(3, 509, size=100))
+        builder.add_document(tokens, [100])
+    builder.finalize(f"{prefix}.idx")
+    config = make_config(
+        prefix, tmp_path / "run", train__steps=1, data__tokenizer=f"{dataset}.tokenizer"
+    )
+    run_ranks(1, _train, config, make_deepspeed(tmp_path))
+    assert metrics_of(tmp_path / "run")[0]["tokens"] == 8 * 16

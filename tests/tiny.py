@@ -1,0 +1,156 @@
+"""Runs small enough for a test: a config, a DeepSpeed JSON, and what to look at afterwards."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_salt.config import RunConfig, check_config
+from megatron_salt.model.student import gathered
+from megatron_salt.model.layers import canonical_parameters
+from megatron_salt.model.weights import merge, weight_table
+from megatron_salt.trainer import Run, prepare, train
+
+LLAMA: dict[str, Any] = {
+    "num_layers": 4,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "ffn_hidden_size": 48,
+    "make_vocab_size_divisible_by": 4,
+}
+GPT: dict[str, Any] = {
+    "num_layers": 4,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "ffn_hidden_size": 64,
+    "make_vocab_size_divisible_by": 4,
+    "position_embedding_type": "learned_absolute",
+    "normalization": "LayerNorm",
+    "activation": "gelu",
+    "add_bias_linear": True,
+    "untie_embeddings_and_output_weights": False,
+}
+ADAM = {"type": "AdamW", "params": {"lr": 3e-3, "weight_decay": 0.1, "torch_adam": True}}
+# One step of SGD moves a weight by lr * gradient; so large an lr makes the gradient readable from
+# the difference of two fp32 weights to about 1e-9.
+SGD_LR = 1000.0
+SGD = {"type": "SGD", "params": {"lr": SGD_LR}}
+
+
+def make_config(
+    data_prefix: str | Path, output_dir: str | Path, *, model: dict[str, Any] = LLAMA, **settings: Any
+) -> RunConfig:
+    """A run of 5 steps; `settings` are `section__field=value`."""
+    values: dict[str, Any] = {
+        "model": dict(model),
+        "data": {"train_data_path": [str(data_prefix)], "split": "90,10", "seq_length": 16},
+        "train": {
+            "steps": 5,
+            "output_dir": str(output_dir),
+            "lr_schedule": "constant",
+            "eval_samples": 5,
+            "tensorboard": False,
+            "log_interval": 1000,
+        },
+    }
+    for name, value in settings.items():
+        section, field = name.split("__")
+        values.setdefault(section, {})[field] = value
+    config = RunConfig.from_dict(values, source="test")
+    check_config(config)
+    return config
+
+
+def make_deepspeed(folder: Path, **values: Any) -> str:
+    """A DeepSpeed JSON file of 8 sequences a step; returns its path."""
+    content = {
+        "train_batch_size": 8,
+        "train_micro_batch_size_per_gpu": 2,
+        "optimizer": copy.deepcopy(ADAM),
+        "gradient_clipping": 1.0,
+        **values,
+    }
+    if content["optimizer"]["type"] == "SGD":
+        content.pop("gradient_clipping")
+        content["zero_allow_untested_optimizer"] = True
+    path = folder / f"ds_{abs(hash(json.dumps(content, sort_keys=True)))}.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return str(path)
+
+
+def run_to_end(config: RunConfig, deepspeed_config: str) -> Run:
+    """What `megatron_salt.pretrain` does after parsing; for a rank."""
+    run = prepare(config, deepspeed_config)
+    train(run)
+    return run
+
+
+def run_and_kill(config: RunConfig, deepspeed_config: str, kill_after: int) -> None:
+    """Train until `kill_after` steps are done, then this rank kills itself with SIGKILL."""
+    run = prepare(config, deepspeed_config)
+    for step in range(run.first_step, kill_after):
+        run.step(step)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def metrics_of(output_dir: str | Path) -> list[dict[str, Any]]:
+    text = (Path(output_dir) / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Everything of the metrics that must be reproducible."""
+    timed = ("step_time_s", "tokens_per_s", "teacher_time_s")
+    return [{k: v for k, v in record.items() if k not in timed} for record in records]
+
+
+def local_weights(run: Run) -> dict[str, np.ndarray]:
+    """This rank's tensor-parallel parts of the student's weights, by canonical name."""
+    weights = {}
+    for name, parameter in canonical_parameters(run.student.module).items():
+        with gathered(parameter):
+            weights[name] = parameter.detach().float().cpu().numpy().copy()
+    return weights
+
+
+def whole_weights(
+    per_rank: list[dict[str, np.ndarray]], config: RunConfig, vocab_size: int
+) -> dict[str, np.ndarray]:
+    """Merge `local_weights` of all ranks of the first data-parallel replica.
+
+    Replicas of a weight (over tp, or a tied embedding over stages) must be equal: asserted.
+    """
+    import torch
+
+    tp_size = config.parallel.tensor_model_parallel_size
+    pp_size = config.parallel.pipeline_model_parallel_size
+    dp_size = len(per_rank) // (tp_size * pp_size)
+    table = weight_table(config.model, vocab_size, config.data.seq_length)
+    whole = {}
+    for name, spec in table.items():
+        for stage in range(pp_size):
+            ranks = [(stage * dp_size) * tp_size + tp_rank for tp_rank in range(tp_size)]
+            if name not in per_rank[ranks[0]]:
+                continue
+            parts = [per_rank[rank][name] for rank in ranks]
+            if spec.sharding == "replicated":
+                for part in parts[1:]:
+                    np.testing.assert_array_equal(part, parts[0], err_msg=f"{name} over tp")
+            merged = merge([torch.from_numpy(part) for part in parts], spec).numpy()
+            if name in whole:
+                np.testing.assert_array_equal(merged, whole[name], err_msg=f"{name}, tied")
+            whole[name] = merged
+        for rank, weights in enumerate(per_rank):
+            # Data-parallel replicas hold the same weights.
+            twin = rank // (tp_size * dp_size) * tp_size * dp_size + rank % tp_size
+            if name in weights:
+                np.testing.assert_array_equal(weights[name], per_rank[twin][name], err_msg=name)
+    assert set(whole) == set(table)
+    return whole
