@@ -35,7 +35,7 @@ def evaluation_rows(
 
 
 def epoch_and_offset(row: int, rows_per_epoch: int) -> tuple[int, int]:
-    """Position of an endless order's row: which pass over the data, and which sample of that pass."""
+    """Where a row of an endless order lies: which pass over the data, which sample of the pass."""
     return divmod(row, rows_per_epoch)
 
 

@@ -28,7 +28,7 @@ OUTPUT_LAYER = "output_layer.weight"
 
 @dataclass(frozen=True, kw_only=True)
 class WeightSpec:
-    """One weight as a whole, before any cut. `vocab_rows` has V rows here, padding only in shards."""
+    """One weight as a whole, before any cut. `vocab_rows` has V rows here; shards add padding."""
 
     name: str
     shape: tuple[int, ...]
