@@ -129,7 +129,7 @@ def read_manifest(path: Path) -> CheckpointManifest:
             f"{source}: format {values.get('format_version')!r}, this version reads "
             f"{FORMAT_VERSION}"
         )
-    for name, record in values["files"].items():
+    for name, record in values.get("files", {}).items():
         file = path / name
         if not file.is_file():
             raise ValueError(f"{file}: missing; the checkpoint is damaged, use another one")
@@ -138,10 +138,13 @@ def read_manifest(path: Path) -> CheckpointManifest:
                 f"{file}: {file.stat().st_size} bytes, the manifest says {record['bytes']}; the "
                 "checkpoint is damaged, use another one"
             )
-    values["config"] = RunConfig.from_dict(values["config"], source=str(source))
-    if values["evaluation"] is not None:
-        values["evaluation"] = Evaluation(**values["evaluation"])
-    return CheckpointManifest(**values)
+    values["config"] = RunConfig.from_dict(values.get("config", {}), source=str(source))
+    try:
+        if values["evaluation"] is not None:
+            values["evaluation"] = Evaluation(**values["evaluation"])
+        return CheckpointManifest(**values)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{source}: not a manifest of format {FORMAT_VERSION}: {error}") from error
 
 
 def verify_hashes(path: Path, manifest: CheckpointManifest, names: Sequence[str]) -> None:

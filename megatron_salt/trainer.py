@@ -10,13 +10,14 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from megatron_salt import checkpoint as ckpt
 from megatron_salt.config import RunConfig, write_config
@@ -54,7 +55,7 @@ def prepare(config: RunConfig, deepspeed_config: str) -> Run:
 
 def train(run: Run) -> None:
     """Train from the checkpoint that train.resume names, or from the start, to train.steps."""
-    for step in range(run.first_step, run.config.train.steps):
+    for step in run.progress(range(run.first_step, run.config.train.steps)):
         run.step(step)
     run.finish()
 
@@ -116,7 +117,21 @@ class Run:
 
     def say(self, text: str) -> None:
         if self.groups.rank == 0:
-            print(text, file=sys.stderr, flush=True)
+            # Goes above the progress bar where there is one.
+            tqdm.write(text, file=sys.stderr)
+
+    def progress(self, steps: range) -> Iterable[int]:
+        """The steps, with a bar on rank 0's terminal; log files get the console lines alone."""
+        visible = self.groups.rank == 0 and sys.stderr.isatty()
+        return tqdm(
+            steps,
+            desc=self.output_dir.name,
+            initial=steps.start,
+            total=steps.stop,
+            unit="step",
+            disable=not visible,
+            dynamic_ncols=True,
+        )
 
     def _check_start(self, resumed: ckpt.CheckpointManifest | None) -> None:
         """Raise ValueError where starting would lose data or a resume would not continue exactly."""
