@@ -1,7 +1,7 @@
 """Checkpoints: written beside, verified, renamed; complete in themselves; readable at any layout.
 
     OUTPUT_DIR/checkpoints/step_00000100/
-        manifest.json        written last: step, phase, config, versions, size and hash of every file
+        manifest.json        written last: step, phase, config, versions, size and hash of all files
         weights/             safetensors, one file per pipeline stage and tensor-parallel rank,
                              under the names of model/weights.py: what a teacher is built from
         deepspeed/           DeepSpeed's own files: weights, optimiser, loss scale; for resuming
@@ -72,6 +72,8 @@ class CheckpointManifest:
     evaluation: Evaluation | None
     teacher_valid_ce_nats: float | None
     """The teacher's CE on the same held-out samples, as measured when it was loaded."""
+    teacher_fingerprint: str | None
+    """Identity of the teacher's weights, if there has been one."""
     versions: dict[str, str]
     files: dict[str, dict[str, Any]]
     """Relative path -> {"bytes": …, "sha256": …} of every file but this one."""
@@ -157,6 +159,16 @@ def verify_hashes(path: Path, manifest: CheckpointManifest, names: Sequence[str]
             )
 
 
+def weights_fingerprint(manifest: CheckpointManifest) -> str:
+    """Identity of a checkpoint's weights, from the hashes of their files."""
+    hashes = [
+        record["sha256"]
+        for name, record in sorted(manifest.files.items())
+        if name.startswith("weights/")
+    ]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
+
+
 def sha256_of(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -215,8 +227,9 @@ def partial_dir(output_dir: str | Path, step: int) -> Path:
 def start_partial(output_dir: str | Path, step: int) -> Path:
     """An empty directory to write a checkpoint into; remains of a killed attempt are removed."""
     checkpoints_dir(output_dir).mkdir(parents=True, exist_ok=True)
-    for leftover in checkpoints_dir(output_dir).glob(".step_*.partial"):
-        shutil.rmtree(leftover)
+    for pattern in (".step_*.partial", ".step_*.replaced"):
+        for leftover in checkpoints_dir(output_dir).glob(pattern):
+            shutil.rmtree(leftover)
     partial = partial_dir(output_dir, step)
     partial.mkdir()
     return partial
@@ -277,8 +290,8 @@ def remove_old(output_dir: str | Path, keep: int) -> None:
 def find_resume(output_dir: str, resume: str) -> tuple[Path | None, list[str]]:
     """Which checkpoint to resume from, and a warning for each damaged one that was passed over.
 
-    `none`: nothing. `auto`: the newest complete one of this run, if any. Else: a path, which must be
-    good.
+    `none`: nothing. `auto`: the newest complete one of this run, if any. Else: a path, which must
+    be good.
     """
     if resume == "none":
         return None, []

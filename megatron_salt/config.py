@@ -19,9 +19,17 @@ from typing import Any, Literal, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse.typing import register_type
 
 Transition = Literal["constant", "step", "linear_decay", "linear_ratio_decay",
                      "knowledge_inheritance", "wsd"]  # fmt: skip
+
+
+class Word(str):
+    """Text, or a number that YAML has already read as one: the weights between data prefixes."""
+
+
+register_type(Word)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +102,9 @@ class ParallelConfig:
 class DataConfig:
     """What is read. Prefixes are Megatron's: the path without .bin/.idx."""
 
-    train_data_path: list[str] = field(default_factory=list)
+    train_data_path: list[Word] = field(default_factory=list)
     """Training datasets: PREFIX, or WEIGHT PREFIX WEIGHT PREFIX … to blend several."""
-    valid_data_path: list[str] = field(default_factory=list)
+    valid_data_path: list[Word] = field(default_factory=list)
     """Held-out datasets, same form; empty: the second part of data.split of the training data."""
     split: str = "99,1"
     """Shares of documents for training and held-out when valid_data_path is empty."""
@@ -196,13 +204,18 @@ class RunConfig:
 
         Raises: ValueError naming `source`, for a section or field that this version lacks.
         """
+        if not set(values) <= set(SECTIONS):
+            raise ValueError(f"{source}: unknown sections {sorted(set(values) - set(SECTIONS))}")
         sections = {}
         for section, kind in SECTIONS.items():
             given = values.get(section, {})
             unknown = set(given) - {item.name for item in dataclasses.fields(kind)}
             if unknown:
                 raise ValueError(f"{source}: unknown fields {sorted(unknown)} in {section}")
-            sections[section] = kind(**given)
+            try:
+                sections[section] = kind(**given)
+            except TypeError as error:  # a field without default is missing
+                raise ValueError(f"{source}: section {section}: {error}") from error
         return cls(**sections)
 
 
@@ -217,6 +230,9 @@ SECTIONS: dict[str, Any] = {
 KEYS = [
     f"{name}.{item.name}" for name, kind in SECTIONS.items() for item in dataclasses.fields(kind)
 ]
+
+OPTIONS = [*SECTIONS, "config", "deepspeed_config", "dry_run", "local_rank", "local-rank", "help",
+           "print_config"]  # fmt: skip
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -293,6 +309,8 @@ def check_yaml_keys(path: str) -> None:
             raise ValueError(
                 f"{path}: unknown section {section!r}.{nearest(section, [*SECTIONS, *flat_extra])}"
             )
+        if not isinstance(body, dict | None):
+            raise ValueError(f"{path}: section {section!r} holds {body!r}, expected its settings")
         for key in body or {}:
             if f"{section}.{key}" not in KEYS:
                 raise ValueError(
@@ -315,9 +333,9 @@ def parse_command_line(argv: Sequence[str] | None = None, prog: str = "pretrain"
             elif word.startswith("--config="):
                 check_yaml_keys(word.split("=", 1)[1])
         for word in argv:
-            key = word.lstrip("-").split("=")[0]
-            if word.startswith("--") and "." in key and key not in KEYS:
-                raise ValueError(f"unknown option --{key}.{nearest(key, KEYS)}")
+            key = word.lstrip("-").split("=")[0].rstrip("+")  # `+` appends to a list
+            if word.startswith("--") and key not in (*KEYS, *OPTIONS):
+                raise ValueError(f"unknown option --{key}.{nearest(key, [*KEYS, *OPTIONS])}")
         namespace = parser.parse_args(argv)
         config = _from_namespace(parser, namespace)
         check_config(config)
@@ -389,8 +407,21 @@ def check_config(config: RunConfig) -> None:
         train.lr_warmup_steps <= train.steps,
         f"train.lr_warmup_steps = {train.lr_warmup_steps} exceeds train.steps = {train.steps}",
     )
-    for name in ("eval_interval", "checkpoint_interval", "keep_checkpoints", "lr_warmup_steps"):
-        _require(getattr(train, name) >= 0, f"train.{name} must not be negative")
+    for name in ("eval_interval", "checkpoint_interval", "keep_checkpoints", "lr_warmup_steps",
+                 "seed"):  # fmt: skip
+        value = getattr(train, name)
+        _require(value >= 0, f"train.{name} = {value}: must not be negative")
+    for name in ("transition_steps", "warmup_steps", "inheritance_slope"):
+        value = getattr(salt, name)
+        _require(value >= 0, f"salt.{name} = {value}: must not be negative")
+    _require(
+        train.lr_decay_steps is None or train.lr_decay_steps > 0,
+        f"train.lr_decay_steps = {train.lr_decay_steps}: must be at least 1, or null",
+    )
+    _require(
+        0.0 <= train.min_lr_ratio <= 1.0,
+        f"train.min_lr_ratio = {train.min_lr_ratio}: must be in [0, 1]",
+    )
     _require(train.eval_samples > 0 and train.log_interval > 0, "train.eval_samples and "
              "train.log_interval must be at least 1")  # fmt: skip
 

@@ -25,6 +25,9 @@ KNOWN_KEYS = (
     "disable_python_gc", "nebula", "compile",
 )  # fmt: skip
 
+# Those of them that are read here and hold keys of their own.
+SECTION_KEYS = ("optimizer", "fp16", "bf16", "zero_optimization", "data_types", "pipeline")
+
 # Keys that DeepSpeed knows but that would fight with this trainer, with what to do instead.
 REFUSED_KEYS = {
     "scheduler": "the learning rate is train.lr_schedule of the run's config; remove the section",
@@ -90,6 +93,8 @@ def read_json(path: str) -> dict[str, Any]:
             raise ValueError(f"{path}: key {key!r} is not used here: {REFUSED_KEYS[key]}")
         if key not in KNOWN_KEYS:
             raise ValueError(f"{path}: unknown key {key!r}.{nearest(key, KNOWN_KEYS)}")
+        if key in SECTION_KEYS and not isinstance(values[key], Mapping):
+            raise ValueError(f"{path}: {key} = {values[key]!r}: expected an object, as {{…}}")
     _check_auto(values, path, prefix="")
     return values
 
@@ -180,7 +185,7 @@ def load_deepspeed_config(path: str, data_parallel_size: int) -> DeepSpeedSettin
 
 
 def check_against_run(settings: DeepSpeedSettings, config: RunConfig) -> None:
-    """Raise ValueError, naming both files' settings, where the JSON contradicts the run's config."""
+    """Raise ValueError, naming the settings, where the JSON contradicts the run's config."""
     parallel: ParallelConfig = config.parallel
     path, values, pp = settings.path, settings.values, parallel.pipeline_model_parallel_size
     if pp > 1 and settings.zero_stage > 1:

@@ -1,4 +1,4 @@
-"""`--dry_run`: everything is read and checked, the layout and the memory are printed, nothing trains.
+"""`--dry_run`: everything is read and checked, layout and memory are printed, nothing trains.
 
 Works in one process for any number of ranks, because layout, stage split and sizes are arithmetic
 (`parallel/layout.py`, `model/weights.py`); inside a launcher each rank would print the same.

@@ -1,4 +1,4 @@
-"""What happened: one line of metrics.jsonl per step, TensorBoard, console lines, time and memory."""
+"""What happened: a line of metrics.jsonl per step, TensorBoard, console lines, time, memory."""
 
 from __future__ import annotations
 

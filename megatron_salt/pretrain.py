@@ -18,6 +18,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = parse_command_line(argv, prog="python -m megatron_salt.pretrain")
     silence_known_warnings()
     # torch, megatron-core and deepspeed take seconds to import: after the settings are known good.
+    from megatron_salt.parallel.groups import FailedElsewhere
+
     try:
         if command.dry_run:
             from megatron_salt.dry_run import describe
@@ -27,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         from megatron_salt.trainer import prepare, train
 
         run = prepare(command.config, command.deepspeed_config)
+    except FailedElsewhere as error:
+        raise SystemExit(2) from error
     except (ValueError, FileNotFoundError) as error:
         print(f"pretrain: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -34,6 +34,7 @@ from megatron_salt.model.loss import LossSums
 from megatron_salt.model.teacher import Teacher
 from megatron_salt.parallel.engine import DTYPES, StudentEngine
 from megatron_salt.parallel.groups import Groups, initialize, same_error_everywhere
+from megatron_salt.resume import changed_settings, check_start
 from megatron_salt.salt import kd_weight, learning_rate, phase
 
 
@@ -71,7 +72,9 @@ class Run:
             verify_all(config.data, self.tokenizer)
             resume_from, warnings = ckpt.find_resume(str(self.output_dir), config.train.resume)
             resumed = ckpt.read_manifest(resume_from) if resume_from else None
-            self._check_start(resumed)
+            check_start(
+                config, groups.layout, settings, self.tokenizer.fingerprint, resume_from, resumed
+            )
         for warning in warnings:
             self.say(f"WARNING {warning}")
         self.first_step = resumed.step if resumed else 0
@@ -90,9 +93,11 @@ class Run:
                 "a resumed run must read the same files (or start anew in another output_dir)"
             )
         self.student = StudentEngine(config, settings, groups, vocab_size=self.tokenizer.vocab_size)
-        if resume_from:
+        if resumed and resume_from:
             self.student.load(resume_from)
             self.say(f"resumed from {resume_from} at step {self.first_step}")
+            for change in changed_settings(resumed.config, config):
+                self.say(f"  changed since then: {change}")
         self.log: MetricsLog | None = None
         if groups.rank == 0:
             self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -108,8 +113,11 @@ class Run:
         self.teacher_valid_ce: float | None = None
         if resumed and config.teacher.checkpoint is not None:
             self.teacher_valid_ce = resumed.teacher_valid_ce_nats
+        self.teacher_fingerprint = resumed.teacher_fingerprint if resumed else None
         if phase(config.salt, self.first_step) == "kd":
-            self._bring_teacher()
+            self._bring_teacher(resumed)
+        elif self.first_step == 0:
+            self._log_start(self._score_held_out(with_teacher=False))
         self.batches = self._prefetch()
         self.clock = Stopwatch(groups.device)
         self.started = time.perf_counter()
@@ -133,48 +141,12 @@ class Run:
             dynamic_ncols=True,
         )
 
-    def _check_start(self, resumed: ckpt.CheckpointManifest | None) -> None:
-        """Raise ValueError where starting would lose data or a resume would not continue exactly."""
-        train, layout = self.config.train, self.groups.layout
-        if resumed is None:
-            if ckpt.list_checkpoints(self.output_dir):
-                raise ValueError(
-                    f"train.output_dir = {self.output_dir} already has checkpoints and train.resume "
-                    f"= {train.resume}: choose another output_dir, or train.resume auto"
-                )
-            return
-        saved = (resumed.tp_size, resumed.pp_size, resumed.dp_size, resumed.zero_stage)
-        now = (layout.tp_size, layout.pp_size, layout.dp_size, self.settings.zero_stage)
-        if saved != now:
-            raise ValueError(
-                f"the checkpoint was saved with (tp, pp, dp, ZeRO stage) = {saved}, this run has "
-                f"{now}: resume with the same layout"
-            )
-        if resumed.tokenizer_fingerprint != self.tokenizer.fingerprint:
-            raise ValueError(
-                "the checkpoint was trained with another tokenizer than data.tokenizer"
-            )
-        if resumed.config.model != self.config.model or (
-            resumed.config.data.seq_length != self.config.data.seq_length
-        ):
-            raise ValueError(
-                "the checkpoint's model or sequence length differs from this run's; the "
-                f"checkpoint's model is {resumed.config.model}"
-            )
-        rows = resumed.step * self.settings.global_batch_size
-        if resumed.data_rows != rows:
-            raise ValueError(
-                f"the checkpoint has read {resumed.data_rows} sequences in {resumed.step} steps; "
-                f"with train_batch_size = {self.settings.global_batch_size} this run would go on "
-                f"at sequence {rows}: keep the batch size"
-            )
-        if resumed.config.train.seed != train.seed:
-            raise ValueError(
-                f"train.seed = {train.seed}, the checkpoint's is {resumed.config.train.seed}: the "
-                "order of the data would change"
-            )
+    def _log_start(self, sums: LossSums) -> None:
+        """The untrained student's held-out score, as step 0: where every curve begins."""
+        if self.log:
+            self.log.write({"step": 0, "tokens": 0, **self._evaluation_values(sums)})
 
-    def _bring_teacher(self) -> None:
+    def _bring_teacher(self, resumed: ckpt.CheckpointManifest | None) -> None:
         """Load the teacher, check its tokenizer and its held-out CE, score the student as it is."""
         path = self.config.teacher.checkpoint
         assert path is not None  # check_config
@@ -187,6 +159,12 @@ class Run:
                 "the student's data",
                 self.tokenizer,
             )
+            self.teacher_fingerprint = ckpt.weights_fingerprint(ckpt.read_manifest(folder))
+            if resumed and resumed.teacher_fingerprint not in (None, self.teacher_fingerprint):
+                raise ValueError(
+                    f"teacher {folder} has other weights than the teacher that this run was "
+                    "resumed with: name the same checkpoint in teacher.checkpoint"
+                )
         self.teacher = Teacher(
             path,
             self.groups,
@@ -199,14 +177,13 @@ class Run:
         self.student.loss_function.teacher_head_WE = self.teacher.head_WE
         sums = self._score_held_out(with_teacher=True)
         self.teacher_valid_ce = sums.teacher_ce_nats / sums.tokens
-        self._compare_with_stored(self.teacher)
-        if self.first_step == 0 and self.log:
-            values = self._evaluation_values(sums)
-            self.log.write({"step": 0, "tokens": 0, **values})
+        self._compare_with_stored(self.teacher, self.teacher_valid_ce)
+        if self.first_step == 0:
+            self._log_start(sums)
 
-    def _compare_with_stored(self, teacher: Teacher) -> None:
+    def _compare_with_stored(self, teacher: Teacher, now: float) -> None:
         """Print the teacher's held-out CE beside the one stored with it; refuse one that moved."""
-        stored, now = teacher.manifest.evaluation, self.teacher_valid_ce
+        stored = teacher.manifest.evaluation
         line = f"teacher {teacher.checkpoint}: held-out CE {now:.4f} nats/token"
         if stored is None:
             self.say(f"{line}; none was stored with it")
@@ -257,6 +234,11 @@ class Run:
         done = step + 1
         record = self._record(done, sums, weight, lr)
         self.tokens = record["tokens"]
+        if not math.isfinite(sums.loss):
+            raise RuntimeError(
+                f"step {done}: the loss is {sums.loss}; stopping instead of training on. The last "
+                f"checkpoint is the newest in {ckpt.checkpoints_dir(self.output_dir)}"
+            )
         last = done == train.steps
         if last or (train.eval_interval and done % train.eval_interval == 0):
             record.update(self._evaluate(done))
@@ -413,6 +395,7 @@ class Run:
             zero_stage=self.settings.zero_stage,
             evaluation=self.evaluation,
             teacher_valid_ce_nats=self.teacher_valid_ce,
+            teacher_fingerprint=self.teacher_fingerprint,
             versions=ckpt.installed_versions(),
             files=dict(sorted(files.items())),
         )

@@ -1,7 +1,7 @@
 """Run a function on several ranks: forked processes, gloo on localhost, errors brought back.
 
-Importing torch, megatron-core and deepspeed takes seconds, so ranks are forked from the test process
-that has imported them. The parent keeps to one thread (set before torch starts any), because a
+Importing torch, megatron-core and deepspeed takes seconds, so ranks are forked from the test
+process that has imported them. The parent keeps to one thread (set before torch starts any), because a
 thread pool does not survive a fork.
 """
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from megatron_salt.config import RunConfig, check_config
-from megatron_salt.model.student import gathered
 from megatron_salt.model.layers import canonical_parameters
+from megatron_salt.model.student import gathered
 from megatron_salt.model.weights import merge, weight_table
 from megatron_salt.trainer import Run, prepare, train
 
@@ -45,7 +45,11 @@ SGD = {"type": "SGD", "params": {"lr": SGD_LR}}
 
 
 def make_config(
-    data_prefix: str | Path, output_dir: str | Path, *, model: dict[str, Any] = LLAMA, **settings: Any
+    data_prefix: str | Path,
+    output_dir: str | Path,
+    *,
+    model: dict[str, Any] = LLAMA,
+    **settings: Any,
 ) -> RunConfig:
     """A run of 5 steps; `settings` are `section__field=value`."""
     values: dict[str, Any] = {

@@ -46,7 +46,7 @@ if not torch.cuda.is_available():
 def transformer_config(
     model: ModelConfig, *, tp_size: int, sequence_parallel: bool, dtype: torch.dtype
 ) -> TransformerConfig:
-    """megatron-core's config of one model. Pipeline stages are DeepSpeed's affair: always 1 here."""
+    """megatron-core's config of one model. Pipeline stages are DeepSpeed's: always 1 here."""
     fuse = torch.cuda.is_available()
     gelu_without_bias = model.activation == "gelu" and not model.add_bias_linear
     return TransformerConfig(
@@ -279,7 +279,7 @@ class FinalNorm(nn.Module):
 
     def __new__(cls, parts: ModelParts) -> nn.Module:  # type: ignore[misc]
         norm = Norm(parts.config, parts.model.hidden_size, eps=parts.model.layernorm_epsilon)
-        norm.canonical_name = cls.canonical_name
+        norm.canonical_name = cls.canonical_name  # type: ignore[assignment]
         return norm
 
 

@@ -57,6 +57,7 @@ class OutputLayer(nn.Module):
         if targets is None or loss_function is None:
             return hidden_SBD
         weight = self.weight if tied_weight is None else tied_weight
+        assert weight is not None
         return loss_function(hidden_SBD, weight, targets)
 
 
@@ -158,16 +159,17 @@ def gathered(parameter: nn.Parameter, *, write: bool = False) -> Iterator[None]:
 
 
 def initialize_weights(student: nn.Module, parts: ModelParts, seed: int) -> None:
-    """Fill this rank's parameters: the same model from the same seed at every tp, pp and ZeRO stage.
+    """Fill this rank's parameters: the same model from the same seed at every layout.
 
-    Mutates: the parameters and their tensor-parallel marks. Raises: RuntimeError for a parameter that the weight table lacks.
+    Mutates: the parameters and their tensor-parallel marks.
+    Raises: RuntimeError for a parameter that the weight table lacks.
     """
     table = weight_table(parts.model, parts.vocab_size, parts.max_position_embeddings)
     for name, parameter in canonical_parameters(student).items():
         if name not in table:
             raise RuntimeError(f"parameter {name} is missing from the weight table")
-        # megatron-core sets this mark in the initialisation that ours replaces; by it gradient norms
-        # count a replicated weight once and a sharded one on every rank.
+        # megatron-core sets this mark in the initialisation that ours replaces. By it gradient
+        # norms count a replicated weight once and a sharded one on every rank.
         parameter.tensor_model_parallel = table[name].sharding != "replicated"  # type: ignore[attr-defined]
         full = initial_weight(table[name], parts.model, seed)
         part = shard(full, table[name], parts.tp_rank, parts.tp_size, parts.padded_vocab)

@@ -1,7 +1,8 @@
 """The student in its DeepSpeed engine: one step, one evaluation, whatever the number of stages.
 
 pp > 1 runs on DeepSpeed's `PipelineEngine`, pp = 1 on `DeepSpeedEngine`; this class is what makes
-the rest of the code not care. Letters: B micro-batch, S sequence, R rows of a step, M micro-batches.
+the rest of the code not care. Letters: B micro-batch, S sequence, R rows of a step, M micro-batches
+per step.
 """
 
 from __future__ import annotations
@@ -260,7 +261,7 @@ class StudentEngine:
                 slots[:] = [None] * len(slots)
 
     def grad_norm(self) -> float | None:
-        """Norm of the last step's gradient before clipping, as DeepSpeed or the fp32 clip saw it."""
+        """Norm of the last step's gradient before clipping; None where DeepSpeed has none."""
         norm = self.engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 

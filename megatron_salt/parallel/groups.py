@@ -124,6 +124,10 @@ def initialize(tp_size: int, pp_size: int, timeout_minutes: float) -> Groups:
     )
 
 
+class FailedElsewhere(RuntimeError):
+    """Another rank failed and has reported why; this one only stops."""
+
+
 @contextlib.contextmanager
 def same_error_everywhere(what: str) -> Iterator[None]:
     """Run a block that may fail on some ranks only, and raise on all of them if any did.
@@ -132,8 +136,8 @@ def same_error_everywhere(what: str) -> Iterator[None]:
     reason is lost in the noise. The block itself must not contain collectives.
 
     Collectives: one all-gather of a short string over all ranks, at the end.
-    Raises: the rank's own exception where it failed; RuntimeError naming the first failing rank and
-        its message elsewhere.
+    Raises: the rank's own exception where it failed; FailedElsewhere with the first failing rank
+        and its message on the others.
     """
     failure: Exception | None = None
     try:
@@ -146,4 +150,4 @@ def same_error_everywhere(what: str) -> Iterator[None]:
         raise failure
     for rank, message in enumerate(messages):
         if message is not None:
-            raise RuntimeError(f"{what} failed on rank {rank}: {message}")
+            raise FailedElsewhere(f"{what} failed on rank {rank}: {message}")

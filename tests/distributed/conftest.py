@@ -13,7 +13,7 @@ from megatron_salt.data.corpus import make_corpus
 from megatron_salt.data.preprocess import preprocess
 from megatron_salt.data.train_tokenizer import train_tokenizer
 
-# 20 wide, as no tensor of the student is: a hidden state that outlives the switch can be recognised.
+# 20 wide, as no tensor of the student is: hidden states that outlive the switch are recognised.
 TEACHER_MODEL = {**LLAMA, "num_layers": 2, "hidden_size": 20, "num_attention_heads": 2,
                  "num_query_groups": 1, "ffn_hidden_size": 40}  # fmt: skip
 VOCAB_SIZE = 509  # a prime: no padding rule or shard size divides it

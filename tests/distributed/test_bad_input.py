@@ -45,7 +45,7 @@ def fails(tmp_path: Path) -> Callable[..., str]:
         config = make_config(dataset, tmp_path / "run", **settings)
         with pytest.raises(RankError) as caught:
             run_ranks(world_size, _prepare, config, make_deepspeed(tmp_path, **deepspeed))
-        assert caught.value.kind in ("ValueError", "FileNotFoundError", "RuntimeError")
+        assert caught.value.kind in ("ValueError", "FileNotFoundError", "FailedElsewhere")
         return caught.value.message
 
     return attempt
@@ -209,7 +209,7 @@ def test_damaged_checkpoint_is_passed_over_or_refused(dataset: Path, tmp_path: P
         run_ranks(1, _prepare, named, deepspeed_config)
     auto = make_config(dataset, tmp_path / "run", train__steps=3)
     run_ranks(1, _train, auto, deepspeed_config)
-    assert [record["step"] for record in metrics_of(tmp_path / "run")] == [1, 2, 3]
+    assert [record["step"] for record in metrics_of(tmp_path / "run")] == [0, 1, 2, 3]
 
 
 def test_changed_byte_is_found_by_its_hash(teacher: Path, tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_failed_save_leaves_the_last_checkpoint(
     manifest = read_manifest(left[0])
     verify_hashes(left[0], manifest, list(manifest.files))
     run_ranks(1, _train, config, deepspeed_config)  # and it resumes
-    assert [record["step"] for record in metrics_of(tmp_path / "run")] == [1, 2]
+    assert [record["step"] for record in metrics_of(tmp_path / "run")] == [0, 1, 2]
 
 
 def test_trains_on_a_dataset_of_megatron_core(dataset: Path, tmp_path: Path) -> None:
@@ -262,4 +262,4 @@ def test_trains_on_a_dataset_of_megatron_core(dataset: Path, tmp_path: Path) -> 
         prefix, tmp_path / "run", train__steps=1, data__tokenizer=f"{dataset}.tokenizer"
     )
     run_ranks(1, _train, config, make_deepspeed(tmp_path))
-    assert metrics_of(tmp_path / "run")[0]["tokens"] == 8 * 16
+    assert metrics_of(tmp_path / "run")[1]["tokens"] == 8 * 16

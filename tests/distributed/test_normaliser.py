@@ -1,7 +1,7 @@
 """One normaliser: a step's gradient does not depend on how its batch is cut.
 
-The same 8 sequences with very uneven masks (one fully masked) are cut into 1, 2, 4 or 8 micro-batches
-over one or two data-parallel ranks; CE and KL are in the loss with different weights.
+The same 8 sequences with very uneven masks (one fully masked) are cut into 1, 2, 4 or 8
+micro-batches over one or two data-parallel ranks; CE and KL are in the loss with different weights.
 """
 
 from __future__ import annotations

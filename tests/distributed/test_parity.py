@@ -121,7 +121,9 @@ LAYOUTS = [
 
 def _name(value: Any) -> str:
     if isinstance(value, dict):
-        return "-".join(f"{key}{int(v) if not isinstance(v, str) else v}" for key, v in value.items())
+        return "-".join(
+            f"{key}{int(v) if not isinstance(v, str) else v}" for key, v in value.items()
+        )
     return str(value)
 
 
