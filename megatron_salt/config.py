@@ -309,9 +309,11 @@ def check_yaml_keys(path: str) -> None:
             raise ValueError(
                 f"{path}: unknown section {section!r}.{nearest(section, [*SECTIONS, *flat_extra])}"
             )
-        if not isinstance(body, dict | None):
-            raise ValueError(f"{path}: section {section!r} holds {body!r}, expected its settings")
-        for key in body or {}:
+        if not isinstance(body, dict):
+            raise ValueError(
+                f"{path}: section {section!r} holds {body!r}: give its settings or remove it"
+            )
+        for key in body:
             if f"{section}.{key}" not in KEYS:
                 raise ValueError(
                     f"{path}: unknown key '{section}.{key}'.{nearest(f'{section}.{key}', KEYS)}"
