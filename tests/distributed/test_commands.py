@@ -1,0 +1,116 @@
+"""The commands as users start them: launcher, YAML, overrides, evaluation, dry run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import LLAMA, make_deepspeed, metrics_of
+
+from megatron_salt.checkpoint import list_checkpoints, read_manifest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_command(*words: str, seconds: float = 120.0) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        env.pop(name, None)
+    return subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=seconds
+    )
+
+
+@pytest.fixture
+def yaml_file(dataset: Path, tmp_path: Path) -> Path:
+    values = {
+        "model": LLAMA,
+        "data": {"train_data_path": [str(dataset)], "split": "90,10", "seq_length": 16},
+        "train": {"steps": 3, "output_dir": str(tmp_path / "run"), "eval_samples": 6},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(values), encoding="utf-8")
+    return path
+
+
+def test_torchrun_then_evaluate(yaml_file: Path, teacher: Path, tmp_path: Path) -> None:
+    """2 ranks under torchrun with a teacher; `evaluate` finds the loss that training reported."""
+    deepspeed_config = make_deepspeed(tmp_path)
+    done = run_command(
+        "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
+        "-m", "megatron_salt.pretrain", "--config", str(yaml_file),
+        "--deepspeed_config", deepspeed_config,
+        "--parallel.pipeline_model_parallel_size", "2", "--train.eval_interval", "1",
+        "--teacher.checkpoint", str(teacher), "--salt.kd_steps", "2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "held-out CE" in done.stderr and "teacher released" in done.stderr
+    records = metrics_of(tmp_path / "run")
+    assert [record["phase"] for record in records[1:]] == ["kd", "kd", "lm"]
+    assert (tmp_path / "run" / "tensorboard").is_dir()
+    result = tmp_path / "result.json"
+    scored = run_command(
+        "-m", "megatron_salt.evaluate", "--checkpoint", str(tmp_path / "run"), str(teacher),
+        "--samples", "6", "--output", str(result),
+    )  # fmt: skip
+    assert scored.returncode == 0, scored.stderr[-3000:]
+    student, slm = json.loads(result.read_text())
+    assert student["valid_ce_nats"] == pytest.approx(records[-1]["valid_ce_nats"], rel=1e-5)
+    assert student["valid_accuracy"] == pytest.approx(records[-1]["valid_accuracy"], abs=1e-9)
+    assert slm["valid_ce_nats"] == pytest.approx(records[0]["teacher_valid_ce_nats"], rel=1e-5)
+    manifest = read_manifest(list_checkpoints(tmp_path / "run")[-1])
+    assert manifest.pp_size == 2 and manifest.step == 3 and manifest.phase == "lm"
+    assert manifest.evaluation is not None
+    assert manifest.evaluation.ce_nats == records[-1]["valid_ce_nats"]
+
+
+def test_dry_run_describes_and_trains_nothing(
+    yaml_file: Path, teacher: Path, tmp_path: Path
+) -> None:
+    started = time.monotonic()
+    done = run_command(
+        "-m", "megatron_salt.pretrain", "--config", str(yaml_file), "--dry_run",
+        "--deepspeed_config", make_deepspeed(tmp_path, gradient_accumulation_steps=1),
+        "--parallel.tensor_model_parallel_size", "2",
+        "--parallel.pipeline_model_parallel_size", "2",
+        "--teacher.checkpoint", str(teacher), "--salt.kd_steps", "2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "ranks: 16 = tensor 2 x pipeline 2 x data 4" in done.stdout
+    assert "tokens: 128 a step x 3 steps = 384 (256 of them with the teacher)" in done.stdout
+    assert "stage 1: layers [2, 4)" in done.stdout
+    assert not (tmp_path / "run").exists()
+    assert time.monotonic() - started < 60  # seconds on a free machine, most of them imports
+
+
+def test_print_config_resolves_files_and_overrides(yaml_file: Path) -> None:
+    done = run_command(
+        "-m", "megatron_salt.pretrain", "--config", str(yaml_file), "--train.steps", "77",
+        "--print_config",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "steps: 77" in done.stdout and "num_layers: 4" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        (["--train.setps", "5"], "train.steps"),
+        (["--salt.kd_steps", "2"], "teacher.checkpoint"),
+        (["--teacher.checkpoint", "nowhere", "--salt.kd_steps", "2", "--dry_run"], "nowhere"),
+    ],
+)
+def test_errors_are_one_line(
+    yaml_file: Path, tmp_path: Path, extra: list[str], expected: str
+) -> None:
+    done = run_command(
+        "-m", "megatron_salt.pretrain", "--config", str(yaml_file),
+        "--deepspeed_config", make_deepspeed(tmp_path), *extra,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert expected in done.stderr and "Traceback" not in done.stderr
