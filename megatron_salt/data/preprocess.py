@@ -9,6 +9,7 @@ are processes, not threads, because only part of either tokenizer library runs o
 from __future__ import annotations
 
 import fcntl
+import gc
 import hashlib
 import importlib.metadata
 import logging
@@ -178,8 +179,8 @@ class _DatasetWriter:
     @cached_property
     def builder(self) -> Any:
         # Importing megatron-core takes seconds; by the first use the workers have their blocks.
-        with warnings.catch_warnings():  # about GPU packages, which are of no use here
-            warnings.simplefilter("ignore", UserWarning)
+        with warnings.catch_warnings(), _paused_garbage_collector():
+            warnings.simplefilter("ignore", UserWarning)  # about GPU packages, of no use here
             from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
         dtype = DType.optimal_dtype(self.vocab_size)
@@ -204,6 +205,19 @@ class _DatasetWriter:
 
     def finish(self) -> None:
         self.builder.finalize(str(idx_path(self.prefix)))
+
+
+@contextmanager
+def _paused_garbage_collector() -> Iterator[None]:
+    """For an import whose objects all stay: collecting them, now and at exit, takes seconds."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_enabled:
+            gc.enable()
 
 
 def _encode_all(
