@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,14 +66,22 @@ def _fill_environment() -> None:
             LOCAL_RANK=env["SLURM_LOCALID"],
         )
         if "MASTER_ADDR" not in env:
-            names = ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]]
-            env["MASTER_ADDR"] = subprocess.check_output(names, text=True).split()[0]
+            env["MASTER_ADDR"] = _address_of_first_node(env["SLURM_STEP_NODELIST"])
         # Jobs that share a node must not share a port; below 32768 nothing is handed out.
         env.setdefault("MASTER_PORT", str(15000 + int(env["SLURM_JOB_ID"]) % 15000))
         return
     env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     env.setdefault("MASTER_ADDR", "localhost")
-    env.setdefault("MASTER_PORT", "29500")
+    env.setdefault("MASTER_PORT", "0")  # any free one: runs on one machine must not meet
+
+
+def _address_of_first_node(nodes: str) -> str:
+    """Address by which SLURM reaches the first of `nodes`: host names need not resolve."""
+    names = subprocess.check_output(["scontrol", "show", "hostnames", nodes], text=True)
+    first = names.split()[0]
+    record = subprocess.check_output(["scontrol", "show", "node", first], text=True)
+    address = re.search(r"NodeAddr=(\S+)", record)
+    return address.group(1) if address else first
 
 
 def planned_world_size() -> int | None:
