@@ -391,6 +391,18 @@ def check_config(config: RunConfig) -> None:
         not needs_window or salt.transition_steps > 0,
         f"salt.transition = {salt.transition} needs salt.transition_steps > 0",
     )
+    windowed = ("linear_decay", "linear_ratio_decay", "wsd")
+    _require(
+        salt.transition_steps == 0 or salt.transition in windowed,
+        f"salt.transition_steps = {salt.transition_steps} has no effect with salt.transition = "
+        f"{salt.transition}; remove it or choose one of {list(windowed)}",
+    )
+    _require(
+        salt.warmup_steps == 0 or salt.transition == "wsd",
+        f"salt.warmup_steps = {salt.warmup_steps} has no effect with salt.transition = "
+        f"{salt.transition}; remove it or choose wsd",
+    )
+    _require(train.seed < 2**32, f"train.seed = {train.seed}: must be below 2**32")
     _require(
         salt.transition != "linear_ratio_decay" or salt.kd_weight < 1.0,
         "salt.transition = linear_ratio_decay: the ratio w/(1-w) is infinite at kd_weight 1; "

@@ -6,8 +6,6 @@ import logging
 import os
 import warnings
 
-import torch
-
 
 def silence_known_warnings() -> None:
     """Filter warnings that are known, understood and not about the user's run.
@@ -25,6 +23,8 @@ def silence_known_warnings() -> None:
         ".*autograd kernel was not registered.*",
     ):
         warnings.filterwarnings("ignore", message=message)
+    import torch  # seconds: `--help` and a misspelt key must not wait for it
+
     if not torch.cuda.is_available():
         warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS.*")
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else each rank says that it found no GPU

@@ -69,7 +69,8 @@ class Run:
         self.output_dir = Path(config.train.output_dir)
         with same_error_everywhere("checking data and checkpoint"):
             self.tokenizer = find_tokenizer(config.data)
-            verify_all(config.data, self.tokenizer)
+            if groups.rank == 0:  # reads whole index files: once, not once per rank
+                verify_all(config.data, self.tokenizer)
             resume_from, warnings = ckpt.find_resume(str(self.output_dir), config.train.resume)
             resumed = ckpt.read_manifest(resume_from) if resume_from else None
             check_start(

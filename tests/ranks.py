@@ -1,7 +1,7 @@
 """Run a function on several ranks: forked processes, gloo on localhost, errors brought back.
 
 Importing torch, megatron-core and deepspeed takes seconds, so ranks are forked from the test
-process that has imported them. The parent keeps to one thread (set before torch starts any), because a
+process that has imported them. The parent keeps to one thread (set before torch starts any): a
 thread pool does not survive a fork.
 """
 
@@ -58,7 +58,10 @@ class RankError(AssertionError):
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """`function(*args)` on every rank; returns their (picklable) results in rank order.
+    """`function(*args)` on every rank; returns their results in rank order.
+
+    Results must be plain values or NumPy arrays: a tensor's memory is gone with the rank that sent
+    it.
 
     Raises: RankError for the first rank that failed, TimeoutError after TIMEOUT_S seconds.
     """

@@ -49,6 +49,11 @@ class LossSums:
         return LossSums(*(a + b for a, b in zip(mine, theirs, strict=True)))
 
 
+def _counted_sum(values_T: Tensor, mask_T: Tensor) -> Tensor:
+    """Sum over the counted tokens; an inf or nan where the mask is 0 does not spoil it."""
+    return torch.where(mask_T > 0, values_T * mask_T, 0.0).sum()
+
+
 class LossFunction:
     """Scores the student's last hidden state; callable the way DeepSpeed's pipeline expects.
 
@@ -102,14 +107,14 @@ class LossFunction:
             correct, teacher_ce = zero, zero
             if self.evaluating:
                 best_T = vocab_parallel_argmax(logits_TW, self.vocab, self.tp_group)
-                correct = ((best_T == labels_T) * mask_T).sum()
+                correct = _counted_sum((best_T == labels_T).float(), mask_T)
                 if teacher_TW is not None:
-                    teacher_ce = (self._cross_entropy(teacher_TW, labels_T) * mask_T).sum()
+                    teacher_ce = _counted_sum(self._cross_entropy(teacher_TW, labels_T), mask_T)
             self._sums += torch.stack([
                 value.double()
                 for value in (
-                    result.loss, (result.ce_T * mask_T).sum(), (result.kl_T * mask_T).sum(),
-                    mask_T.sum(), correct, teacher_ce,
+                    result.loss, _counted_sum(result.ce_T, mask_T),
+                    _counted_sum(result.kl_T, mask_T), mask_T.sum(), correct, teacher_ce,
                 )
             ])  # fmt: skip
         return result.loss
