@@ -50,7 +50,7 @@ format: setup ## apply the formatter and the safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-quickstart: setup ## a small SALT run against its baseline on this machine (TEXT=file.txt to use your own text)
+quickstart: setup ## a small SALT run against its baseline on this machine (TEXT=my.jsonl to use your own text)
 	$(BIN)/python examples/quickstart/run.py --output runs/quickstart $(if $(TEXT),--text $(TEXT))
 
 clean: ## remove caches and builds; .venv and runs/ stay

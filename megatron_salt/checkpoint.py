@@ -69,6 +69,7 @@ class CheckpointManifest:
     pp_size: int
     dp_size: int
     zero_stage: int
+    precision: str
     evaluation: Evaluation | None
     teacher_valid_ce_nats: float | None
     """The teacher's CE on the same held-out samples, as measured when it was loaded."""
@@ -247,6 +248,12 @@ def hash_share(partial: Path, rank: int, world_size: int) -> dict[str, dict[str,
     return records
 
 
+def fsync_directories(root: Path) -> None:
+    """Flush the directory entries below `root`, so that a rename after this implies the files."""
+    for path in [root, *(path for path in root.rglob("*") if path.is_dir())]:
+        _fsync_directory(path)
+
+
 def publish(partial: Path, manifest: CheckpointManifest, output_dir: str | Path) -> Path:
     """Write the manifest, then give the checkpoint its final name in one rename."""
     for required in ("weights", "deepspeed", "tokenizer"):
@@ -257,6 +264,7 @@ def publish(partial: Path, manifest: CheckpointManifest, output_dir: str | Path)
         json.dump(values, stream, indent=1)
         stream.flush()
         os.fsync(stream.fileno())
+    fsync_directories(partial)
     final = checkpoints_dir(output_dir) / step_name(manifest.step)
     if final.exists():
         # A run resumed from an older checkpoint reaches this step again.
@@ -310,3 +318,13 @@ def find_resume(output_dir: str, resume: str) -> tuple[Path | None, list[str]]:
     if warnings:
         raise ValueError("train.resume = auto: every checkpoint is damaged: " + "; ".join(warnings))
     return None, []
+
+
+def set_aside_damaged(output_dir: str, resumed_from: Path) -> None:
+    """Rename damaged checkpoints newer than the one resumed from to `damaged_step_…`.
+
+    They are kept, but neither a later resume nor `remove_old` takes them for this run's newest.
+    """
+    for path in list_checkpoints(output_dir):
+        if path.parent == resumed_from.parent and path.name > resumed_from.name:
+            path.rename(path.with_name(f"damaged_{path.name}"))

@@ -1,7 +1,7 @@
 """Every setting of a run: six frozen dataclasses, how they are read, what they must satisfy.
 
-A leaf of the import graph: standard library and jsonargparse only, so `--help` and a misspelt key
-answer in a second. The DeepSpeed JSON, which alone owns batch sizes, precision, optimiser, ZeRO
+A leaf of the import graph: standard library, yaml and jsonargparse only, so `--help` and a misspelt
+key answer in a second. The DeepSpeed JSON, which alone owns batch sizes, precision, optimiser, ZeRO
 and clipping, is read in `deepspeed_config.py`.
 """
 
@@ -105,7 +105,7 @@ class DataConfig:
     train_data_path: list[Word] = field(default_factory=list)
     """Training datasets: PREFIX, or WEIGHT PREFIX WEIGHT PREFIX … to blend several."""
     valid_data_path: list[Word] = field(default_factory=list)
-    """Held-out datasets, same form; empty: the second part of data.split of the training data."""
+    """Held-out datasets, PREFIX …, scored in equal parts; empty: the second part of data.split."""
     split: str = "99,1"
     """Shares of documents for training and held-out when valid_data_path is empty."""
     tokenizer: str | None = None
@@ -125,7 +125,8 @@ class TeacherConfig:
     checkpoint: str | None = None
     """A megatron_salt checkpoint (or a run's output_dir: its last one); null: no teacher."""
     max_valid_ce_gap_nats: float = 0.05
-    """Refuse a teacher whose CE on the held-out data it was saved with has moved by more."""
+    """Refuse a teacher whose held-out CE is further than this from the one stored with it. Checked
+    when the held-out samples are the same ones; otherwise both are printed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -438,6 +439,27 @@ def check_config(config: RunConfig) -> None:
     )
     _require(train.eval_samples > 0 and train.log_interval > 0, "train.eval_samples and "
              "train.log_interval must be at least 1")  # fmt: skip
+
+
+def parse_blend(paths: Sequence[str], option: str) -> tuple[list[str], list[float]]:
+    """Prefixes and weights from `PREFIX` or `WEIGHT PREFIX WEIGHT PREFIX …`.
+
+    Raises: ValueError naming the option for any other form.
+    """
+    if len(paths) == 1:
+        return [paths[0]], [1.0]
+    try:
+        weights = [float(word) for word in paths[0::2]]
+    except ValueError as error:
+        raise ValueError(
+            f"{option} = {list(paths)}: several datasets need a weight before each prefix"
+        ) from error
+    prefixes = list(paths[1::2])
+    if len(prefixes) != len(weights) or min(weights) <= 0:
+        raise ValueError(
+            f"{option} = {list(paths)}: expected WEIGHT PREFIX pairs with weights above 0"
+        )
+    return prefixes, weights
 
 
 def check_model(model: ModelConfig, seq_length: int, parallel: ParallelConfig) -> None:

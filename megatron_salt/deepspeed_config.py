@@ -22,7 +22,7 @@ KNOWN_KEYS = (
     "gradient_predivide_factor", "communication_data_type", "data_types", "steps_per_print",
     "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "flops_profiler",
     "pipeline", "checkpoint", "aio", "timers", "log_level", "disable_allgather",
-    "disable_python_gc", "nebula", "compile",
+    "disable_python_gc", "compile",
 )  # fmt: skip
 
 # Those of them that are read here and hold keys of their own.
@@ -30,6 +30,8 @@ SECTION_KEYS = ("optimizer", "fp16", "bf16", "zero_optimization", "data_types", 
 
 # Keys that DeepSpeed knows but that would fight with this trainer, with what to do instead.
 REFUSED_KEYS = {
+    "nebula": "it writes in the background, while a checkpoint is verified and renamed",
+    "datastates_ckpt": "it writes in the background, while a checkpoint is verified and renamed",
     "scheduler": "the learning rate is train.lr_schedule of the run's config; remove the section",
     "activation_checkpointing": "use parallel.recompute_granularity of the run's config",
     "curriculum_learning": "the order of the data is a pure function of seed and step",
@@ -95,6 +97,14 @@ def read_json(path: str) -> dict[str, Any]:
             raise ValueError(f"{path}: unknown key {key!r}.{nearest(key, KNOWN_KEYS)}")
         if key in SECTION_KEYS and not isinstance(values[key], Mapping):
             raise ValueError(f"{path}: {key} = {values[key]!r}: expected an object, as {{…}}")
+    # Everything else in the section makes DeepSpeed write elsewhere, or in the background while the
+    # checkpoint is being verified and renamed.
+    for key in values.get("checkpoint") or {}:
+        if key not in ("tag_validation", "parallel_write"):
+            raise ValueError(
+                f"{path}: 'checkpoint.{key}' would bypass megatron_salt's verified checkpoints; "
+                "remove it"
+            )
     _check_auto(values, path, prefix="")
     return values
 
@@ -112,7 +122,7 @@ def _enabled(values: Mapping[str, Any], section: str) -> bool:
     return bool(values.get(section, {}).get("enabled", False))
 
 
-def _positive(values: Mapping[str, Any], key: str, path: str) -> int | None:
+def positive_int(values: Mapping[str, Any], key: str, path: str) -> int | None:
     value = values.get(key)
     if value is None:
         return None
@@ -128,9 +138,9 @@ def resolve_batch_sizes(
 
     Raises: ValueError naming the file, the three keys and their values if they do not fit.
     """
-    total = _positive(values, "train_batch_size", path)
-    micro = _positive(values, "train_micro_batch_size_per_gpu", path)
-    steps = _positive(values, "gradient_accumulation_steps", path)
+    total = positive_int(values, "train_batch_size", path)
+    micro = positive_int(values, "train_micro_batch_size_per_gpu", path)
+    steps = positive_int(values, "gradient_accumulation_steps", path)
     dp = data_parallel_size
     if micro is None and total is None:
         raise ValueError(f"{path}: give train_batch_size or train_micro_batch_size_per_gpu")

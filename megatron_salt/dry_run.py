@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_salt import checkpoint as ckpt
-from megatron_salt.config import RunConfig
-from megatron_salt.data.dataset import find_tokenizer, parse_blend, verify_all
+from megatron_salt.config import RunConfig, parse_blend
+from megatron_salt.data.dataset import find_tokenizer, verify_all
 from megatron_salt.data.manifest import read_manifest
 from megatron_salt.data.tokenizer import check_same_tokens, load_tokenizer
 from megatron_salt.deepspeed_config import (
     DeepSpeedSettings,
     check_against_run,
     load_deepspeed_config,
+    positive_int,
     read_json,
 )
 from megatron_salt.model.teacher import check_teacher_fits
@@ -37,6 +38,7 @@ from megatron_salt.parallel.layout import (
     layout_for_world,
     split_rows,
 )
+from megatron_salt.resume import check_start
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -66,7 +68,7 @@ def world_size_for(config: RunConfig, deepspeed_config: str) -> int:
     model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     values = read_json(deepspeed_config)
     total, micro, steps = (
-        values.get(key)
+        positive_int(values, key, deepspeed_config)
         for key in (
             "train_batch_size",
             "train_micro_batch_size_per_gpu",
@@ -151,7 +153,9 @@ def describe(config: RunConfig, deepspeed_config: str) -> str:
     check_against_run(settings, config)
     tokenizer = find_tokenizer(config.data)
     verify_all(config.data, tokenizer)
-    resume, _ = ckpt.find_resume(config.train.output_dir, config.train.resume)
+    resume, warnings = ckpt.find_resume(config.train.output_dir, config.train.resume)
+    resumed = ckpt.read_manifest(resume) if resume else None
+    check_start(config, layout, settings, tokenizer.fingerprint, resume, resumed)
     teacher = None
     if config.teacher.checkpoint is not None:
         folder = ckpt.resolve(config.teacher.checkpoint, what="teacher.checkpoint")
@@ -165,6 +169,7 @@ def describe(config: RunConfig, deepspeed_config: str) -> str:
     bounds = balanced_stages(costs, layout.pp_size)
     memory = stage_memory(config, settings, layout, tokenizer.vocab_size, bounds, teacher)
     lines = [
+        *(f"WARNING {warning}" for warning in warnings),
         *_layout_lines(layout, settings, config),
         *_token_lines(config, settings, resume),
         *_teacher_lines(teacher, config, settings, layout),

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_salt.config import Word
 from megatron_salt.noise import silence_known_warnings
 
 
@@ -28,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--data", nargs="+", help="Dataset prefixes; default: the held-out data of its own run."
     )
     parser.add_argument(
-        "--split", help="With --data: score the second part of this split; default: all of it."
+        "--split", help="With --data: score the second part of this split, as 95,5; default: all."
     )
     parser.add_argument("--samples", type=int, default=1024, help="Sequences to score at most.")
     parser.add_argument("--seq_length", type=int, help="Default: the checkpoint's.")
@@ -40,15 +41,21 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Score every checkpoint and print one line each; bad files end with one line and status 2."""
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    for name in ("samples", "micro_batch_size"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} {getattr(arguments, name)}: must be at least 1")
     silence_known_warnings()
     import torch.distributed as dist
 
-    from megatron_salt.parallel.groups import initialize
+    from megatron_salt.parallel.groups import FailedElsewhere, initialize
 
     groups = initialize(1, 1, timeout_minutes=30.0)
     try:
         results = [score(path, arguments, groups) for path in arguments.checkpoint]
+    except FailedElsewhere as error:
+        raise SystemExit(2) from error
     except (ValueError, FileNotFoundError) as error:
         print(f"evaluate: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -87,13 +94,12 @@ def score(path: str, arguments: argparse.Namespace, groups: Any) -> dict[str, An
         manifest.config.data, seq_length=arguments.seq_length or manifest.config.data.seq_length
     )
     if arguments.data and arguments.split:
+        equal_parts = [Word(word) for prefix in arguments.data for word in ("1", prefix)]
         data = dataclasses.replace(
-            data, train_data_path=arguments.data, valid_data_path=[], split=arguments.split
+            data, train_data_path=equal_parts, valid_data_path=[], split=arguments.split
         )
     elif arguments.data:
-        data = dataclasses.replace(
-            data, train_data_path=arguments.data, valid_data_path=arguments.data
-        )
+        data = dataclasses.replace(data, valid_data_path=arguments.data)
     verify_all(data, tokenizer)
     vocab = VocabShard(size=manifest.vocab_size, start=0, stop=manifest.vocab_size)
     model = Teacher(

@@ -56,18 +56,20 @@ def allocated_bytes(device: torch.device) -> int:
 def read_metrics(path: Path, up_to_step: int) -> list[str]:
     """Complete lines of a metrics file for steps <= up_to_step; a torn last line is left out.
 
-    Raises: ValueError naming file and line for a line before the last that is not JSON.
+    Raises: ValueError naming file and line for a broken line before the last.
     """
     kept = []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
+            step = int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):
                 break
-            raise ValueError(f"{path}:{number}: not JSON: {error.msg}; move it away") from error
-        if record["step"] <= up_to_step and line.endswith("\n"):
+            raise ValueError(
+                f"{path}:{number}: not a step's metrics; move the file away"
+            ) from error
+        if step <= up_to_step and line.endswith("\n"):
             kept.append(line)
     return kept
 

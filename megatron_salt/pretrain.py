@@ -6,6 +6,7 @@ Without a teacher this is plain pre-training, which is how the small language mo
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -18,6 +19,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = parse_command_line(argv, prog="python -m megatron_salt.pretrain")
     silence_known_warnings()
     # torch, megatron-core and deepspeed take seconds to import: after the settings are known good.
+    import torch.distributed as dist
+
     from megatron_salt.parallel.groups import FailedElsewhere
 
     try:
@@ -32,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except FailedElsewhere as error:
         raise SystemExit(2) from error
     except (ValueError, FileNotFoundError) as error:
-        print(f"pretrain: error: {error}", file=sys.stderr)
+        # Before the ranks have met (a world size that does not fit) all of them see the same.
+        if dist.is_initialized() or os.environ.get("RANK", "0") == "0":
+            print(f"pretrain: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     train(run)
 

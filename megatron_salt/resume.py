@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_salt.checkpoint import CheckpointManifest, list_checkpoints, step_name
-from megatron_salt.config import RunConfig
+from megatron_salt.config import RunConfig, parse_blend
 from megatron_salt.deepspeed_config import DeepSpeedSettings
 from megatron_salt.parallel.layout import Layout
 
@@ -31,8 +31,9 @@ def check_start(
 ) -> None:
     """Raise ValueError where starting would overwrite a run or a resume would not continue exactly.
 
-    Layout, ZeRO stage, tokenizer, model, batch size and seed must be the checkpoint's; everything
-    else may change and is only reported (`changed_settings`).
+    Layout, ZeRO stage, precision, tokenizer, model, batch size, seed and what decides the order of
+    the data must be the checkpoint's. Method and learning rate may change, and it is said
+    (`changed_settings`).
     """
     output_dir = Path(config.train.output_dir)
     existing = list_checkpoints(output_dir)
@@ -69,6 +70,26 @@ def check_start(
             f"the checkpoint has read {resumed.data_rows} sequences in {resumed.step} steps; with "
             f"train_batch_size = {settings.global_batch_size} this run would go on at sequence "
             f"{rows}: keep the batch size"
+        )
+    for name in ("split", "eod_mask_loss"):
+        before, after = (getattr(c.data, name) for c in (resumed.config, config))
+        if before != after:
+            raise ValueError(
+                f"data.{name} = {after!r}, the checkpoint's is {before!r}: the data would change"
+            )
+    weights = [
+        parse_blend(c.data.train_data_path, "data.train_data_path")[1]
+        for c in (resumed.config, config)
+    ]
+    if weights[0] != weights[1]:
+        raise ValueError(
+            f"data.train_data_path: blend weights {weights[1]}, the checkpoint's are {weights[0]}: "
+            "the order of the data would change"
+        )
+    if resumed.precision != settings.precision:
+        raise ValueError(
+            f"{settings.path}: precision {settings.precision}, the checkpoint was trained in "
+            f"{resumed.precision}"
         )
     if resumed.config.train.seed != config.train.seed:
         raise ValueError(

@@ -64,7 +64,8 @@ def learning_rate(train: TrainConfig, peak: float, step: int) -> float:
       constant   peak
       cosine     from peak to min_lr_ratio * peak over lr_decay_steps (null: to the last step)
       wsd        peak, then the same cosine over the last lr_decay_steps (null: 10 % of steps)
-    After a cosine shorter than the run the rate stays at its floor.
+    After a cosine shorter than the run the rate stays at its floor. A wsd decay longer than what
+    the warm-up leaves begins right after it and is cut off by the end of the run.
     """
     warmup, floor = train.lr_warmup_steps, train.min_lr_ratio * peak
     if step < warmup:

@@ -49,8 +49,9 @@ def prepare(config: RunConfig, deepspeed_config: str) -> Run:
         parallel.pipeline_model_parallel_size,
         parallel.timeout_minutes,
     )
-    settings = load_deepspeed_config(deepspeed_config, groups.layout.dp_size)
-    check_against_run(settings, config)
+    with same_error_everywhere("reading the DeepSpeed config"):
+        settings = load_deepspeed_config(deepspeed_config, groups.layout.dp_size)
+        check_against_run(settings, config)
     return Run(config, settings, groups)
 
 
@@ -78,6 +79,12 @@ class Run:
             )
         for warning in warnings:
             self.say(f"WARNING {warning}")
+        with same_error_everywhere("verifying the checkpoint to resume from"):
+            if resumed and resume_from:
+                if groups.rank == 0 and warnings:
+                    ckpt.set_aside_damaged(str(self.output_dir), resume_from)
+                share = sorted(resumed.files)[groups.rank :: groups.layout.world_size]
+                ckpt.verify_hashes(resume_from, resumed, share)
         self.first_step = resumed.step if resumed else 0
         self.tokens = resumed.tokens if resumed else 0
         self.evaluation = resumed.evaluation if resumed else None
@@ -88,6 +95,9 @@ class Run:
             seed=config.train.seed,
             cache_path=Path(config.data.cache_path or self.output_dir / "index_cache"),
         )
+        needed = self.data.epochs_needed(config.train.steps * settings.global_batch_size)
+        for prefix, epochs in needed.items():
+            self.say(f"data: {prefix}, {epochs:.2f} epochs over the run")
         if resumed and resumed.data != self.data.fingerprints():
             raise ValueError(
                 f"{resume_from}: was trained on other data than data.train_data_path now names; "
@@ -313,7 +323,7 @@ class Run:
         values = {
             "valid_ce_nats": sums.ce_nats / sums.tokens,
             "valid_accuracy": sums.correct / sums.tokens,
-            "valid_tokens": sums.tokens,
+            "valid_tokens": int(sums.tokens),
         }
         if self.teacher_valid_ce is not None:
             # Frozen weights and fixed samples: what was measured at the start stays true.
@@ -394,6 +404,7 @@ class Run:
             pp_size=layout.pp_size,
             dp_size=layout.dp_size,
             zero_stage=self.settings.zero_stage,
+            precision=self.settings.precision,
             evaluation=self.evaluation,
             teacher_valid_ce_nats=self.teacher_valid_ce,
             teacher_fingerprint=self.teacher_fingerprint,

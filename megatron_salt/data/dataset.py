@@ -23,7 +23,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch import Tensor
 
-from megatron_salt.config import DataConfig
+from megatron_salt.config import DataConfig, parse_blend
 from megatron_salt.data.manifest import read_manifest, verify_dataset
 from megatron_salt.data.order import epoch_and_offset, epoch_seed, evaluation_rows
 from megatron_salt.data.tokenizer import Tokenizer, load_tokenizer
@@ -56,27 +56,6 @@ class Batch:
         return Batch(tokens_RS=tokens, labels_RS=labels, mask_RS=mask)
 
 
-def parse_blend(paths: Sequence[str], option: str) -> tuple[list[str], list[float]]:
-    """Prefixes and weights from `PREFIX` or `WEIGHT PREFIX WEIGHT PREFIX …`.
-
-    Raises: ValueError naming the option for any other form.
-    """
-    if len(paths) == 1:
-        return [paths[0]], [1.0]
-    try:
-        weights = [float(word) for word in paths[0::2]]
-    except ValueError as error:
-        raise ValueError(
-            f"{option} = {list(paths)}: several datasets need a weight before each prefix"
-        ) from error
-    prefixes = list(paths[1::2])
-    if len(prefixes) != len(weights) or min(weights) <= 0:
-        raise ValueError(
-            f"{option} = {list(paths)}: expected WEIGHT PREFIX pairs with weights above 0"
-        )
-    return prefixes, weights
-
-
 def find_tokenizer(data: DataConfig) -> Tokenizer:
     """The tokenizer of the run: data.tokenizer, or the copy beside the first training dataset.
 
@@ -99,10 +78,9 @@ def verify_all(data: DataConfig, tokenizer: Tokenizer) -> None:
 
     Raises: ValueError/FileNotFoundError naming the file and the remedy (see `verify_dataset`).
     """
-    for option in ("train_data_path", "valid_data_path"):
-        paths = getattr(data, option)
-        for prefix in parse_blend(paths, f"data.{option}")[0] if paths else []:
-            verify_dataset(prefix, tokenizer)
+    train_prefixes = parse_blend(data.train_data_path, "data.train_data_path")[0]
+    for prefix in [*train_prefixes, *data.valid_data_path]:
+        verify_dataset(prefix, tokenizer)
 
 
 class EpochedDataset(torch.utils.data.Dataset):
@@ -216,11 +194,8 @@ class DataSource:
         return EpochedDataset(epochs)
 
     def _held_out(self, train_prefixes: Sequence[str]) -> list[GPTDataset]:
-        prefixes: Sequence[str] = train_prefixes
-        if self.data.valid_data_path:
-            prefixes = parse_blend(self.data.valid_data_path, "data.valid_data_path")[0]
         found = []
-        for prefix in prefixes:
+        for prefix in self.data.valid_data_path or train_prefixes:
             valid = self._build(self._config(prefix, EVALUATION_SEED, held_out=True))[1]
             if valid is None or len(valid) == 0:
                 raise ValueError(
@@ -263,9 +238,7 @@ class DataSource:
 
     def evaluation_fingerprint(self, num_samples: int) -> str:
         """Identity of the held-out samples that an evaluation scores."""
-        prefixes = self.prefixes
-        if self.data.valid_data_path:
-            prefixes = parse_blend(self.data.valid_data_path, "data.valid_data_path")[0]
+        prefixes = self.data.valid_data_path or self.prefixes
         parts = [dataset_fingerprint(prefix) for prefix in prefixes]
         total = min(num_samples, self.num_held_out())
         held_out = [bool(self.data.valid_data_path), self._split(True), EVALUATION_SEED]

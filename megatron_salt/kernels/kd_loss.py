@@ -59,7 +59,7 @@ def kd_loss(
     Host sync: none on CUDA.
     Raises: ValueError for shapes, dtypes, devices, temperatures or labels that do not fit, and for
         a kd_weight other than 0 without a teacher. Labels and weights on CUDA are asserted there.
-    Source: METHODS in docs/method.md; SALT, arXiv 2410.18779, eq. for the mix of CE and KL.
+    Source: SALT, arXiv 2410.18779, for the mix of CE and KL; docs/method.md for the conventions.
     """
     if impl not in ("auto", "reference"):
         raise ValueError(f"impl = {impl!r}: available here are 'auto' and 'reference'")

@@ -98,8 +98,12 @@ def initialize(tp_size: int, pp_size: int, timeout_minutes: float) -> Groups:
     _fill_environment()
     layout = layout_for_world(int(os.environ["WORLD_SIZE"]), tp_size, pp_size)
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    device = torch.device("cpu")
     if cuda:
+        # Modulo, because `srun --gpus-per-task=1` shows each rank one GPU, its number 0.
+        index = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
+        os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed's pipeline places its layers by it
+        device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     timeout = timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
@@ -145,8 +149,8 @@ def same_error_everywhere(what: str) -> Iterator[None]:
     reason is lost in the noise. The block itself must not contain collectives.
 
     Collectives: one all-gather of a short string over all ranks, at the end.
-    Raises: the rank's own exception where it failed; FailedElsewhere with the first failing rank
-        and its message on the others.
+    Raises: the exception itself on the first rank that met it; FailedElsewhere with the first
+        failing rank and its message on the others.
     """
     failure: Exception | None = None
     try:
@@ -155,8 +159,8 @@ def same_error_everywhere(what: str) -> Iterator[None]:
         failure = error
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, None if failure is None else str(failure))
-    if failure is not None:
-        raise failure
+    if failure is not None and messages.index(str(failure)) == dist.get_rank():
+        raise failure  # once, not once per rank that met the same error
     for rank, message in enumerate(messages):
         if message is not None:
             raise FailedElsewhere(f"{what} failed on rank {rank}: {message}")

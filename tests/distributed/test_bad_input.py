@@ -191,9 +191,15 @@ def test_resume_at_another_layout_or_batch_or_data(
     assert "same layout" in fails(2, dataset, parallel__tensor_model_parallel_size=2)
     assert "train_batch_size = 16" in fails(1, dataset, deepspeed={"train_batch_size": 16})
     assert "train.seed" in fails(1, dataset, train__seed=7)
-    assert "other data" in fails(
+    assert "data.split" in fails(1, dataset, data__split="80,20")
+    assert "precision" in fails(1, dataset, deepspeed={"bf16": {"enabled": True}})
+    assert "blend weights" in fails(
         1, dataset, data__train_data_path=["0.5", str(dataset), "0.5", str(dataset)]
     )
+    moved = copy_dataset(dataset, tmp_path)
+    manifest = Path(f"{moved}.manifest.json")
+    manifest.write_text(manifest.read_text().replace('"bin_sha256": "', '"bin_sha256": "0'))
+    assert "other data" in fails(1, moved)
 
 
 def test_damaged_checkpoint_is_passed_over_or_refused(dataset: Path, tmp_path: Path) -> None:
@@ -207,8 +213,11 @@ def test_damaged_checkpoint_is_passed_over_or_refused(dataset: Path, tmp_path: P
     named = make_config(dataset, tmp_path / "run", train__resume=str(newest), train__steps=3)
     with pytest.raises(RankError, match="damaged"):
         run_ranks(1, _prepare, named, deepspeed_config)
-    auto = make_config(dataset, tmp_path / "run", train__steps=3)
+    auto = make_config(dataset, tmp_path / "run", train__steps=3, train__keep_checkpoints=1)
     run_ranks(1, _train, auto, deepspeed_config)
+    # The damaged one is kept, out of the way: it is neither resumed from nor counted as a newest.
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step_00000003"]
+    assert (newest.parent / f"damaged_{newest.name}").is_dir()
     assert [record["step"] for record in metrics_of(tmp_path / "run")] == [0, 1, 2, 3]
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from megatron_salt.config import DataConfig
-from megatron_salt.data.dataset import DataSource, find_tokenizer, parse_blend
+from megatron_salt.config import DataConfig, parse_blend
+from megatron_salt.data.dataset import DataSource, find_tokenizer
 from megatron_salt.data.order import rows_of_rank
 from megatron_salt.parallel.groups import initialize
 
