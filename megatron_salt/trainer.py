@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -113,7 +112,8 @@ class Run:
         if groups.rank == 0:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             write_config(config, self.output_dir / "config.json")
-            shutil.copyfile(settings.path, self.output_dir / "deepspeed.json")
+            text = json.dumps(dict(settings.values), indent=2) + "\n"
+            (self.output_dir / "deepspeed.json").write_text(text, encoding="utf-8")
             self.log = MetricsLog(
                 self.output_dir,
                 resumed_step=self.first_step,

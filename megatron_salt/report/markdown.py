@@ -49,8 +49,8 @@ def write_report(
         f"# {title}",
         f"The baseline is *{baseline.label}*. Losses are held-out nats per token, measured on "
         f"{_describe_heldout(runs)}. Training seconds are the sum of the step times: the "
-        f"teacher's forwards are in them, evaluations and checkpoints are not. *KD* is the phase "
-        f"with the teacher, *LM* the one without.",
+        f"teacher's forwards are in them; evaluations, checkpoints and the teacher's own training "
+        f"are not. *KD* is the phase with the teacher, *LM* the one without.",
         "**Read with caution.** Every row is one run with one seed, so small differences may be "
         "chance; on a shared machine seconds vary, so trust ratios before absolute times.",
         "## Results",
