@@ -70,8 +70,9 @@ class ReferenceKdLoss(torch.autograd.Function):
 
         if teacher_logits_TW is None:
             max_T = _all_reduce(_local_max(s1_TC), dist.ReduceOp.MAX, tp_group)
-            s1_TC = s1_TC - max_T[:, None]
-            sums = [s1_TC.exp().sum(dim=1), _at_label(s1_TC, local_label_T, owned_T)]
+            s1_TC.sub_(max_T[:, None])
+            label_T = _at_label(s1_TC, local_label_T, owned_T)
+            sums = [s1_TC.exp_().sum(dim=1), label_T]
             sum_T, label_T = _all_reduce(torch.stack(sums), dist.ReduceOp.SUM, tp_group)
             ce_T = sum_T.log() - label_T
             kl_T = torch.zeros_like(ce_T)
@@ -85,11 +86,13 @@ class ReferenceKdLoss(torch.autograd.Function):
             s_TC = s1_TC if b == 1.0 else s1_TC / b
             packed = torch.stack([_local_max(z_TC), _local_max(s_TC)])
             z_max_T, s_max_T = _all_reduce(packed, dist.ReduceOp.MAX, tp_group)
-            z_TC, s_TC = z_TC - z_max_T[:, None], s_TC - s_max_T[:, None]
-            s1_TC = s_TC if b == 1.0 else s1_TC - s_max_T[:, None] * b
+            z_TC.sub_(z_max_T[:, None])
+            s_TC.sub_(s_max_T[:, None])  # with b = 1 this is s1_TC too
+            if b != 1.0:
+                s1_TC.sub_(s_max_T[:, None] * b)
             p_TC = z_TC.exp()
             # 0 * (-inf) would be nan where the teacher gives a token no probability at all.
-            gap_TC = torch.where(p_TC > 0, p_TC * (z_TC - s_TC), 0.0)
+            gap_TC = z_TC.sub_(s_TC).mul_(p_TC).masked_fill_(p_TC == 0, 0.0)
             sums = [
                 p_TC.sum(dim=1),
                 s_TC.exp().sum(dim=1),
@@ -126,20 +129,22 @@ class ReferenceKdLoss(torch.autograd.Function):
         s1_TC = _real_columns(student_TW, vocab, 1.0)
         # Without a teacher there is no tempered maximum: s_max_T is that of the logits themselves.
         shift_T = s_max_T if teacher_TW is None else s_max_T * b
-        q1_TC = (s1_TC - shift_T[:, None]).exp() / s1_sum_T[:, None]
+        q1_TC = (s1_TC - shift_T[:, None]).exp_().div_(s1_sum_T[:, None])
         if num_columns:
             index_T1 = local_label_T.clamp(0, num_columns - 1)[:, None]
             q1_TC.scatter_add_(1, index_T1, -owned_T[:, None].to(q1_TC.dtype))
         ce_scale_T1 = (grad_loss * ce_weight_T)[:, None]
-        grad_TC = torch.where(ce_scale_T1 != 0, ce_scale_T1 * q1_TC, 0.0)
+        # A zero weight sends exactly nothing, even where the probabilities are nan.
+        grad_TC = q1_TC.mul_(ce_scale_T1).masked_fill_(ce_scale_T1 == 0, 0.0)
         if teacher_TW is not None:
             z_max_T, z_sum_T, s_sum_T = saved[8:]
             z_TC = _real_columns(teacher_TW, vocab, a)
-            p_TC = (z_TC - z_max_T[:, None]).exp() / z_sum_T[:, None]
-            s_TC = s1_TC if b == 1.0 else s1_TC / b
-            q_TC = (s_TC - s_max_T[:, None]).exp() / s_sum_T[:, None]
+            p_TC = z_TC.sub_(z_max_T[:, None]).exp_().div_(z_sum_T[:, None])
+            s_TC = s1_TC if b == 1.0 else s1_TC.div_(b)
+            q_TC = s_TC.sub_(s_max_T[:, None]).exp_().div_(s_sum_T[:, None])
             kd_scale_T1 = (grad_loss * kd_weight_T / b)[:, None]
-            grad_TC += torch.where(kd_scale_T1 != 0, kd_scale_T1 * (q_TC - p_TC), 0.0)
+            kd_grad_TC = q_TC.sub_(p_TC).mul_(kd_scale_T1)
+            grad_TC += kd_grad_TC.masked_fill_(kd_scale_T1 == 0, 0.0)
         grad_TW = torch.zeros_like(student_TW)
         grad_TW[:, :num_columns] = grad_TC.to(student_TW.dtype)
         return (grad_TW, *([None] * 8))
