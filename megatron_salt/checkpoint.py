@@ -228,22 +228,26 @@ def partial_dir(output_dir: str | Path, step: int) -> Path:
 def start_partial(output_dir: str | Path, step: int) -> Path:
     """An empty directory to write a checkpoint into; remains of a killed attempt are removed."""
     checkpoints_dir(output_dir).mkdir(parents=True, exist_ok=True)
-    for pattern in (".step_*.partial", ".step_*.replaced"):
+    for pattern in (".step_*.partial", ".step_*.replaced", ".step_*.deleted"):
         for leftover in checkpoints_dir(output_dir).glob(pattern):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=pattern.endswith("deleted"))
     partial = partial_dir(output_dir, step)
     partial.mkdir()
     return partial
 
 
-def hash_share(partial: Path, rank: int, world_size: int) -> dict[str, dict[str, Any]]:
-    """Flush, read back and hash this rank's share of the files of a partial checkpoint."""
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
+def list_files(partial: Path) -> list[str]:
+    """Relative paths of the files of a partial checkpoint, sorted."""
+    return sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
+
+
+def hash_files(partial: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Flush, read back and hash files of a partial checkpoint."""
     records = {}
-    for path in files[rank::world_size]:
+    for name in names:
+        path = partial / name
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
-        name = str(path.relative_to(partial))
         records[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     return records
 
@@ -259,6 +263,10 @@ def publish(partial: Path, manifest: CheckpointManifest, output_dir: str | Path)
     for required in ("weights", "deepspeed", "tokenizer"):
         if not any((partial / required).iterdir()):
             raise RuntimeError(f"{partial}: {required}/ is empty; not published")
+    for pp_rank in range(manifest.pp_size):
+        for tp_rank in range(manifest.tp_size):
+            if weights_file(pp_rank, tp_rank) not in manifest.files:
+                raise RuntimeError(f"{partial}: no {weights_file(pp_rank, tp_rank)}; not published")
     values = asdict(manifest)
     with (partial / MANIFEST).open("w", encoding="utf-8") as stream:
         json.dump(values, stream, indent=1)
@@ -287,12 +295,21 @@ def _fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def remove_old(output_dir: str | Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints; 0 keeps all."""
+def remove_old(output_dir: str | Path, keep: int) -> list[str]:
+    """Delete all but the newest `keep` checkpoints; 0 keeps all. Returns what could not be deleted.
+
+    Renamed first, so that a half-deleted one is not taken for a checkpoint; `start_partial` sweeps
+    up what an interruption or a reader elsewhere left.
+    """
+    problems = []
     for path in list_checkpoints(output_dir)[: -keep if keep else 0]:
-        # Without its manifest a half-deleted directory is not taken for a checkpoint.
-        (path / MANIFEST).unlink()
-        shutil.rmtree(path)
+        doomed = path.with_name(f".{path.name}.deleted")
+        try:
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            problems.append(f"old checkpoint {path} not deleted: {error}")
+    return problems
 
 
 def find_resume(output_dir: str, resume: str) -> tuple[Path | None, list[str]]:
@@ -327,4 +344,5 @@ def set_aside_damaged(output_dir: str, resumed_from: Path) -> None:
     """
     for path in list_checkpoints(output_dir):
         if path.parent == resumed_from.parent and path.name > resumed_from.name:
-            path.rename(path.with_name(f"damaged_{path.name}"))
+            number = len(list(path.parent.glob(f"damaged_{path.name}*")))
+            path.rename(path.with_name(f"damaged_{path.name}" + (f".{number}" if number else "")))

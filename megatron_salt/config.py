@@ -462,6 +462,11 @@ def parse_blend(paths: Sequence[str], option: str) -> tuple[list[str], list[floa
     return prefixes, weights
 
 
+def effective_split(data: DataConfig) -> str:
+    """Which documents of the training datasets train: all, if held-out data is named apart."""
+    return "1,0" if data.valid_data_path else data.split
+
+
 def check_model(model: ModelConfig, seq_length: int, parallel: ParallelConfig) -> None:
     """The part of `check_config` that concerns shapes and their division over ranks."""
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size

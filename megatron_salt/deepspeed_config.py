@@ -203,12 +203,8 @@ def check_against_run(settings: DeepSpeedSettings, config: RunConfig) -> None:
             f"{path}: zero_optimization.stage = {settings.zero_stage} does not work with "
             f"parallel.pipeline_model_parallel_size = {pp}; use stage 0 or 1, or one stage"
         )
-    if pp > 1 and settings.zero_stage == 1 and settings.precision == "bf16":
-        if values.get("data_types", {}).get("grad_accum_dtype") != "fp32":
-            raise ValueError(
-                f'{path}: bf16 with ZeRO 1 and pipeline parallelism needs "data_types": '
-                '{"grad_accum_dtype": "fp32"}: gradients of many micro-batches are lost in bf16'
-            )
+    if settings.precision == "bf16":
+        _check_bf16(settings, pp)
     pipeline = values.get("pipeline", {})
     for key in ("pipe_partitioned", "grad_partitioned"):
         if parallel.sequence_parallel and pipeline.get(key):
@@ -222,6 +218,25 @@ def check_against_run(settings: DeepSpeedSettings, config: RunConfig) -> None:
         )
 
 
+def _check_bf16(settings: DeepSpeedSettings, pp: int) -> None:
+    """bf16 only where DeepSpeed can add up the gradients of micro-batches in fp32."""
+    if settings.zero_stage == 0:
+        raise ValueError(
+            f"{settings.path}: bf16 with ZeRO 0 adds up gradients in bf16, and with pipeline "
+            'parallelism cannot be resumed; use "zero_optimization": {"stage": 1} and '
+            '"data_types": {"grad_accum_dtype": "fp32"}'
+        )
+    accumulate = settings.values.get("data_types", {}).get("grad_accum_dtype")
+    if accumulate == "fp32" or (accumulate is not None and pp == 1):
+        return
+    if pp > 1 or settings.num_micro_batches > 1:
+        raise ValueError(
+            f'{settings.path}: bf16 over several micro-batches needs "data_types": '
+            '{"grad_accum_dtype": "fp32"}: small gradients are lost when added up in bf16'
+            + ("" if pp > 1 else ' (say "bf16" there if that is meant)')
+        )
+
+
 def engine_config(settings: DeepSpeedSettings, parallel: ParallelConfig) -> dict[str, Any]:
     """The dictionary given to `deepspeed.initialize`: the JSON plus what the trainer must fix."""
     values = json.loads(json.dumps(dict(settings.values)))
@@ -230,13 +245,13 @@ def engine_config(settings: DeepSpeedSettings, parallel: ParallelConfig) -> dict
     values["gradient_accumulation_steps"] = settings.num_micro_batches
     # The trainer prints its own lines; DeepSpeed's are one number and a host sync.
     values.setdefault("steps_per_print", 2**31)
-    if (
-        settings.precision == "fp32"
-        and settings.zero_stage == 0
-        and not values.get("gradient_clipping")
-    ):
+    # Stated, because DeepSpeed's default is not "no clipping" but 1.0.
+    clipping = values.setdefault("gradient_clipping", 1.0)
+    if settings.precision == "fp32" and settings.zero_stage == 0 and clipping == 0:
         # DeepSpeed computes the gradient norm of this mode only to clip; never reached.
         values["gradient_clipping"] = 1e30
+    # DeepSpeed's throughput timer waits for the GPU before and after every micro-batch.
+    values.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
     if parallel.sequence_parallel:
         # DeepSpeed would send 1/tp of each activation, taking the tp ranks' copies for equal;
         # under sequence parallelism they are different shards already.

@@ -34,7 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=int, default=1024, help="Sequences to score at most.")
     parser.add_argument("--seq_length", type=int, help="Default: the checkpoint's.")
     parser.add_argument("--micro_batch_size", type=int, default=8)
-    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
+    parser.add_argument(
+        "--precision", choices=["fp32", "bf16", "fp16"], help="Default: the checkpoint's."
+    )
     parser.add_argument("--output", type=Path, help="Also write the results as JSON.")
     return parser
 
@@ -84,11 +86,12 @@ def score(path: str, arguments: argparse.Namespace, groups: Any) -> dict[str, An
     from megatron_salt.data.dataset import DataSource, verify_all
     from megatron_salt.data.tokenizer import load_tokenizer
     from megatron_salt.kernels import VocabShard, kd_loss
-    from megatron_salt.model.teacher import Teacher
+    from megatron_salt.model.teacher import Teacher, check_teacher_fits
     from megatron_salt.parallel.engine import DTYPES
 
     folder = ckpt.resolve(path, what="--checkpoint")
     manifest = ckpt.read_manifest(folder)
+    precision = arguments.precision or manifest.precision
     tokenizer = load_tokenizer(folder / "tokenizer")
     data = dataclasses.replace(
         manifest.config.data, seq_length=arguments.seq_length or manifest.config.data.seq_length
@@ -102,14 +105,16 @@ def score(path: str, arguments: argparse.Namespace, groups: Any) -> dict[str, An
         data = dataclasses.replace(data, valid_data_path=arguments.data)
     verify_all(data, tokenizer)
     vocab = VocabShard(size=manifest.vocab_size, start=0, stop=manifest.vocab_size)
+    check_teacher_fits(folder, manifest, manifest.vocab_size, data.seq_length)
     model = Teacher(
-        str(folder),
+        folder,
+        manifest,
         groups,
         vocab=vocab,
         head_columns=manifest.vocab_size,
         seq_length=data.seq_length,
         micro_batch_size=arguments.micro_batch_size,
-        dtype=DTYPES[arguments.precision],
+        dtype=DTYPES[precision],
     )
     assert model.head_WE is not None  # one stage: every rank has the head
     with tempfile.TemporaryDirectory() as scratch:
@@ -146,7 +151,7 @@ def score(path: str, arguments: argparse.Namespace, groups: Any) -> dict[str, An
         "valid_accuracy": hits / tokens,
         "valid_tokens": int(tokens),
         "seq_length": data.seq_length,
-        "precision": arguments.precision,
+        "precision": precision,
     }
 
 

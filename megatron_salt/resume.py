@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_salt.checkpoint import CheckpointManifest, list_checkpoints, step_name
-from megatron_salt.config import RunConfig, parse_blend
-from megatron_salt.deepspeed_config import DeepSpeedSettings
+from megatron_salt.config import RunConfig, effective_split, parse_blend
+from megatron_salt.deepspeed_config import DeepSpeedSettings, read_json
 from megatron_salt.parallel.layout import Layout
 
 
@@ -71,12 +73,18 @@ def check_start(
             f"train_batch_size = {settings.global_batch_size} this run would go on at sequence "
             f"{rows}: keep the batch size"
         )
-    for name in ("split", "eod_mask_loss"):
-        before, after = (getattr(c.data, name) for c in (resumed.config, config))
-        if before != after:
-            raise ValueError(
-                f"data.{name} = {after!r}, the checkpoint's is {before!r}: the data would change"
-            )
+    splits = [effective_split(c.data) for c in (resumed.config, config)]
+    if splits[0] != splits[1]:
+        raise ValueError(
+            f"data.split and data.valid_data_path: the training documents would be those of split "
+            f"{splits[1]!r}, the checkpoint's are of {splits[0]!r}: the order of the data would "
+            "change"
+        )
+    if resumed.config.data.eod_mask_loss != config.data.eod_mask_loss:
+        raise ValueError(
+            f"data.eod_mask_loss = {config.data.eod_mask_loss}, the checkpoint's is "
+            f"{resumed.config.data.eod_mask_loss}: other tokens would count"
+        )
     weights = [
         parse_blend(c.data.train_data_path, "data.train_data_path")[1]
         for c in (resumed.config, config)
@@ -91,8 +99,41 @@ def check_start(
             f"{settings.path}: precision {settings.precision}, the checkpoint was trained in "
             f"{resumed.precision}"
         )
+    assert resume_from is not None
+    _check_deepspeed(read_json(str(resume_from / "deepspeed.json")), settings)
     if resumed.config.train.seed != config.train.seed:
         raise ValueError(
             f"train.seed = {config.train.seed}, the checkpoint's is {resumed.config.train.seed}: "
             "the order of the data would change"
         )
+
+
+def _check_deepspeed(before: Mapping[str, Any], settings: DeepSpeedSettings) -> None:
+    """Raise ValueError for a change in the DeepSpeed JSON that loading the checkpoint would undo.
+
+    The optimiser's state brings its own betas, eps, weight decay and clipping limit; a new number
+    in the file would be shown and not used. The learning rate is set anew at every step.
+    """
+
+    def restored(values: Mapping[str, Any]) -> dict[str, Any]:
+        optimizer = values.get("optimizer", {})
+        return {
+            "optimizer.type": optimizer.get("type"),
+            "optimizer.params": {k: v for k, v in optimizer.get("params", {}).items() if k != "lr"},
+            "gradient_clipping": values.get("gradient_clipping", 1.0),
+            "data_types": values.get("data_types", {}),
+        }
+
+    now = restored(settings.values)
+    for key, value in restored(before).items():
+        if now[key] != value:
+            raise ValueError(
+                f"{settings.path}: {key} = {now[key]}, the checkpoint was trained with {value}, "
+                "which DeepSpeed restores with the optimizer: keep it, or start a new run"
+            )
+
+
+def changed_deepspeed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """`key: old -> new` for every top-level key of the DeepSpeed JSON that differs."""
+    keys = sorted({*before, *now})
+    return [f"{k}: {before.get(k)} -> {now.get(k)}" for k in keys if before.get(k) != now.get(k)]

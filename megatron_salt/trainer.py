@@ -27,14 +27,23 @@ from megatron_salt.deepspeed_config import (
     DeepSpeedSettings,
     check_against_run,
     load_deepspeed_config,
+    read_json,
 )
 from megatron_salt.metrics import MetricsLog, Stopwatch, allocated_bytes, console_line
 from megatron_salt.model.loss import LossSums
-from megatron_salt.model.teacher import Teacher
+from megatron_salt.model.teacher import Teacher, check_teacher_fits
 from megatron_salt.parallel.engine import DTYPES, StudentEngine
-from megatron_salt.parallel.groups import Groups, initialize, same_error_everywhere
-from megatron_salt.resume import changed_settings, check_start
+from megatron_salt.parallel.groups import (
+    Groups,
+    from_rank_0,
+    initialize,
+    same_error_everywhere,
+)
+from megatron_salt.resume import changed_deepspeed, changed_settings, check_start
 from megatron_salt.salt import kd_weight, learning_rate, phase
+
+# With a loss scale that starts at 2^16 and halves every second overflow, more is no search.
+MAX_SKIPPED_FP16_STEPS = 64
 
 
 def prepare(config: RunConfig, deepspeed_config: str) -> Run:
@@ -69,19 +78,11 @@ class Run:
         self.output_dir = Path(config.train.output_dir)
         with same_error_everywhere("checking data and checkpoint"):
             self.tokenizer = find_tokenizer(config.data)
-            if groups.rank == 0:  # reads whole index files: once, not once per rank
-                verify_all(config.data, self.tokenizer)
-            resume_from, warnings = ckpt.find_resume(str(self.output_dir), config.train.resume)
-            resumed = ckpt.read_manifest(resume_from) if resume_from else None
-            check_start(
-                config, groups.layout, settings, self.tokenizer.fingerprint, resume_from, resumed
-            )
-        for warning in warnings:
-            self.say(f"WARNING {warning}")
+            start = self._decide_start() if groups.rank == 0 else None
+        # One rank looks and decides: shared file systems show different ranks different folders.
+        resume_from, resumed = from_rank_0(start)
         with same_error_everywhere("verifying the checkpoint to resume from"):
-            if resumed and resume_from:
-                if groups.rank == 0 and warnings:
-                    ckpt.set_aside_damaged(str(self.output_dir), resume_from)
+            if resumed:
                 share = sorted(resumed.files)[groups.rank :: groups.layout.world_size]
                 ckpt.verify_hashes(resume_from, resumed, share)
         self.first_step = resumed.step if resumed else 0
@@ -103,10 +104,12 @@ class Run:
                 "a resumed run must read the same files (or start anew in another output_dir)"
             )
         self.student = StudentEngine(config, settings, groups, vocab_size=self.tokenizer.vocab_size)
-        if resumed and resume_from:
+        if resumed:
             self.student.load(resume_from)
             self.say(f"resumed from {resume_from} at step {self.first_step}")
-            for change in changed_settings(resumed.config, config):
+            before = read_json(str(resume_from / "deepspeed.json"))
+            changes = changed_settings(resumed.config, config)
+            for change in [*changes, *changed_deepspeed(before, settings.values)]:
                 self.say(f"  changed since then: {change}")
         self.log: MetricsLog | None = None
         if groups.rank == 0:
@@ -132,7 +135,24 @@ class Run:
         self.batches = self._prefetch()
         self.clock = Stopwatch(groups.device)
         self.started = time.perf_counter()
-        self.evaluation_s = 0.0
+        self.skipped_steps = 0
+
+    def _decide_start(self) -> tuple[Path | None, ckpt.CheckpointManifest | None]:
+        """On rank 0: check the data's files, and find and check what the run starts from.
+
+        Raises: ValueError or FileNotFoundError naming the file or setting that is wrong.
+        """
+        config = self.config
+        verify_all(config.data, self.tokenizer)
+        resume_from, warnings = ckpt.find_resume(str(self.output_dir), config.train.resume)
+        resumed = ckpt.read_manifest(resume_from) if resume_from else None
+        fingerprint = self.tokenizer.fingerprint
+        check_start(config, self.groups.layout, self.settings, fingerprint, resume_from, resumed)
+        for warning in warnings:
+            self.say(f"WARNING {warning}")
+        if warnings and resume_from:
+            ckpt.set_aside_damaged(str(self.output_dir), resume_from)
+        return resume_from, resumed
 
     def say(self, text: str) -> None:
         if self.groups.rank == 0:
@@ -162,22 +182,15 @@ class Run:
         path = self.config.teacher.checkpoint
         assert path is not None  # check_config
         settings, parts = self.settings, self.student.parts
-        with same_error_everywhere("checking the teacher's tokenizer"):
-            folder = ckpt.resolve(path, what="teacher.checkpoint")
-            check_same_tokens(
-                f"teacher {folder}",
-                load_tokenizer(folder / "tokenizer"),
-                "the student's data",
-                self.tokenizer,
-            )
-            self.teacher_fingerprint = ckpt.weights_fingerprint(ckpt.read_manifest(folder))
-            if resumed and resumed.teacher_fingerprint not in (None, self.teacher_fingerprint):
-                raise ValueError(
-                    f"teacher {folder} has other weights than the teacher that this run was "
-                    "resumed with: name the same checkpoint in teacher.checkpoint"
-                )
+        found: tuple[Path, ckpt.CheckpointManifest] | None = None
+        with same_error_everywhere("checking the teacher"):
+            if self.groups.rank == 0:
+                found = self._find_teacher(path, resumed)
+        folder, manifest = from_rank_0(found)
+        self.teacher_fingerprint = ckpt.weights_fingerprint(manifest)
         self.teacher = Teacher(
-            path,
+            folder,
+            manifest,
             self.groups,
             vocab=parts.vocab,
             head_columns=parts.padded_vocab // parts.tp_size,
@@ -191,6 +204,27 @@ class Run:
         self._compare_with_stored(self.teacher, self.teacher_valid_ce)
         if self.first_step == 0:
             self._log_start(sums)
+
+    def _find_teacher(
+        self, path: str, resumed: ckpt.CheckpointManifest | None
+    ) -> tuple[Path, ckpt.CheckpointManifest]:
+        """On rank 0: the teacher's checkpoint, of the run's tokenizer and of the resumed run."""
+        folder = ckpt.resolve(path, what="teacher.checkpoint")
+        manifest = ckpt.read_manifest(folder)
+        check_same_tokens(
+            f"teacher {folder}",
+            load_tokenizer(folder / "tokenizer"),
+            "the student's data",
+            self.tokenizer,
+        )
+        check_teacher_fits(folder, manifest, self.tokenizer.vocab_size, self.config.data.seq_length)
+        fingerprint = ckpt.weights_fingerprint(manifest)
+        if resumed and resumed.teacher_fingerprint not in (None, fingerprint):
+            raise ValueError(
+                f"teacher {folder} has other weights than the teacher that this run was resumed "
+                "with: name the same checkpoint in teacher.checkpoint"
+            )
+        return folder, manifest
 
     def _compare_with_stored(self, teacher: Teacher, now: float) -> None:
         """Print the teacher's held-out CE beside the one stored with it; refuse one that moved."""
@@ -245,11 +279,7 @@ class Run:
         done = step + 1
         record = self._record(done, sums, weight, lr)
         self.tokens = record["tokens"]
-        if not math.isfinite(sums.loss):
-            raise RuntimeError(
-                f"step {done}: the loss is {sums.loss}; stopping instead of training on. The last "
-                f"checkpoint is the newest in {ckpt.checkpoints_dir(self.output_dir)}"
-            )
+        self._stop_if_diverged(done, sums.loss, record["grad_norm"])
         last = done == train.steps
         if last or (train.eval_interval and done % train.eval_interval == 0):
             record.update(self._evaluate(done))
@@ -259,6 +289,23 @@ class Run:
             self._console(record)
         if last or (train.checkpoint_interval and done % train.checkpoint_interval == 0):
             self.save(done)
+
+    def _stop_if_diverged(self, done: int, loss: float, grad_norm: float | None) -> None:
+        """Raise RuntimeError for a loss or gradient that is not finite, before anything is saved.
+
+        DeepSpeed's 16-bit optimisers skip such a step without a word, and fp32 applies it. Only
+        fp16 may skip a few in a row, while it looks for its loss scale.
+        """
+        finite = grad_norm is None or math.isfinite(grad_norm)
+        self.skipped_steps = 0 if finite else self.skipped_steps + 1
+        allowed = MAX_SKIPPED_FP16_STEPS if self.settings.precision == "fp16" else 0
+        if math.isfinite(loss) and self.skipped_steps <= allowed:
+            return
+        raise RuntimeError(
+            f"step {done}: the loss is {loss}, the gradient norm {grad_norm}, "
+            f"{self.skipped_steps} steps in a row without an update; stopping instead of training "
+            f"on. The last checkpoint is the newest in {ckpt.checkpoints_dir(self.output_dir)}"
+        )
 
     def _record(self, done: int, sums: LossSums, weight: float, lr: float) -> dict[str, Any]:
         teaching = self.teacher is not None
@@ -306,7 +353,6 @@ class Run:
         return total
 
     def _evaluate(self, done: int) -> dict[str, float]:
-        started = time.perf_counter()
         sums = self._score_held_out(with_teacher=False)
         values = self._evaluation_values(sums)
         self.evaluation = ckpt.Evaluation(
@@ -316,7 +362,8 @@ class Run:
             tokens=int(sums.tokens),
             data=self.data.evaluation_fingerprint(self.config.train.eval_samples),
         )
-        self.evaluation_s += time.perf_counter() - started
+        if not math.isfinite(values["valid_ce_nats"]):
+            raise RuntimeError(f"step {done}: the held-out CE is {values['valid_ce_nats']}")
         return values
 
     def _evaluation_values(self, sums: LossSums) -> dict[str, float]:
@@ -378,15 +425,17 @@ class Run:
         self.student.save(partial)
         dist.barrier()  # every file is there before any is read back
         records: list[dict[str, Any]] = [{}] * groups.layout.world_size
+        names = from_rank_0(ckpt.list_files(partial) if groups.rank == 0 else None)
         with same_error_everywhere("verifying a checkpoint"):
-            mine = ckpt.hash_share(partial, groups.rank, groups.layout.world_size)
+            mine = ckpt.hash_files(partial, names[groups.rank :: groups.layout.world_size])
         dist.all_gather_object(records, mine)
         with same_error_everywhere("publishing a checkpoint"):
             if groups.rank == 0:
                 manifest = self._manifest(done, {k: v for part in records for k, v in part.items()})
                 final = ckpt.publish(partial, manifest, self.output_dir)
-                ckpt.remove_old(self.output_dir, config.train.keep_checkpoints)
                 self.say(f"saved {final}")
+                for problem in ckpt.remove_old(self.output_dir, config.train.keep_checkpoints):
+                    self.say(f"WARNING {problem}")
         return ckpt.checkpoints_dir(self.output_dir) / ckpt.step_name(done)
 
     def _manifest(self, done: int, files: dict[str, dict[str, Any]]) -> ckpt.CheckpointManifest:

@@ -82,7 +82,7 @@ def make_deepspeed(folder: Path, **values: Any) -> str:
         **values,
     }
     if content["optimizer"]["type"] == "SGD":
-        content.pop("gradient_clipping")
+        content["gradient_clipping"] = 0.0  # DeepSpeed's default is 1.0
         content["zero_allow_untested_optimizer"] = True
     path = folder / f"ds_{abs(hash(json.dumps(content, sort_keys=True)))}.json"
     path.write_text(json.dumps(content), encoding="utf-8")

@@ -144,8 +144,17 @@ class DataSource:
         if len(prefixes) > 1:
             config = self._config(prefixes[0], seed, held_out=False)
             config.path_to_cache = str(self.cache_path / "blend")
-            self.train = BlendedDataset(self.parts, list(self.shares), num_samples, config)
-            _barrier()  # rank 0 wrote the blend's index; the others read it
+            self.train = self._blend(num_samples, config)
+
+    def _blend(self, num_samples: int, config: GPTDatasetConfig) -> BlendedDataset:
+        """The blend's index; rank 0 writes it before the others map it."""
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        if not first:
+            dist.barrier()
+        blended = BlendedDataset(self.parts, list(self.shares), num_samples, config)
+        if first and dist.is_initialized():
+            dist.barrier()
+        return blended
 
     def _config(self, prefix: str, seed: int, *, held_out: bool) -> GPTDatasetConfig:
         config = GPTDatasetConfig(
@@ -178,7 +187,13 @@ class DataSource:
         """One epoch of the part asked for; collective (rank 0 writes the index files first)."""
         sizes = [None, None, None]
         builder = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config)
-        return builder.build()
+        try:
+            return builder.build()
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(
+                f"data.cache_path {self.cache_path}: an index file cannot be built or read "
+                f"({error}); if an earlier start was killed while writing it, delete the folder"
+            ) from error
 
     def _epochs(self, prefix: str, num_samples: int) -> EpochedDataset:
         epochs: list[GPTDataset] = []
@@ -271,11 +286,6 @@ def _stack(samples: Sequence[dict[str, Tensor]]) -> Batch:
         labels_RS=torch.stack([sample["labels"] for sample in samples]),
         mask_RS=torch.stack([sample["loss_mask"] for sample in samples]).float(),
     )
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
 
 
 logging.getLogger("megatron.core").setLevel(logging.WARNING)

@@ -48,7 +48,6 @@ def transformer_config(
 ) -> TransformerConfig:
     """megatron-core's config of one model. Pipeline stages are DeepSpeed's: always 1 here."""
     fuse = torch.cuda.is_available()
-    gelu_without_bias = model.activation == "gelu" and not model.add_bias_linear
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -72,7 +71,8 @@ def transformer_config(
         perform_initialization=False,
         use_cpu_initialization=True,
         # These go through torch.compile, which is not worth its start-up on a CPU.
-        bias_activation_fusion=fuse and not gelu_without_bias,
+        # Not for gelu: megatron-core's fused one is the tanh approximation, another function.
+        bias_activation_fusion=fuse and model.activation == "swiglu",
         bias_dropout_fusion=fuse,
         persist_layer_norm=False,
         masked_softmax_fusion=False,

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_salt.checkpoint import CheckpointManifest, read_manifest, read_weights, resolve
+from megatron_salt.checkpoint import CheckpointManifest, read_weights
 from megatron_salt.kernels import VocabShard
 from megatron_salt.metrics import Stopwatch
 from megatron_salt.model.layers import (
@@ -38,17 +38,18 @@ class Teacher:
     student's data is needed, because that is what it reads.
 
     Args:
-        path: a checkpoint, or a run's output_dir (its newest checkpoint).
+        checkpoint: its directory; manifest: what it says about itself.
         vocab: the student's vocabulary columns on this rank.
         head_columns: W, the width of the student's shard with padding.
         micro_batch_size: rows per forward pass.
-    Raises: ValueError naming the checkpoint and the weight, if anything is missing, of another
-        shape or all zeros; or if the vocabulary or the longest sequence does not fit.
+    Raises: ValueError naming the checkpoint and the weight, if one is missing, of another shape,
+        all zeros or not finite. Call `check_teacher_fits` first.
     """
 
     def __init__(
         self,
-        path: str,
+        checkpoint: Path,
+        manifest: CheckpointManifest,
         groups: Groups,
         *,
         vocab: VocabShard,
@@ -58,10 +59,7 @@ class Teacher:
         dtype: torch.dtype,
     ) -> None:
         self.groups, self.dtype, self.micro_batch_size = groups, dtype, micro_batch_size
-        with same_error_everywhere("loading the teacher"):
-            self.checkpoint = resolve(path, what="teacher.checkpoint")
-            self.manifest = read_manifest(self.checkpoint)
-            check_teacher_fits(self.checkpoint, self.manifest, vocab.size, seq_length)
+        self.checkpoint, self.manifest = checkpoint, manifest
         config = self.manifest.config
         self.parts = ModelParts(
             config.model,
@@ -133,7 +131,7 @@ class Teacher:
         Each of the tp * pp ranks of this replica runs its share of the rows, `micro_batch_size` at
         a time.
         Collectives: a gather of R/(tp pp) rows over pp, an all-gather over tp on the last stage.
-        Memory: R S E elements, and as much again while gathering.
+        Memory: R S E elements; up to 3 times that on the last stage while they are put in order.
         """
         self._clock.start()
         layout, (num_rows, seq_length) = self.groups.layout, tokens_RS.shape
@@ -158,6 +156,8 @@ class Teacher:
     def _collect(self, mine_RSE: Tensor, num_rows: int) -> Tensor | None:
         """Bring all parts to the last stage, in row order and without the filling rows."""
         groups, layout = self.groups, self.groups.layout
+        if layout.pp_size * layout.tp_size == 1:
+            return mine_RSE
         stages = [mine_RSE]
         if layout.pp_size > 1:
             last = layout.rank(groups.tp_rank, groups.dp_rank, layout.pp_size - 1)
@@ -167,6 +167,7 @@ class Teacher:
         if not groups.is_last_stage:
             return None
         column = torch.stack(stages)  # [pp, longest, S, E] of this tensor-parallel rank
+        stages.clear()
         columns = [column]
         if layout.tp_size > 1:
             columns = [torch.empty_like(column) for _ in range(layout.tp_size)]
@@ -203,15 +204,16 @@ def config_has_learned_positions(manifest: CheckpointManifest) -> bool:
 def check_teacher_fits(
     path: Path, manifest: CheckpointManifest, vocab_size: int, seq_length: int
 ) -> None:
-    """Raise ValueError if the teacher's vocabulary or position table cannot serve the student."""
+    """Raise ValueError if the teacher's vocabulary or trained length cannot serve the student."""
     if manifest.vocab_size != vocab_size:
         raise ValueError(
             f"teacher {path} has a vocabulary of {manifest.vocab_size} tokens, the student's "
             f"tokenizer {vocab_size}: they must be the same tokenizer"
         )
-    longest = manifest.config.model.max_position_embeddings or manifest.config.data.seq_length
-    if config_has_learned_positions(manifest) and longest < seq_length:
+    longest = manifest.config.data.seq_length
+    if seq_length > longest:
         raise ValueError(
-            f"teacher {path} has learned positions up to {longest}, data.seq_length is "
-            f"{seq_length}: shorten the sequences or use another teacher"
+            f"teacher {path} was trained on sequences of {longest} tokens, data.seq_length is "
+            f"{seq_length}: beyond its length its predictions are worthless; shorten the "
+            "sequences or use another teacher"
         )

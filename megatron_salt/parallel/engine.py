@@ -175,6 +175,9 @@ class StudentEngine:
             group["lr"] = learning_rate
         if self.is_pipeline:
             self.engine.train_batch(data_iter=iter(_pipeline_form(micro_batches)))
+            # DeepSpeed keeps the last labels, and with them the step's teacher states, until they
+            # are overwritten: through the next step's teacher forward.
+            self.drop_buffers()
             return
         self.engine.train()
         for tokens_BS, targets in micro_batches:
@@ -261,9 +264,14 @@ class StudentEngine:
                 slots[:] = [None] * len(slots)
 
     def grad_norm(self) -> float | None:
-        """Norm of the last step's gradient before clipping; None where DeepSpeed has none."""
+        """Norm of the last step's gradient before clipping; None where DeepSpeed has none.
+
+        DeepSpeed writes -1 for a norm that is not finite; here that is inf.
+        """
         norm = self.engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        if norm is None:
+            return None
+        return math.inf if float(norm) < 0 else float(norm)
 
     def _clip_fp32_gradients(self) -> None:
         """Clip in fp32 without ZeRO, by the norm of the whole model's gradient, each weight once.

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -106,6 +107,9 @@ def initialize(tp_size: int, pp_size: int, timeout_minutes: float) -> Groups:
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     timeout = timedelta(minutes=timeout_minutes)
+    # DeepSpeed makes groups without a timeout of their own: they get these defaults.
+    dist.distributed_c10d.default_pg_timeout = timeout
+    dist.distributed_c10d.default_pg_nccl_timeout = timeout
     if not dist.is_initialized():
         import deepspeed  # takes seconds to import; a wrong world size should not wait for it
 
@@ -139,6 +143,16 @@ def initialize(tp_size: int, pp_size: int, timeout_minutes: float) -> Groups:
 
 class FailedElsewhere(RuntimeError):
     """Another rank failed and has reported why; this one only stops."""
+
+
+def from_rank_0(value: Any) -> Any:
+    """Rank 0's value on every rank: for what must be decided once, such as what a folder holds.
+
+    Collectives: one broadcast of a pickled object over all ranks.
+    """
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 @contextlib.contextmanager

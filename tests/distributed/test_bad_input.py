@@ -27,6 +27,8 @@ from megatron_salt.checkpoint import (
 from megatron_salt.data.train_tokenizer import train_tokenizer
 from megatron_salt.trainer import prepare
 
+BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+
 
 def _prepare(config: Any, deepspeed_config: str) -> None:
     prepare(config, deepspeed_config)
@@ -163,6 +165,49 @@ def test_teacher_of_another_vocabulary(
     assert "teacher" in message and "330" in message and "509" in message
 
 
+def test_sequences_longer_than_the_teachers(
+    dataset: Path, teacher: Path, fails: Callable[..., str]
+) -> None:
+    settings = {"teacher__checkpoint": str(teacher), "salt__kd_steps": 2, "data__seq_length": 32}
+    message = fails(1, dataset, **settings)
+    assert "sequences of 16 tokens" in message and "data.seq_length is 32" in message
+
+
+def _train_until_a_gradient_explodes(config: Any, deepspeed_config: str, explodes_at: int) -> None:
+    run = prepare(config, deepspeed_config)
+    for step in range(config.train.steps):
+        if step == explodes_at:
+            parameter = next(iter(run.student.module.parameters()))
+            parameter.register_hook(lambda gradient: gradient * float("inf"))
+        run.step(step)
+
+
+@pytest.mark.parametrize(
+    ("pp", "deepspeed"),
+    [
+        (1, {}),
+        (2, {}),
+        (1, {"zero_optimization": {"stage": 1}, **BF16}),
+        (2, {"zero_optimization": {"stage": 1}, **BF16}),
+        (1, {"zero_optimization": {"stage": 2}}),
+        (1, {"zero_optimization": {"stage": 3}}),
+    ],
+    ids=["fp32", "fp32-pp2", "bf16-zero1", "bf16-zero1-pp2", "zero2", "zero3"],
+)
+def test_exploding_gradient_stops_the_run_before_it_is_saved(
+    dataset: Path, tmp_path: Path, pp: int, deepspeed: dict[str, Any]
+) -> None:
+    """The loss is still finite: only the gradient tells, and DeepSpeed would skip or apply it."""
+    settings = {"train__checkpoint_interval": 1, "train__steps": 4}
+    config = make_config(
+        dataset, tmp_path / "run", parallel__pipeline_model_parallel_size=pp, **settings
+    )
+    deepspeed_config = make_deepspeed(tmp_path, **deepspeed)
+    with pytest.raises(RankError, match="stopping instead of training on"):
+        run_ranks(pp, _train_until_a_gradient_explodes, config, deepspeed_config, 2)
+    assert list_checkpoints(tmp_path / "run")[-1].name == "step_00000002"
+
+
 def test_world_size_that_does_not_fit(dataset: Path, fails: Callable[..., str]) -> None:
     message = fails(3, dataset, parallel__tensor_model_parallel_size=2)
     assert "world size 3" in message and "tensor_model_parallel_size = 2" in message
@@ -192,7 +237,9 @@ def test_resume_at_another_layout_or_batch_or_data(
     assert "train_batch_size = 16" in fails(1, dataset, deepspeed={"train_batch_size": 16})
     assert "train.seed" in fails(1, dataset, train__seed=7)
     assert "data.split" in fails(1, dataset, data__split="80,20")
-    assert "precision" in fails(1, dataset, deepspeed={"bf16": {"enabled": True}})
+    assert "training documents" in fails(1, dataset, data__valid_data_path=[str(dataset)])
+    assert "gradient_clipping" in fails(1, dataset, deepspeed={"gradient_clipping": 0.5})
+    assert "precision" in fails(1, dataset, deepspeed={"fp16": {"enabled": True}})
     assert "blend weights" in fails(
         1, dataset, data__train_data_path=["0.5", str(dataset), "0.5", str(dataset)]
     )

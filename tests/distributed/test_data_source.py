@@ -96,6 +96,14 @@ def test_blend_keeps_its_shares_at_every_point(data: DataConfig, tmp_path: Path)
     np.testing.assert_array_equal(longer["tokens"][:50], got["tokens"][:50])
 
 
+def test_ranks_wait_for_the_index_of_a_blend(data: DataConfig, tmp_path: Path) -> None:
+    """On a cold cache rank 0 writes; nobody may read what is not there yet."""
+    prefix = data.train_data_path[0]
+    blended = dataclasses.replace(data, train_data_path=["3", prefix, "1", prefix])
+    first, second = run_ranks(2, _blend_shares, blended, tmp_path / "cold", 3000)
+    assert first["which"] == second["which"]
+
+
 def _blend_shares(data: DataConfig, cache: Path, num_samples: int) -> Any:
     initialize(1, 1, 5.0)
     source = make_source(data, cache, num_samples=num_samples)
