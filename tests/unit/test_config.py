@@ -123,7 +123,7 @@ def test_dictionary_of_another_version_is_refused(
         ("salt: {kd_step: 3}", ["unknown key 'salt.kd_step'", "'salt.kd_steps'"]),
         # The right name in the wrong section.
         ("train: {seq_length: 3}", ["unknown key 'train.seq_length'", "'data.seq_length'"]),
-        ("trian: {steps: 3}", ["unknown section 'trian'", "'train'"]),
+        ("traim: {steps: 3}", ["unknown section 'traim'", "'train'"]),
         ("train: hello", ["section 'train' holds 'hello'"]),
         ("train: 3", ["section 'train' holds 3"]),
         ("salt:", ["section 'salt' holds None"]),
@@ -151,7 +151,7 @@ def test_slip_in_a_yaml_file_is_named(
     [
         (["--train.stepps", "3"], ["--train.stepps", "'train.steps'"]),
         (["--train.stepps=3"], ["--train.stepps", "'train.steps'"]),
-        (["--trian.steps", "3"], ["--trian.steps", "'train.steps'"]),
+        (["--traim.steps", "3"], ["--traim.steps", "'train.steps'"]),
         (["--deepspeed_confg", "x"], ["--deepspeed_confg", "'deepspeed_config'"]),
         (["--dryrun"], ["--dryrun", "'dry_run'"]),
         (["--conf", "x.yaml"], ["--conf", "'config'"]),  # no abbreviations: they hide slips
