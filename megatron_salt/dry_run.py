@@ -14,7 +14,6 @@ from megatron_salt import checkpoint as ckpt
 from megatron_salt.config import RunConfig, parse_blend
 from megatron_salt.data.dataset import find_tokenizer, verify_all
 from megatron_salt.data.manifest import read_manifest
-from megatron_salt.data.tokenizer import check_same_tokens, load_tokenizer
 from megatron_salt.deepspeed_config import (
     DeepSpeedSettings,
     check_against_run,
@@ -22,7 +21,6 @@ from megatron_salt.deepspeed_config import (
     positive_int,
     read_json,
 )
-from megatron_salt.model.teacher import check_teacher_fits
 from megatron_salt.model.weights import (
     WeightSpec,
     output_weight_name,
@@ -38,7 +36,7 @@ from megatron_salt.parallel.layout import (
     layout_for_world,
     split_rows,
 )
-from megatron_salt.resume import check_start
+from megatron_salt.resume import check_start, find_teacher
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -153,18 +151,14 @@ def describe(config: RunConfig, deepspeed_config: str) -> str:
     check_against_run(settings, config)
     tokenizer = find_tokenizer(config.data)
     verify_all(config.data, tokenizer)
+    fingerprint = tokenizer.fingerprint
     resume, warnings = ckpt.find_resume(config.train.output_dir, config.train.resume)
     resumed = ckpt.read_manifest(resume) if resume else None
-    check_start(config, layout, settings, tokenizer.fingerprint, resume, resumed)
+    check_start(config, layout, settings, fingerprint, resume, resumed)
     teacher = None
     if config.teacher.checkpoint is not None:
-        folder = ckpt.resolve(config.teacher.checkpoint, what="teacher.checkpoint")
-        teacher = ckpt.read_manifest(folder)
-        check_same_tokens(
-            f"teacher {folder}", load_tokenizer(folder / "tokenizer"), "the student's data",
-            tokenizer,
-        )  # fmt: skip
-        check_teacher_fits(folder, teacher, tokenizer.vocab_size, config.data.seq_length)
+        path, seq_length = config.teacher.checkpoint, config.data.seq_length
+        teacher = find_teacher(path, tokenizer, seq_length, resumed)[1]
     costs = layer_costs(config.model, tokenizer.vocab_size, config.data.seq_length)
     bounds = balanced_stages(costs, layout.pp_size)
     memory = stage_memory(config, settings, layout, tokenizer.vocab_size, bounds, teacher)

@@ -86,8 +86,9 @@ def score(path: str, arguments: argparse.Namespace, groups: Any) -> dict[str, An
     from megatron_salt.data.dataset import DataSource, verify_all
     from megatron_salt.data.tokenizer import load_tokenizer
     from megatron_salt.kernels import VocabShard, kd_loss
-    from megatron_salt.model.teacher import Teacher, check_teacher_fits
+    from megatron_salt.model.teacher import Teacher
     from megatron_salt.parallel.engine import DTYPES
+    from megatron_salt.resume import check_teacher_fits
 
     folder = ckpt.resolve(path, what="--checkpoint")
     manifest = ckpt.read_manifest(folder)

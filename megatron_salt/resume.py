@@ -6,8 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_salt.checkpoint import CheckpointManifest, list_checkpoints, step_name
+from megatron_salt.checkpoint import (
+    CheckpointManifest,
+    find_resume,
+    list_checkpoints,
+    read_manifest,
+    resolve,
+    set_aside_damaged,
+    step_name,
+    weights_fingerprint,
+)
 from megatron_salt.config import RunConfig, effective_split, parse_blend
+from megatron_salt.data.tokenizer import Tokenizer, check_same_tokens, load_tokenizer
 from megatron_salt.deepspeed_config import DeepSpeedSettings, read_json
 from megatron_salt.parallel.layout import Layout
 
@@ -21,6 +31,62 @@ def changed_settings(before: RunConfig, now: RunConfig) -> list[str]:
         for field, value in values.items()
         if old[section][field] != value
     ]
+
+
+def decide_start(
+    config: RunConfig, layout: Layout, settings: DeepSpeedSettings, tokenizer_fingerprint: str
+) -> tuple[Path | None, CheckpointManifest | None, list[str]]:
+    """What the run starts from, checked; with warnings about checkpoints that were passed over.
+
+    For rank 0 alone, which tells the others. Damaged checkpoints are set aside.
+    Raises: ValueError naming the file or setting that is wrong.
+    """
+    resume_from, warnings = find_resume(config.train.output_dir, config.train.resume)
+    resumed = read_manifest(resume_from) if resume_from else None
+    check_start(config, layout, settings, tokenizer_fingerprint, resume_from, resumed)
+    if warnings and resume_from:
+        set_aside_damaged(config.train.output_dir, resume_from)
+    return resume_from, resumed, warnings
+
+
+def find_teacher(
+    path: str, tokenizer: Tokenizer, seq_length: int, resumed: CheckpointManifest | None
+) -> tuple[Path, CheckpointManifest]:
+    """The teacher's checkpoint: of the run's tokenizer, and of the run that is resumed.
+
+    For rank 0 alone, which tells the others.
+    Raises: ValueError naming the checkpoint and what does not fit.
+    """
+    folder = resolve(path, what="teacher.checkpoint")
+    manifest = read_manifest(folder)
+    theirs = load_tokenizer(folder / "tokenizer")
+    check_same_tokens(f"teacher {folder}", theirs, "the student's data", tokenizer)
+    check_teacher_fits(folder, manifest, tokenizer.vocab_size, seq_length)
+    fingerprint = weights_fingerprint(manifest)
+    if resumed and resumed.teacher_fingerprint not in (None, fingerprint):
+        raise ValueError(
+            f"teacher {folder} has other weights than the teacher that this run was resumed with: "
+            "name the same checkpoint in teacher.checkpoint"
+        )
+    return folder, manifest
+
+
+def check_teacher_fits(
+    path: Path, manifest: CheckpointManifest, vocab_size: int, seq_length: int
+) -> None:
+    """Raise ValueError if the teacher's vocabulary or trained length cannot serve the student."""
+    if manifest.vocab_size != vocab_size:
+        raise ValueError(
+            f"teacher {path} has a vocabulary of {manifest.vocab_size} tokens, the student's "
+            f"tokenizer {vocab_size}: they must be the same tokenizer"
+        )
+    longest = manifest.config.data.seq_length
+    if seq_length > longest:
+        raise ValueError(
+            f"teacher {path} was trained on sequences of {longest} tokens, data.seq_length is "
+            f"{seq_length}: beyond its length its predictions are worthless; shorten the "
+            "sequences or use another teacher"
+        )
 
 
 def check_start(

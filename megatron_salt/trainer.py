@@ -22,7 +22,6 @@ from megatron_salt import checkpoint as ckpt
 from megatron_salt.config import RunConfig, write_config
 from megatron_salt.data.dataset import Batch, DataSource, find_tokenizer, verify_all
 from megatron_salt.data.order import rows_of_rank
-from megatron_salt.data.tokenizer import check_same_tokens, load_tokenizer
 from megatron_salt.deepspeed_config import (
     DeepSpeedSettings,
     check_against_run,
@@ -31,7 +30,7 @@ from megatron_salt.deepspeed_config import (
 )
 from megatron_salt.metrics import MetricsLog, Stopwatch, allocated_bytes, console_line
 from megatron_salt.model.loss import LossSums
-from megatron_salt.model.teacher import Teacher, check_teacher_fits
+from megatron_salt.model.teacher import Teacher
 from megatron_salt.parallel.engine import DTYPES, StudentEngine
 from megatron_salt.parallel.groups import (
     Groups,
@@ -39,7 +38,12 @@ from megatron_salt.parallel.groups import (
     initialize,
     same_error_everywhere,
 )
-from megatron_salt.resume import changed_deepspeed, changed_settings, check_start
+from megatron_salt.resume import (
+    changed_deepspeed,
+    changed_settings,
+    decide_start,
+    find_teacher,
+)
 from megatron_salt.salt import kd_weight, learning_rate, phase
 
 # With a loss scale that starts at 2^16 and halves every second overflow, more is no search.
@@ -78,9 +82,15 @@ class Run:
         self.output_dir = Path(config.train.output_dir)
         with same_error_everywhere("checking data and checkpoint"):
             self.tokenizer = find_tokenizer(config.data)
-            start = self._decide_start() if groups.rank == 0 else None
+            start = None
+            if groups.rank == 0:
+                verify_all(config.data, self.tokenizer)
+                fingerprint = self.tokenizer.fingerprint
+                start = decide_start(config, groups.layout, settings, fingerprint)
         # One rank looks and decides: shared file systems show different ranks different folders.
-        resume_from, resumed = from_rank_0(start)
+        resume_from, resumed, warnings = from_rank_0(start)
+        for warning in warnings:
+            self.say(f"WARNING {warning}")
         with same_error_everywhere("verifying the checkpoint to resume from"):
             if resumed:
                 share = sorted(resumed.files)[groups.rank :: groups.layout.world_size]
@@ -137,23 +147,6 @@ class Run:
         self.started = time.perf_counter()
         self.skipped_steps = 0
 
-    def _decide_start(self) -> tuple[Path | None, ckpt.CheckpointManifest | None]:
-        """On rank 0: check the data's files, and find and check what the run starts from.
-
-        Raises: ValueError or FileNotFoundError naming the file or setting that is wrong.
-        """
-        config = self.config
-        verify_all(config.data, self.tokenizer)
-        resume_from, warnings = ckpt.find_resume(str(self.output_dir), config.train.resume)
-        resumed = ckpt.read_manifest(resume_from) if resume_from else None
-        fingerprint = self.tokenizer.fingerprint
-        check_start(config, self.groups.layout, self.settings, fingerprint, resume_from, resumed)
-        for warning in warnings:
-            self.say(f"WARNING {warning}")
-        if warnings and resume_from:
-            ckpt.set_aside_damaged(str(self.output_dir), resume_from)
-        return resume_from, resumed
-
     def say(self, text: str) -> None:
         if self.groups.rank == 0:
             # Goes above the progress bar where there is one.
@@ -185,7 +178,8 @@ class Run:
         found: tuple[Path, ckpt.CheckpointManifest] | None = None
         with same_error_everywhere("checking the teacher"):
             if self.groups.rank == 0:
-                found = self._find_teacher(path, resumed)
+                seq_length = self.config.data.seq_length
+                found = find_teacher(path, self.tokenizer, seq_length, resumed)
         folder, manifest = from_rank_0(found)
         self.teacher_fingerprint = ckpt.weights_fingerprint(manifest)
         self.teacher = Teacher(
@@ -204,27 +198,6 @@ class Run:
         self._compare_with_stored(self.teacher, self.teacher_valid_ce)
         if self.first_step == 0:
             self._log_start(sums)
-
-    def _find_teacher(
-        self, path: str, resumed: ckpt.CheckpointManifest | None
-    ) -> tuple[Path, ckpt.CheckpointManifest]:
-        """On rank 0: the teacher's checkpoint, of the run's tokenizer and of the resumed run."""
-        folder = ckpt.resolve(path, what="teacher.checkpoint")
-        manifest = ckpt.read_manifest(folder)
-        check_same_tokens(
-            f"teacher {folder}",
-            load_tokenizer(folder / "tokenizer"),
-            "the student's data",
-            self.tokenizer,
-        )
-        check_teacher_fits(folder, manifest, self.tokenizer.vocab_size, self.config.data.seq_length)
-        fingerprint = ckpt.weights_fingerprint(manifest)
-        if resumed and resumed.teacher_fingerprint not in (None, fingerprint):
-            raise ValueError(
-                f"teacher {folder} has other weights than the teacher that this run was resumed "
-                "with: name the same checkpoint in teacher.checkpoint"
-            )
-        return folder, manifest
 
     def _compare_with_stored(self, teacher: Teacher, now: float) -> None:
         """Print the teacher's held-out CE beside the one stored with it; refuse one that moved."""

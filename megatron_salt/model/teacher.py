@@ -43,7 +43,7 @@ class Teacher:
         head_columns: W, the width of the student's shard with padding.
         micro_batch_size: rows per forward pass.
     Raises: ValueError naming the checkpoint and the weight, if one is missing, of another shape,
-        all zeros or not finite. Call `check_teacher_fits` first.
+        all zeros or not finite. Call `resume.check_teacher_fits` first.
     """
 
     def __init__(
@@ -199,21 +199,3 @@ class Teacher:
 
 def config_has_learned_positions(manifest: CheckpointManifest) -> bool:
     return manifest.config.model.position_embedding_type == "learned_absolute"
-
-
-def check_teacher_fits(
-    path: Path, manifest: CheckpointManifest, vocab_size: int, seq_length: int
-) -> None:
-    """Raise ValueError if the teacher's vocabulary or trained length cannot serve the student."""
-    if manifest.vocab_size != vocab_size:
-        raise ValueError(
-            f"teacher {path} has a vocabulary of {manifest.vocab_size} tokens, the student's "
-            f"tokenizer {vocab_size}: they must be the same tokenizer"
-        )
-    longest = manifest.config.data.seq_length
-    if seq_length > longest:
-        raise ValueError(
-            f"teacher {path} was trained on sequences of {longest} tokens, data.seq_length is "
-            f"{seq_length}: beyond its length its predictions are worthless; shorten the "
-            "sequences or use another teacher"
-        )
