@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_salt.checkpoint import (
     CheckpointManifest,
@@ -21,6 +24,8 @@ from megatron_salt.data.tokenizer import Tokenizer, check_same_tokens, load_toke
 from megatron_salt.deepspeed_config import DeepSpeedSettings, read_json
 from megatron_salt.parallel.layout import Layout
 
+LOCK_WAIT_S = 120.0
+
 
 def changed_settings(before: RunConfig, now: RunConfig) -> list[str]:
     """`section.field: old -> new` for every setting that differs; what a resume should tell."""
@@ -31,6 +36,34 @@ def changed_settings(before: RunConfig, now: RunConfig) -> list[str]:
         for field, value in values.items()
         if old[section][field] != value
     ]
+
+
+def lock_output_dir(output_dir: str) -> IO[str]:
+    """Claim a run's output_dir; the lock lasts as long as the returned file stays open.
+
+    The operating system drops it when the process ends, however it ends; a network file system may
+    take its lease's time after a node has died, so a requeued job waits that long. File systems
+    without locks only cost the protection.
+    Raises: ValueError if another run holds it.
+    """
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    stream = (folder / ".lock").open("w", encoding="utf-8")
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return stream
+        except BlockingIOError as error:
+            if time.monotonic() >= deadline:
+                raise ValueError(
+                    f"train.output_dir = {output_dir} is in use by another run; end that one, or "
+                    "choose another output_dir"
+                ) from error
+            time.sleep(2.0)
+        except OSError as error:
+            logging.getLogger(__name__).warning("%s cannot be locked: %s", folder, error)
+            return stream
 
 
 def decide_start(

@@ -43,6 +43,7 @@ from megatron_salt.resume import (
     changed_settings,
     decide_start,
     find_teacher,
+    lock_output_dir,
 )
 from megatron_salt.salt import kd_weight, learning_rate, phase
 
@@ -85,6 +86,7 @@ class Run:
             start = None
             if groups.rank == 0:
                 verify_all(config.data, self.tokenizer)
+                self.lock = lock_output_dir(config.train.output_dir)
                 fingerprint = self.tokenizer.fingerprint
                 start = decide_start(config, groups.layout, settings, fingerprint)
         # One rank looks and decides: shared file systems show different ranks different folders.
@@ -123,7 +125,6 @@ class Run:
                 self.say(f"  changed since then: {change}")
         self.log: MetricsLog | None = None
         if groups.rank == 0:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
             write_config(config, self.output_dir / "config.json")
             text = json.dumps(dict(settings.values), indent=2) + "\n"
             (self.output_dir / "deepspeed.json").write_text(text, encoding="utf-8")
@@ -438,6 +439,7 @@ class Run:
         """Close the files. A run whose checkpoint is already complete has nothing else to do."""
         if self.log:
             self.log.close()
+            self.lock.close()
         if self.evaluation is not None and math.isfinite(self.evaluation.ce_nats):
             self.say(f"held-out CE after step {self.evaluation.step}: "
                      f"{self.evaluation.ce_nats:.4f} nats/token")  # fmt: skip

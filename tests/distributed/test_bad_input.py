@@ -25,6 +25,7 @@ from megatron_salt.checkpoint import (
     verify_hashes,
 )
 from megatron_salt.data.train_tokenizer import train_tokenizer
+from megatron_salt.resume import lock_output_dir
 from megatron_salt.trainer import prepare
 
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
@@ -226,6 +227,19 @@ def test_output_dir_with_checkpoints_is_not_overwritten(
     before = metrics_of(tmp_path / "run")
     assert "train.resume" in fails(1, dataset, train__resume="none")
     assert metrics_of(tmp_path / "run") == before
+
+
+def test_output_dir_of_a_living_run_is_refused(
+    dataset: Path,
+    tmp_path: Path,
+    fails: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("megatron_salt.resume.LOCK_WAIT_S", 0.0)
+    with lock_output_dir(str(tmp_path / "run")):
+        assert "in use by another run" in fails(1, dataset)
+    config = make_config(dataset, tmp_path / "run", train__steps=1)
+    run_ranks(1, _train, config, make_deepspeed(tmp_path))  # free again
 
 
 def test_resume_at_another_layout_or_batch_or_data(
