@@ -151,6 +151,20 @@ def check_start(
             f"{output_dir} has later checkpoints up to {existing[-1].name}, which a later resume "
             "would take for this run's: choose another output_dir, or move them away"
         )
+    _check_same_run(config, layout, settings, tokenizer_fingerprint, resumed)
+    _check_same_order(config, settings, resumed)
+    assert resume_from is not None
+    _check_deepspeed(read_json(str(resume_from / "deepspeed.json")), settings)
+
+
+def _check_same_run(
+    config: RunConfig,
+    layout: Layout,
+    settings: DeepSpeedSettings,
+    tokenizer_fingerprint: str,
+    resumed: CheckpointManifest,
+) -> None:
+    """Raise ValueError if layout, precision, tokenizer or model are not the checkpoint's."""
     saved = (resumed.tp_size, resumed.pp_size, resumed.dp_size, resumed.zero_stage)
     now = (layout.tp_size, layout.pp_size, layout.dp_size, settings.zero_stage)
     if saved != now:
@@ -165,6 +179,17 @@ def check_start(
         changes = changed_settings(resumed.config, config)
         wrong = [c for c in changes if c.startswith("model.") or c.startswith("data.seq_length")]
         raise ValueError(f"the checkpoint's model is not this run's: {'; '.join(wrong)}")
+    if resumed.precision != settings.precision:
+        raise ValueError(
+            f"{settings.path}: precision {settings.precision}, the checkpoint was trained in "
+            f"{resumed.precision}"
+        )
+
+
+def _check_same_order(
+    config: RunConfig, settings: DeepSpeedSettings, resumed: CheckpointManifest
+) -> None:
+    """Raise ValueError if the run would not go on in the checkpoint's order of the data."""
     rows = resumed.step * settings.global_batch_size
     if resumed.data_rows != rows:
         raise ValueError(
@@ -193,13 +218,6 @@ def check_start(
             f"data.train_data_path: blend weights {weights[1]}, the checkpoint's are {weights[0]}: "
             "the order of the data would change"
         )
-    if resumed.precision != settings.precision:
-        raise ValueError(
-            f"{settings.path}: precision {settings.precision}, the checkpoint was trained in "
-            f"{resumed.precision}"
-        )
-    assert resume_from is not None
-    _check_deepspeed(read_json(str(resume_from / "deepspeed.json")), settings)
     if resumed.config.train.seed != config.train.seed:
         raise ValueError(
             f"train.seed = {config.train.seed}, the checkpoint's is {resumed.config.train.seed}: "
