@@ -194,10 +194,8 @@ def read_weights(path: Path, manifest: CheckpointManifest) -> dict[str, Tensor]:
     Raises: ValueError naming checkpoint and weight, if one is missing, twice there, unknown or of
         another shape than the config says, or if a file's content does not match its hash.
     """
-    model, data = manifest.config.model, manifest.config.data
-    table = weight_table(
-        model, manifest.vocab_size, model.max_position_embeddings or data.seq_length
-    )
+    config = manifest.config
+    table = weight_table(config.model, manifest.vocab_size, config.position_rows)
     parts: dict[str, list[Tensor]] = {name: [] for name in table}
     names = sorted(name for name in manifest.files if name.startswith("weights/"))
     verify_hashes(path, manifest, names)

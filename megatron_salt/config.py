@@ -196,6 +196,11 @@ class RunConfig:
     salt: SaltConfig
     train: TrainConfig
 
+    @property
+    def position_rows(self) -> int:
+        """Rows of a learned position table: as stated, else the length of a sequence."""
+        return self.model.max_position_embeddings or self.data.seq_length
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

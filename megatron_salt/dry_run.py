@@ -23,6 +23,7 @@ from megatron_salt.deepspeed_config import (
 )
 from megatron_salt.model.weights import (
     WeightSpec,
+    num_parameters,
     output_weight_name,
     padded_vocab,
     shard_shape,
@@ -121,14 +122,13 @@ def _stage_of(name: str, bounds: list[int]) -> int:
 def stage_parameters(config: RunConfig, vocab_size: int, bounds: list[int]) -> list[int]:
     """Parameters on one tensor-parallel rank of every stage; vocabulary padding included."""
     model, tp = config.model, config.parallel.tensor_model_parallel_size
-    positions = model.max_position_embeddings or config.data.seq_length
     padded = padded_vocab(model, vocab_size, tp)
     counts = [0] * (len(bounds) - 1)
 
     def size(spec: WeightSpec) -> int:
         return math.prod(shard_shape(spec, tp, padded))
 
-    table = weight_table(model, vocab_size, positions)
+    table = weight_table(model, vocab_size, config.position_rows)
     for name, spec in table.items():
         counts[_stage_of(name, bounds)] += size(spec)
     if not model.untie_embeddings_and_output_weights and len(counts) > 1:
@@ -189,8 +189,7 @@ def stage_memory(
         teacher_bytes = hidden_bytes = 0.0
         if teacher is not None:
             model = teacher.config.model
-            positions = model.max_position_embeddings or teacher.config.data.seq_length
-            table = weight_table(model, teacher.vocab_size, positions)
+            table = weight_table(model, teacher.vocab_size, teacher.config.position_rows)
             body = sum(spec.numel for name, spec in table.items() if name != "output_layer.weight")
             shard_columns = padded_vocab(config.model, vocab_size, layout.tp_size) // layout.tp_size
             head = shard_columns * model.hidden_size if last else 0
@@ -259,15 +258,13 @@ def _teacher_lines(
 ) -> list[str]:
     if teacher is None:
         return ["teacher: none"]
-    model = teacher.config.model
-    positions = model.max_position_embeddings or teacher.config.data.seq_length
-    table = weight_table(model, teacher.vocab_size, positions)
+    count = num_parameters(teacher.config.model, teacher.vocab_size, teacher.config.position_rows)
     rows = settings.micro_batch_size * settings.num_micro_batches
     parts = split_rows(rows, layout.tp_size * layout.pp_size)
     sizes = sorted({stop - start for start, stop in parts})
     share = " or ".join(str(size) for size in sizes)
     return [
-        f"teacher: {sum(spec.numel for spec in table.values()):,} parameters, a replica on each of "
+        f"teacher: {count:,} parameters, a replica on each of "
         f"{layout.world_size} ranks for {config.salt.kd_steps:,} steps",
         f"  its work: the {rows} sequences of a replica's step over {len(parts)} ranks, {share} "
         f"each, {max(sizes) * config.data.seq_length:,} tokens at most",

@@ -180,6 +180,7 @@ class ModelParts:
         *,
         vocab_size: int,
         seq_length: int,
+        position_rows: int,
         groups: ProcessGroupCollection,
         sequence_parallel: bool,
         dtype: torch.dtype,
@@ -196,7 +197,7 @@ class ModelParts:
         )
         self.vocab_size = vocab_size
         self.padded_vocab = padded_vocab(model, vocab_size, self.tp_size)
-        self.max_position_embeddings = model.max_position_embeddings or seq_length
+        self.position_rows = position_rows
         uses_rope = model.position_embedding_type == "rope"
         self.rotary = RotaryTable(model, seq_length, groups.cp) if uses_rope else None
 
@@ -239,7 +240,7 @@ class PositionEmbedding(nn.Module):
 
     def __init__(self, parts: ModelParts) -> None:
         super().__init__()
-        shape = (parts.max_position_embeddings, parts.model.hidden_size)
+        shape = (parts.position_rows, parts.model.hidden_size)
         self.weight = nn.Parameter(torch.empty(shape, dtype=parts.config.params_dtype))
         self.weight.sequence_parallel = parts.sequence_parallel  # type: ignore[attr-defined]
         self.tp_rank = parts.tp_rank if parts.sequence_parallel else 0
@@ -281,6 +282,15 @@ class FinalNorm(nn.Module):
         norm = Norm(parts.config, parts.model.hidden_size, eps=parts.model.layernorm_epsilon)
         norm.canonical_name = cls.canonical_name  # type: ignore[assignment]
         return norm
+
+
+def body_layers(parts: ModelParts) -> list[tuple[type[nn.Module], tuple[Any, ...]]]:
+    """Every layer between the word embedding and the output head, as (class, arguments)."""
+    layers: list[tuple[type[nn.Module], tuple[Any, ...]]] = []
+    if parts.model.position_embedding_type == "learned_absolute":
+        layers.append((PositionEmbedding, (parts,)))
+    layers += [(DecoderLayer, (parts, index)) for index in range(parts.model.num_layers)]
+    return [*layers, (FinalNorm, (parts,))]
 
 
 def canonical_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -18,11 +18,9 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from megatron_salt.model.layers import (
-    DecoderLayer,
     Embedding,
-    FinalNorm,
     ModelParts,
-    PositionEmbedding,
+    body_layers,
     canonical_parameters,
 )
 from megatron_salt.model.loss import LossFunction, Targets
@@ -61,14 +59,6 @@ class OutputLayer(nn.Module):
         return loss_function(hidden_SBD, weight, targets)
 
 
-def _body(parts: ModelParts) -> list[tuple[type, tuple[Any, ...]]]:
-    """Every layer but the word embedding and the output head, as (class, arguments)."""
-    learned = parts.model.position_embedding_type == "learned_absolute"
-    layers: list[tuple[type, tuple[Any, ...]]] = [(PositionEmbedding, (parts,))] if learned else []
-    layers += [(DecoderLayer, (parts, index)) for index in range(parts.model.num_layers)]
-    return [*layers, (FinalNorm, (parts,))]
-
-
 class SingleStageStudent(nn.Module):
     """The whole student on each tensor-parallel group: pp = 1, any ZeRO stage."""
 
@@ -76,7 +66,7 @@ class SingleStageStudent(nn.Module):
         super().__init__()
         tied = not parts.model.untie_embeddings_and_output_weights
         self.embedding = Embedding(parts)
-        self.body = nn.ModuleList([kind(*args) for kind, args in _body(parts)])
+        self.body = nn.ModuleList([kind(*args) for kind, args in body_layers(parts)])
         self.output_layer = OutputLayer(parts, tied=tied)
         self.tied = tied
         self.loss_function = loss_function
@@ -110,7 +100,7 @@ class PipelineStudent(PipelineModule):
     ) -> None:
         self.tied = not parts.model.untie_embeddings_and_output_weights
         self.student_loss = loss_function
-        body = [LayerSpec(kind, *args) for kind, args in _body(parts)]
+        body = [LayerSpec(kind, *args) for kind, args in body_layers(parts)]
         if self.tied:
             attribute = ["word_embeddings.weight"]
             first = TiedLayerSpec("embedding", Embedding, parts, tied_weight_attr=attribute)
@@ -164,7 +154,7 @@ def initialize_weights(student: nn.Module, parts: ModelParts, seed: int) -> None
     Mutates: the parameters and their tensor-parallel marks.
     Raises: RuntimeError for a parameter that the weight table lacks.
     """
-    table = weight_table(parts.model, parts.vocab_size, parts.max_position_embeddings)
+    table = weight_table(parts.model, parts.vocab_size, parts.position_rows)
     for name, parameter in canonical_parameters(student).items():
         if name not in table:
             raise RuntimeError(f"parameter {name} is missing from the weight table")

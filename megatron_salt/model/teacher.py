@@ -19,11 +19,9 @@ from megatron_salt.checkpoint import CheckpointManifest, read_weights
 from megatron_salt.kernels import VocabShard
 from megatron_salt.metrics import Stopwatch
 from megatron_salt.model.layers import (
-    DecoderLayer,
     Embedding,
-    FinalNorm,
     ModelParts,
-    PositionEmbedding,
+    body_layers,
     canonical_parameters,
 )
 from megatron_salt.model.weights import output_weight_name, shard, weight_table
@@ -65,13 +63,11 @@ class Teacher:
             config.model,
             vocab_size=self.manifest.vocab_size,
             seq_length=seq_length,
+            # A learned position table keeps the size that it was trained with.
+            position_rows=config.position_rows,
             groups=groups.teacher,
             sequence_parallel=False,
             dtype=dtype,
-        )
-        # A learned position table keeps the size that it was trained with.
-        self.parts.max_position_embeddings = (
-            config.model.max_position_embeddings or config.data.seq_length
         )
         self.body = self._build_body()
         self.head_WE: Tensor | None = None
@@ -79,13 +75,8 @@ class Teacher:
         self._clock = Stopwatch(groups.device)
 
     def _build_body(self) -> nn.ModuleList:
-        parts = self.parts
-        learned = config_has_learned_positions(self.manifest)
-        layers: list[nn.Module] = [Embedding(parts)]
-        layers += [PositionEmbedding(parts)] if learned else []
-        layers += [DecoderLayer(parts, index) for index in range(parts.model.num_layers)]
-        layers.append(FinalNorm(parts))
-        body = nn.ModuleList(layers).to(self.dtype).to(self.groups.device)
+        inner = [kind(*arguments) for kind, arguments in body_layers(self.parts)]
+        body = nn.ModuleList([Embedding(self.parts), *inner]).to(self.dtype).to(self.groups.device)
         return body.requires_grad_(False).eval()
 
     def _load(self, vocab: VocabShard, head_columns: int) -> None:
@@ -94,7 +85,7 @@ class Teacher:
         Collectives: one broadcast per weight over all ranks.
         """
         parts = self.parts
-        table = weight_table(parts.model, parts.vocab_size, parts.max_position_embeddings)
+        table = weight_table(parts.model, parts.vocab_size, parts.position_rows)
         head_name = output_weight_name(parts.model)
         parameters = canonical_parameters(self.body)
         full: dict[str, Tensor] = {}
@@ -195,7 +186,3 @@ class Teacher:
         self.parts.rotary = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def config_has_learned_positions(manifest: CheckpointManifest) -> bool:
-    return manifest.config.model.position_embedding_type == "learned_absolute"

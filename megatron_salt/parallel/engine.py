@@ -80,6 +80,7 @@ class StudentEngine:
             config.model,
             vocab_size=vocab_size,
             seq_length=config.data.seq_length,
+            position_rows=config.position_rows,
             groups=groups.student,
             sequence_parallel=parallel.sequence_parallel,
             dtype=DTYPES[settings.precision],
