@@ -1,4 +1,4 @@
-"""The distillation loss over vocabulary shards: one public function, interchangeable bodies."""
+"""The distillation loss over vocabulary shards: two public functions, interchangeable bodies."""
 
 from megatron_salt.kernels.kd_loss import KdLoss, kd_loss
 from megatron_salt.kernels.reference import vocab_parallel_argmax

@@ -6,16 +6,16 @@ Letters: T tokens, W vocabulary columns on this rank (padding included), V real 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megatron_salt.kernels.reference import ReferenceKdLoss
+from megatron_salt.kernels.choose import Impl, choose_body
+from megatron_salt.kernels.rows import Body, Divergence, Options, Rows, arithmetic_dtype
 from megatron_salt.kernels.vocab import VocabShard
-
-Impl = Literal["auto", "reference"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,8 @@ class KdLoss:
     ce_T: Tensor
     """Cross-entropy per token at temperature 1, nats, fp32, detached."""
     kl_T: Tensor
-    """KL(teacher || student) per token, nats, fp32, detached; zeros without a teacher."""
+    """KL(teacher || student) per token (or the divergence asked for), nats, fp32, detached; zeros
+    without a teacher."""
 
 
 def kd_loss(
@@ -40,6 +41,7 @@ def kd_loss(
     vocab: VocabShard,
     teacher_temperature: float = 1.0,
     student_temperature: float = 1.0,
+    divergence: Divergence = "forward_kl",
     tp_group: ProcessGroup | None = None,
     impl: Impl = "auto",
 ) -> KdLoss:
@@ -49,81 +51,157 @@ def kd_loss(
         logits z, label y, temperatures a (teacher) and b (student):
         CE_t = logsumexp(s_t) - s_t[y];   KL_t = sum_v p_v (log p_v - log q_v),
         p = softmax(z_t / a), q = softmax(s_t / b). No tau^2 factor; the weight can carry one.
+        Other divergences: see `reference._divergence_terms`; only the reference computes them.
     Shapes: both logits [T, W], this rank's columns; labels [T], global ids; weights [T] or scalars.
     Dtypes: logits bf16, fp16 or fp32 (each its own); arithmetic fp32; gradient as the logits.
-        fp64 logits are computed in fp64, for tests.
+        fp64 logits are computed in fp64 by the reference, for tests.
     Collectives: over tp_group one MAX of 2 and one SUM of 4 floats per token (5 if b != 1; 1 and 2
-        without a teacher), none in backward.
-    Memory: reference: a few [T, W] temporaries; saved for backward: both logits, 4 floats a token
-        (5 if b != 1).
+        without a teacher; other divergences one more SUM of 2), none in backward.
+    Memory: saved for backward: both logits, 6 floats a token (7 if b != 1). native and cuda make no
+        [T, W] array but the gradient; the reference makes a few.
     Host sync: none on CUDA.
-    Raises: ValueError for shapes, dtypes, devices, temperatures or labels that do not fit, and for
-        a kd_weight other than 0 without a teacher. Labels and weights on CUDA are asserted there.
+    Raises: ValueError for shapes, dtypes, devices, strides, temperatures or labels that do not fit,
+        for a kd_weight other than 0 without a teacher, and where an impl other than auto cannot
+        do what is asked. Labels and weights on CUDA are asserted there.
     Source: SALT, arXiv 2410.18779, for the mix of CE and KL; docs/method.md for the conventions.
     """
-    if impl not in ("auto", "reference"):
-        raise ValueError(f"impl = {impl!r}: available here are 'auto' and 'reference'")
-    _check(student_logits_TW, teacher_logits_TW, labels_T, vocab)
-    if not (teacher_temperature > 0 and student_temperature > 0):
-        raise ValueError(
-            f"temperatures must be above 0: teacher {teacher_temperature}, "
-            f"student {student_temperature}"
-        )
-    ce_weight_T = _as_weight(ce_weight_T, student_logits_TW, "ce_weight_T")
-    kd_weight_T = _as_weight(kd_weight_T, student_logits_TW, "kd_weight_T")
-    if teacher_logits_TW is None:
-        # Plain training in place of the distillation that was asked for must not pass in silence.
-        message = "kd_weight_T is not 0 but there are no teacher_logits_TW to learn from"
-        if kd_weight_T.is_cuda:
-            torch._assert_async((kd_weight_T == 0).all(), f"kd_loss: {message}")
-        elif kd_weight_T.any():
-            raise ValueError(message)
-    loss, ce_T, kl_T = ReferenceKdLoss.apply(
-        student_logits_TW, teacher_logits_TW, labels_T, ce_weight_T, kd_weight_T, vocab,
-        float(teacher_temperature), float(student_temperature), tp_group,
+    rows, options = checked(
+        student_logits_TW, teacher_logits_TW, labels_T, ce_weight_T, kd_weight_T,
+        Options(vocab=vocab, teacher_temperature=float(teacher_temperature),
+                student_temperature=float(student_temperature), divergence=divergence),
     )  # fmt: skip
+    dtypes = {x.dtype for x in rows[:2] if x is not None}
+    body = choose_body(
+        impl, device=rows.student_TW.device, dtypes=frozenset(dtypes), divergence=divergence
+    )
+    check_values(rows, options)
+    loss, ce_T, kl_T = _KdLossFunction.apply(rows.student_TW, rows, options, tp_group, body)
     return KdLoss(loss=loss, ce_T=ce_T.detach(), kl_T=kl_T.detach())
 
 
-def _as_weight(weight: Tensor | float, logits_TW: Tensor, name: str) -> Tensor:
-    dtype = torch.float64 if logits_TW.dtype == torch.float64 else torch.float32
-    num_tokens = logits_TW.shape[0]
+class _KdLossFunction(torch.autograd.Function):
+    """Differentiable in the student's logits only; the two passes are the body's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_logits_TW: Tensor,
+        rows: Rows,
+        options: Options,
+        tp_group: ProcessGroup | None,
+        body: Body,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        loss_T, ce_T, kl_T, saved = body.scores(rows, options, tp_group)
+        ctx.save_for_backward(student_logits_TW, *rows[1:], *saved)
+        ctx.options, ctx.body = options, body
+        ctx.mark_non_differentiable(ce_T, kl_T)
+        return loss_T.sum(), ce_T, kl_T
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        rows, saved = Rows(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:]
+        grad_TW = torch.empty_like(rows.student_TW, memory_format=torch.contiguous_format)
+        ctx.body.gradient_(rows, ctx.options, saved, upstream[0], grad_TW)
+        return (grad_TW, None, None, None, None)
+
+
+def checked(
+    student_TW: Tensor,
+    teacher_TW: Tensor | None,
+    labels_T: Tensor,
+    ce_weight_T: Tensor | float,
+    kd_weight_T: Tensor | float,
+    options: Options,
+) -> tuple[Rows, Options]:
+    """The arguments of a call as the bodies want them. Looks at no value of a tensor.
+
+    Raises: ValueError.
+    """
+    check_options(options)
+    check_logits("student_logits_TW", student_TW, options.vocab)
+    if teacher_TW is not None:
+        check_logits("teacher_logits_TW", teacher_TW, options.vocab)
+        if teacher_TW.shape[0] != student_TW.shape[0]:
+            raise ValueError(f"teacher_logits_TW has shape {tuple(teacher_TW.shape)}, student's is "
+                             f"{tuple(student_TW.shape)}: the tokens must be the same")  # fmt: skip
+        if teacher_TW.device != student_TW.device:
+            raise ValueError(
+                f"teacher_logits_TW is on {teacher_TW.device}, the student's on {student_TW.device}"
+            )
+    check_labels(labels_T, student_TW.shape[0], student_TW.device)
+    dtype = arithmetic_dtype(student_TW)
+    ce_weight_T, kd_weight_T = (
+        as_weight(weight, name, student_TW.shape[0], dtype, student_TW.device)
+        for weight, name in ((ce_weight_T, "ce_weight_T"), (kd_weight_T, "kd_weight_T"))
+    )
+    return Rows(student_TW, teacher_TW, labels_T, ce_weight_T, kd_weight_T), options
+
+
+def check_options(options: Options) -> None:
+    a, b = options.teacher_temperature, options.student_temperature
+    if not (0 < a < float("inf") and 0 < b < float("inf")):
+        raise ValueError(f"temperatures must be above 0 and finite: teacher {a}, student {b}")
+    if options.divergence not in get_args(Divergence):
+        raise ValueError(
+            f"divergence = {options.divergence!r}: choose one of {', '.join(get_args(Divergence))}"
+        )
+
+
+def check_logits(name: str, logits: Tensor, vocab: VocabShard) -> None:
+    if logits.dim() != 2:
+        raise ValueError(f"{name} must be [T, W], has shape {tuple(logits.shape)}")
+    if not logits.is_floating_point():
+        raise ValueError(f"{name} must be floating point, is {logits.dtype}")
+    if logits.shape[1] < vocab.num_columns:
+        raise ValueError(f"{name} has {logits.shape[1]} columns, fewer than this rank's {vocab}")
+    if logits.numel() and logits.shape[1] > 1 and logits.stride(1) != 1:
+        raise ValueError(
+            f"{name} has strides {logits.stride()}: a row's columns must be adjacent in memory; "
+            "call .contiguous() if a copy is affordable"
+        )
+
+
+def check_labels(labels_T: Tensor, num_tokens: int, device: torch.device) -> None:
+    if labels_T.shape != (num_tokens,) or labels_T.dtype != torch.int64:
+        raise ValueError(
+            f"labels_T must be int64 of shape ({num_tokens},), is {labels_T.dtype} of shape "
+            f"{tuple(labels_T.shape)}"
+        )
+    if labels_T.device != device:
+        raise ValueError(f"labels_T is on {labels_T.device}, the student's tensor on {device}")
+
+
+def as_weight(
+    weight: Tensor | float, name: str, num_tokens: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """One weight per token, in the arithmetic dtype; a scalar holds for every token. [T]"""
     if not isinstance(weight, Tensor):
-        return torch.full((num_tokens,), float(weight), dtype=dtype, device=logits_TW.device)
+        return torch.full((num_tokens,), float(weight), dtype=dtype, device=device)
     if weight.shape not in ((), (num_tokens,)):
         raise ValueError(f"{name} has shape {tuple(weight.shape)}, expected ({num_tokens},)")
-    if weight.device != logits_TW.device:
-        raise ValueError(f"{name} is on {weight.device}, logits on {logits_TW.device}")
+    if weight.device != device:
+        raise ValueError(f"{name} is on {weight.device}, logits on {device}")
     return weight.detach().to(dtype).expand(num_tokens)
 
 
-def _check(
-    student_TW: Tensor, teacher_TW: Tensor | None, labels_T: Tensor, vocab: VocabShard
-) -> None:
-    if student_TW.dim() != 2:
-        raise ValueError(f"student_logits_TW must be [T, W], has shape {tuple(student_TW.shape)}")
-    for name, logits in (("student_logits_TW", student_TW), ("teacher_logits_TW", teacher_TW)):
-        if logits is None:
-            continue
-        if not logits.is_floating_point():
-            raise ValueError(f"{name} must be floating point, is {logits.dtype}")
-        if logits.shape[-1] < vocab.num_columns:
-            raise ValueError(
-                f"{name} has {logits.shape[-1]} columns, fewer than this rank's {vocab}"
-            )
-        if logits.dim() != 2 or logits.shape[0] != student_TW.shape[0]:
-            raise ValueError(f"{name} has shape {tuple(logits.shape)}, student's is "
-                             f"{tuple(student_TW.shape)}: the tokens must be the same")  # fmt: skip
-        if logits.device != student_TW.device:
-            raise ValueError(f"{name} is on {logits.device}, the student's on {student_TW.device}")
-    if labels_T.shape != student_TW.shape[:1] or labels_T.dtype != torch.int64:
-        raise ValueError(
-            f"labels_T must be int64 of shape ({student_TW.shape[0]},), is {labels_T.dtype} of "
-            f"shape {tuple(labels_T.shape)}"
-        )
+def check_values(rows: Rows, options: Options) -> None:
+    """Labels inside the vocabulary, and no KD weight without a teacher.
+
+    Host sync: none on CUDA, where the error comes from a device-side assertion.
+    Raises: ValueError on the CPU.
+    """
+    vocab, labels_T, kd_weight_T = options.vocab, rows.labels_T, rows.kd_weight_T
     inside = ((labels_T >= 0) & (labels_T < vocab.size)).all()
     if labels_T.is_cuda:
         torch._assert_async(inside, "kd_loss: a label lies outside the vocabulary")
     elif not inside:
         wrong = labels_T[(labels_T < 0) | (labels_T >= vocab.size)][0].item()
         raise ValueError(f"label {wrong} lies outside the vocabulary of {vocab.size} tokens")
+    if rows.teacher_TW is None:
+        # Plain training in place of the distillation that was asked for must not pass in silence.
+        message = "kd_weight_T is not 0 but there are no teacher_logits_TW to learn from"
+        if kd_weight_T.is_cuda:
+            torch._assert_async((kd_weight_T == 0).all(), f"kd_loss: {message}")
+        elif kd_weight_T.any():
+            raise ValueError(message)

@@ -1,4 +1,4 @@
-"""The specification of `kd_loss` in plain PyTorch, with the backward written by hand.
+"""The specification of the loss in plain PyTorch, with the backward written by hand.
 
 The backward is local: the sums over the vocabulary that it needs were reduced in the forward, so
 nothing can be reduced twice (an autograd-derived backward through all-reduce is tp times too large
@@ -7,26 +7,28 @@ in several published versions). Letters: T tokens, W columns on this rank, C <= 
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_salt.kernels.rows import (
+    Divergence,
+    Options,
+    Rows,
+    Scores,
+    all_reduce,
+    arithmetic_dtype,
+)
 from megatron_salt.kernels.vocab import VocabShard
 
 
-def _all_reduce(packed: Tensor, op: dist.ReduceOp.RedOpType, group: ProcessGroup | None) -> Tensor:
-    if group is not None and dist.get_world_size(group) > 1:
-        dist.all_reduce(packed, op=op, group=group)
-    return packed
-
-
-def _real_columns(logits_TW: Tensor, vocab: VocabShard, temperature: float) -> Tensor:
-    """This rank's real columns in the arithmetic dtype, divided by the temperature. [T, C]"""
-    dtype = torch.float64 if logits_TW.dtype == torch.float64 else torch.float32
-    return logits_TW[:, : vocab.num_columns].to(dtype) / temperature
+def _real_columns(logits_TW: Tensor, vocab: VocabShard) -> Tensor:
+    """A copy of this rank's real columns in the arithmetic dtype. [T, C]"""
+    real_TC = logits_TW[:, : vocab.num_columns]
+    return real_TC.to(arithmetic_dtype(logits_TW), copy=True)
 
 
 def _local_max(x_TC: Tensor) -> Tensor:
@@ -34,120 +36,183 @@ def _local_max(x_TC: Tensor) -> Tensor:
     return x_TC.amax(dim=1) if x_TC.shape[1] else x_TC.new_full(x_TC.shape[:1], -torch.inf)
 
 
-def _at_label(x_TC: Tensor, local_label_T: Tensor, owned_T: Tensor) -> Tensor:
-    """Each row's value at its label, 0 where another rank has that column. [T]
+def _owned_label(labels_T: Tensor, vocab: VocabShard) -> tuple[Tensor, Tensor]:
+    """Each label's column on this rank, clamped into it, and whether it is here. int64, bool [T]
 
-    By clamped index and not by boolean selection, which would wait for the GPU.
+    Clamped and not selected, because a selection by boolean waits for the GPU.
     """
-    if not x_TC.shape[1]:
-        return x_TC.new_zeros(x_TC.shape[:1])
-    index_T1 = local_label_T.clamp(0, x_TC.shape[1] - 1)[:, None]
-    return torch.where(owned_T, x_TC.gather(1, index_T1).squeeze(1), 0.0)
+    local_T = labels_T - vocab.start
+    owned_T = (local_T >= 0) & (local_T < vocab.num_columns)
+    return local_T.clamp(0, max(vocab.num_columns - 1, 0)), owned_T
 
 
-class ReferenceKdLoss(torch.autograd.Function):
-    """See `kd_loss` for the contract; differentiable in student_logits_TW only."""
+def _centred(logits_TW: Tensor, max_T: Tensor, vocab: VocabShard, temperature: float) -> Tensor:
+    """(logits - their maximum) / temperature: <= 0 everywhere. [T, C]
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student_logits_TW: Tensor,
-        teacher_logits_TW: Tensor | None,
-        labels_T: Tensor,
-        ce_weight_T: Tensor,
-        kd_weight_T: Tensor,
-        vocab: VocabShard,
-        teacher_temperature: float,
-        student_temperature: float,
-        tp_group: ProcessGroup | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        # Logits are centred on their maximum before anything is added up, in both directions: with
-        # a log-sum-exp of 1e4 in its place fp32 would leave 3 digits of the KL and of p and q.
-        a, b = teacher_temperature, student_temperature
-        s1_TC = _real_columns(student_logits_TW, vocab, 1.0)
-        local_label_T = labels_T - vocab.start
-        owned_T = (local_label_T >= 0) & (local_label_T < vocab.num_columns)
+    Centred before anything is divided or added: with a log-sum-exp of 1e4 in its place, fp32 would
+    leave 3 digits of the KL and of the probabilities.
+    """
+    x_TC = _real_columns(logits_TW, vocab).sub_(max_T[:, None])
+    return x_TC if temperature == 1.0 else x_TC.div_(temperature)
 
-        if teacher_logits_TW is None:
-            max_T = _all_reduce(_local_max(s1_TC), dist.ReduceOp.MAX, tp_group)
-            s1_TC.sub_(max_T[:, None])
-            label_T = _at_label(s1_TC, local_label_T, owned_T)
-            sums = [s1_TC.exp_().sum(dim=1), label_T]
-            sum_T, label_T = _all_reduce(torch.stack(sums), dist.ReduceOp.SUM, tp_group)
-            ce_T = sum_T.log() - label_T
-            kl_T = torch.zeros_like(ce_T)
-            ctx.save_for_backward(
-                student_logits_TW, None, local_label_T, owned_T, ce_weight_T, kd_weight_T,
-                max_T, sum_T,
-            )  # fmt: skip
-        else:
-            z_TC = _real_columns(teacher_logits_TW, vocab, a)
-            # With b = 1 the student's tempered logits are its logits: one sum serves CE and KL.
-            s_TC = s1_TC if b == 1.0 else s1_TC / b
-            packed = torch.stack([_local_max(z_TC), _local_max(s_TC)])
-            z_max_T, s_max_T = _all_reduce(packed, dist.ReduceOp.MAX, tp_group)
-            z_TC.sub_(z_max_T[:, None])
-            s_TC.sub_(s_max_T[:, None])  # with b = 1 this is s1_TC too
-            if b != 1.0:
-                s1_TC.sub_(s_max_T[:, None] * b)
-            p_TC = z_TC.exp()
-            # 0 * (-inf) would be nan where the teacher gives a token no probability at all.
-            gap_TC = z_TC.sub_(s_TC).mul_(p_TC).masked_fill_(p_TC == 0, 0.0)
-            sums = [
-                p_TC.sum(dim=1),
-                s_TC.exp().sum(dim=1),
-                gap_TC.sum(dim=1),
-                _at_label(s1_TC, local_label_T, owned_T),
-            ]
-            if b != 1.0:
-                sums.append(s1_TC.exp().sum(dim=1))
-            packed = _all_reduce(torch.stack(sums), dist.ReduceOp.SUM, tp_group)
-            z_sum_T, s_sum_T, gap_T, label_T = packed[:4]
-            s1_sum_T = s_sum_T if b == 1.0 else packed[4]
-            kl_T = gap_T / z_sum_T - z_sum_T.log() + s_sum_T.log()
-            ce_T = s1_sum_T.log() - label_T
-            ctx.save_for_backward(
-                student_logits_TW, teacher_logits_TW, local_label_T, owned_T, ce_weight_T,
-                kd_weight_T, s_max_T, s1_sum_T, z_max_T, z_sum_T, s_sum_T,
-            )  # fmt: skip
-        ctx.vocab, ctx.temperatures = vocab, (a, b)
-        ctx.mark_non_differentiable(ce_T, kl_T)
-        # A zero weight contributes exactly nothing, even where the value is inf or nan.
-        loss_T = torch.where(ce_weight_T != 0, ce_weight_T * ce_T, 0.0)
-        loss_T = loss_T + torch.where(kd_weight_T != 0, kd_weight_T * kl_T, 0.0)
-        return loss_T.sum(), ce_T, kl_T
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        """dL/ds = ce_weight (q1 - onehot) + kd_weight (q - p) / b, on this rank's columns."""
-        grad_loss = grad_outputs[0]
-        saved = ctx.saved_tensors
-        student_TW, teacher_TW, local_label_T, owned_T, ce_weight_T, kd_weight_T = saved[:6]
-        s_max_T, s1_sum_T = saved[6:8]
-        vocab, (a, b) = ctx.vocab, ctx.temperatures
-        num_columns = vocab.num_columns
-        s1_TC = _real_columns(student_TW, vocab, 1.0)
-        # Without a teacher there is no tempered maximum: s_max_T is that of the logits themselves.
-        shift_T = s_max_T if teacher_TW is None else s_max_T * b
-        q1_TC = (s1_TC - shift_T[:, None]).exp_().div_(s1_sum_T[:, None])
-        if num_columns:
-            index_T1 = local_label_T.clamp(0, num_columns - 1)[:, None]
-            q1_TC.scatter_add_(1, index_T1, -owned_T[:, None].to(q1_TC.dtype))
-        ce_scale_T1 = (grad_loss * ce_weight_T)[:, None]
-        # A zero weight sends exactly nothing, even where the probabilities are nan.
-        grad_TC = q1_TC.mul_(ce_scale_T1).masked_fill_(ce_scale_T1 == 0, 0.0)
+class ReferenceBody:
+    """See `kd_loss` for the contract and `Body` for the methods."""
+
+    name = "reference"
+
+    def scores(self, rows: Rows, options: Options, tp_group: ProcessGroup | None) -> Scores:
+        student_TW, teacher_TW, labels_T, ce_weight_T, kd_weight_T = rows
+        vocab, a, b = options.vocab, options.teacher_temperature, options.student_temperature
+        maxima = [_local_max(_real_columns(student_TW, vocab))]
         if teacher_TW is not None:
-            z_max_T, z_sum_T, s_sum_T = saved[8:]
-            z_TC = _real_columns(teacher_TW, vocab, a)
-            p_TC = z_TC.sub_(z_max_T[:, None]).exp_().div_(z_sum_T[:, None])
-            s_TC = s1_TC if b == 1.0 else s1_TC.div_(b)
-            q_TC = s_TC.sub_(s_max_T[:, None]).exp_().div_(s_sum_T[:, None])
-            kd_scale_T1 = (grad_loss * kd_weight_T / b)[:, None]
-            kd_grad_TC = q_TC.sub_(p_TC).mul_(kd_scale_T1)
-            grad_TC += kd_grad_TC.masked_fill_(kd_scale_T1 == 0, 0.0)
-        grad_TW = torch.zeros_like(student_TW)
-        grad_TW[:, :num_columns] = grad_TC.to(student_TW.dtype)
-        return (grad_TW, *([None] * 8))
+            maxima.append(_local_max(_real_columns(teacher_TW, vocab)))
+        maxima_T = all_reduce(torch.stack(maxima), dist.ReduceOp.MAX, tp_group)
+
+        s1_TC = _centred(student_TW, maxima_T[0], vocab, 1.0)
+        label_T = s1_TC.new_zeros(s1_TC.shape[:1])
+        if vocab.num_columns:
+            column_T, owned_T = _owned_label(labels_T, vocab)
+            label_T = torch.where(owned_T, s1_TC.gather(1, column_T[:, None]).squeeze(1), 0.0)
+        if teacher_TW is None:
+            sums = all_reduce(
+                torch.stack([s1_TC.exp_().sum(dim=1), label_T]), dist.ReduceOp.SUM, tp_group
+            )
+            ce_T = sums[0].log() - sums[1]
+            return _weighted(rows, ce_T, torch.zeros_like(ce_T), (maxima_T, sums))
+
+        # With b = 1 the student's tempered logits are its logits: one sum serves CE and KL.
+        s_TC = s1_TC if b == 1.0 else s1_TC / b
+        z_TC = _centred(teacher_TW, maxima_T[1], vocab, a)
+        z_exp_TC = z_TC.exp()
+        # 0 * (-inf) would be nan where the teacher gives a token no probability at all.
+        gap_TC = (z_TC - s_TC).mul_(z_exp_TC).masked_fill_(z_exp_TC == 0, 0.0)
+        packed = [s_TC.exp().sum(dim=1), label_T, z_exp_TC.sum(dim=1), gap_TC.sum(dim=1)]
+        if b != 1.0:
+            packed.append(s1_TC.exp().sum(dim=1))
+        sums = all_reduce(torch.stack(packed), dist.ReduceOp.SUM, tp_group)
+        s_sum_T, label_T, z_sum_T, gap_T = sums[:4]
+        ce_T = (s_sum_T if b == 1.0 else sums[4]).log() - label_T
+        if options.divergence == "forward_kl":
+            kl_T = gap_T / z_sum_T - z_sum_T.log() + s_sum_T.log()
+            return _weighted(rows, ce_T, kl_T, (maxima_T, sums))
+        kl_T, slope_T = self._other_divergence(rows, options, maxima_T, sums, tp_group)
+        return _weighted(rows, ce_T, kl_T, (maxima_T, sums, slope_T))
+
+    def _other_divergence(
+        self,
+        rows: Rows,
+        options: Options,
+        maxima_T: Tensor,
+        sums: Tensor,
+        tp_group: ProcessGroup | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Value, and sum over v of q_v dD/dq_v, per token: these need normalised probabilities.
+
+        Collectives: one more SUM of 2 floats per token.
+        """
+        difference_TC, slope_TC, value_TC = _divergence_terms(rows, options, maxima_T, sums)
+        del difference_TC
+        packed = torch.stack([value_TC.sum(dim=1), slope_TC.sum(dim=1)])
+        value_T, slope_T = all_reduce(packed, dist.ReduceOp.SUM, tp_group)
+        return value_T, slope_T
+
+    def gradient_(
+        self,
+        rows: Rows,
+        options: Options,
+        saved: tuple[Tensor, ...],
+        upstream: Tensor,
+        out_TW: Tensor,
+    ) -> None:
+        """dL/ds = ce_weight (q1 - onehot) + kd_weight dD/ds, on this rank's columns.
+
+        For the forward KL, dD/ds = (q - p) / b; see `_divergence_terms` for the others.
+        """
+        student_TW, teacher_TW, labels_T, ce_weight_T, kd_weight_T = rows
+        vocab, b = options.vocab, options.student_temperature
+        maxima_T, sums = saved[:2]
+        s1_sum_T = sums[4] if len(sums) == 5 else sums[0]
+        q1_TC = _centred(student_TW, maxima_T[0], vocab, 1.0).exp_().div_(s1_sum_T[:, None])
+        if vocab.num_columns:
+            column_T, owned_T = _owned_label(labels_T, vocab)
+            q1_TC.scatter_add_(1, column_T[:, None], -owned_T[:, None].to(q1_TC.dtype))
+        grad_TC = _scaled_(q1_TC, upstream * ce_weight_T, ce_weight_T)
+        if teacher_TW is not None:
+            if options.divergence == "forward_kl":
+                s_TC = _centred(student_TW, maxima_T[0], vocab, b)
+                z_TC = _centred(teacher_TW, maxima_T[1], vocab, options.teacher_temperature)
+                p_TC = z_TC.exp_().div_(sums[2][:, None])
+                slope_TC = s_TC.exp_().div_(sums[0][:, None]).sub_(p_TC)
+            else:
+                difference_TC, q_slope_TC, _ = _divergence_terms(rows, options, maxima_T, sums)
+                slope_TC = q_slope_TC
+                if options.divergence == "mse":
+                    slope_TC = difference_TC * (2 / vocab.size)
+                else:
+                    q_TC = _centred(student_TW, maxima_T[0], vocab, b).exp_().div_(sums[0][:, None])
+                    slope_TC = q_slope_TC - q_TC * saved[2][:, None]
+            grad_TC += _scaled_(slope_TC, upstream * kd_weight_T / b, kd_weight_T)
+        # Through another tensor, because out_TW may be student_TW.
+        out_TW[:, : vocab.num_columns] = grad_TC.to(out_TW.dtype)
+        out_TW[:, vocab.num_columns :] = 0.0
+
+    def scores_and_gradient_(
+        self,
+        rows: Rows,
+        options: Options,
+        tp_group: ProcessGroup | None,
+        upstream: Tensor,
+        out_TW: Tensor,
+    ) -> Scores:
+        scores = self.scores(rows, options, tp_group)
+        self.gradient_(rows, options, scores.saved, upstream, out_TW)
+        return scores._replace(saved=())
+
+
+def _weighted(rows: Rows, ce_T: Tensor, kl_T: Tensor, saved: tuple[Tensor, ...]) -> Scores:
+    """A zero weight contributes exactly nothing, even where the value is inf or nan."""
+    loss_T = torch.where(rows.ce_weight_T != 0, rows.ce_weight_T * ce_T, 0.0)
+    loss_T = loss_T + torch.where(rows.kd_weight_T != 0, rows.kd_weight_T * kl_T, 0.0)
+    return Scores(loss_T, ce_T, kl_T, saved)
+
+
+def _scaled_(x_TC: Tensor, scale_T: Tensor, weight_T: Tensor) -> Tensor:
+    """x * scale in place; exactly 0 for a weight of 0, even where x is nan."""
+    return x_TC.mul_(scale_T[:, None]).masked_fill_((weight_T == 0)[:, None], 0.0)
+
+
+def _divergence_terms(
+    rows: Rows, options: Options, maxima_T: Tensor, sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per column: log q - log p (for mse s/b - z/a), q dD/dq up to a constant, and the value's term.
+
+    With r = q dD/dq and q = softmax(s / b):  dD/ds = (r - q sum(r)) / b.
+        reverse_kl       D = sum q (log q - log p)               r = q (log q - log p)
+        jensen_shannon   D = (KL(p || m) + KL(q || m)) / 2       r = q (log q - log m) / 2
+                         with m = (p + q) / 2
+        mse              D = sum (s/b - z/a)^2 / V               its gradient needs no r
+    All [T, C]. Source: Agarwal et al., arXiv 2306.13649, for the first two; pre-training
+    distillation, arXiv 2410.16215, for mse on logits.
+    """
+    student_TW, teacher_TW = rows.student_TW, rows.teacher_TW
+    assert teacher_TW is not None
+    vocab, a, b = options.vocab, options.teacher_temperature, options.student_temperature
+    if options.divergence == "mse":
+        difference_TC = _real_columns(student_TW, vocab) / b - _real_columns(teacher_TW, vocab) / a
+        return difference_TC, torch.zeros_like(difference_TC), difference_TC**2 / vocab.size
+    log_q_TC = _centred(student_TW, maxima_T[0], vocab, b) - sums[0].log()[:, None]
+    log_p_TC = _centred(teacher_TW, maxima_T[1], vocab, a) - sums[2].log()[:, None]
+    q_TC = log_q_TC.exp()
+    difference_TC = log_q_TC - log_p_TC
+    if options.divergence == "reverse_kl":
+        r_TC = (q_TC * difference_TC).masked_fill_(q_TC == 0, 0.0)
+        return difference_TC, r_TC, r_TC
+    p_TC = log_p_TC.exp()
+    log_m_TC = torch.logaddexp(log_p_TC, log_q_TC) - math.log(2)
+    r_TC = (q_TC * (log_q_TC - log_m_TC)).masked_fill_(q_TC == 0, 0.0) / 2
+    p_term_TC = (p_TC * (log_p_TC - log_m_TC)).masked_fill_(p_TC == 0, 0.0) / 2
+    return difference_TC, r_TC, p_term_TC + r_TC
 
 
 def vocab_parallel_argmax(
@@ -163,6 +228,6 @@ def vocab_parallel_argmax(
         local_T = real_TC.argmax(dim=1) + vocab.start
     else:
         local_T = torch.full_like(best_T, vocab.size, dtype=torch.int64)
-    global_T = _all_reduce(best_T.clone(), dist.ReduceOp.MAX, tp_group)
+    global_T = all_reduce(best_T.clone(), dist.ReduceOp.MAX, tp_group)
     candidate_T = torch.where(best_T == global_T, local_T, vocab.size)
-    return _all_reduce(candidate_T, dist.ReduceOp.MIN, tp_group)
+    return all_reduce(candidate_T, dist.ReduceOp.MIN, tp_group)

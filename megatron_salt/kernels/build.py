@@ -1,0 +1,187 @@
+"""Finds and builds the compiled kernels: `native` (CPU) and `cuda`. Standard library only.
+
+Both are plain shared libraries without PyTorch's headers, so a build takes seconds, needs no ninja
+and serves every version of torch. `setup.py` builds them at installation into `lib/` where it finds
+the compilers; whatever is missing is built at first use into a cache. A file's name carries a hash
+of everything that it was made from and for, so a stale or foreign build is never loaded: edited
+sources, other flags, another processor (the CPU library uses all of its instructions) or C library
+lead to another name.
+
+Environment: CXX, CUDA_HOME, and MEGATRON_SALT_CACHE, the folder for builds at first use (default
+~/.cache/megatron_salt).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+Kind = Literal["native", "cuda"]
+
+SOURCES = Path(__file__).parent / "csrc"
+INSTALLED = Path(__file__).parent / "lib"
+"""Libraries that `setup.py` built."""
+
+CUDA_ARCHITECTURES = (80, 90, 100)
+"""Machine code at installation: A100; H100 and H200; B200. PTX of the last serves later ones."""
+
+CXX_FLAGS = (
+    "-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno",
+    "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror",
+)  # fmt: skip
+# -fmad=false: the sources say themselves where a product and a sum share one rounding.
+NVCC_FLAGS = (
+    "-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-Wall,-Wextra", "--threads", "0",
+    "-Werror", "all-warnings", "-lineinfo",
+)  # fmt: skip
+
+
+class BuildError(RuntimeError):
+    """No compiler, or it failed. The message says which, and what to do."""
+
+
+def find_cxx() -> str | None:
+    """The C++ compiler: $CXX, or the first on the path."""
+    chosen = os.environ.get("CXX")
+    return shutil.which(chosen) if chosen else shutil.which("g++") or shutil.which("c++")
+
+
+def find_nvcc() -> str | None:
+    """nvcc of $CUDA_HOME ($CUDA_PATH), of the path, or of /usr/local/cuda."""
+    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
+        if home:
+            return shutil.which("nvcc", path=str(Path(home) / "bin"))
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def cuda_flags(architectures: Sequence[int], *, ptx: bool) -> list[str]:
+    """nvcc's choice of machine code; with `ptx` the last architecture's PTX too."""
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
+    if ptx:
+        last = architectures[-1]
+        flags.append(f"-gencode=arch=compute_{last},code=compute_{last}")
+    return flags
+
+
+def compile_command(
+    kind: Kind, output: Path, architectures: Sequence[int] = CUDA_ARCHITECTURES
+) -> list[str]:
+    """The whole build of one library.
+
+    Raises: BuildError where its compiler is missing.
+    """
+    if kind == "native":
+        compiler = find_cxx()
+        if compiler is None:
+            raise BuildError(
+                "no C++ compiler found ($CXX, g++, c++); on Debian and Ubuntu: apt-get install g++"
+            )
+        return [compiler, *CXX_FLAGS, str(SOURCES / "kd_loss.cpp"), "-o", str(output)]
+    compiler = find_nvcc()
+    if compiler is None:
+        raise BuildError(
+            "no CUDA compiler found ($CUDA_HOME/bin/nvcc, nvcc on the path, /usr/local/cuda); "
+            "install NVIDIA's CUDA toolkit"
+        )
+    host = find_cxx()
+    return [
+        compiler, *NVCC_FLAGS, *(["-ccbin", host] if host else []), "-shared",
+        *cuda_flags(architectures, ptx=True), str(SOURCES / "kd_loss.cu"), "-o", str(output),
+    ]  # fmt: skip
+
+
+def library_name(kind: Kind, architectures: Sequence[int] = CUDA_ARCHITECTURES) -> str:
+    """File name of the library that this code, these flags and this machine need."""
+    key = hashlib.sha256()
+    for path in sorted(SOURCES.iterdir()):
+        key.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    made_for: tuple[object, ...] = (platform.machine(), platform.libc_ver())
+    if kind == "native":
+        made_for += (CXX_FLAGS, _processor_features())
+    else:
+        made_for += (NVCC_FLAGS, tuple(architectures))
+    key.update(repr(made_for).encode())
+    return f"{kind}-{key.hexdigest()[:16]}.so"
+
+
+def _processor_features() -> str:
+    """What -march=native looks at, as Linux lists it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.lower().startswith(("flags", "features")):
+                return line
+    return platform.processor()
+
+
+def build(kind: Kind, folder: Path, architectures: Sequence[int] = CUDA_ARCHITECTURES) -> Path:
+    """Compile one library into `folder`; a build that is cut short leaves no library behind.
+
+    Raises: BuildError with the compiler's words.
+    """
+    target = folder / library_name(kind, architectures)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as scratch:
+        output = Path(scratch) / target.name
+        command = compile_command(kind, output, architectures)
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            words = (done.stderr or done.stdout).strip()[-4000:]
+            raise BuildError(f"{shlex.join(command)}\nfailed ({done.returncode}):\n{words}")
+        os.replace(output, target)
+    return target
+
+
+def find_or_build(kind: Kind, architectures: Sequence[int] = CUDA_ARCHITECTURES) -> Path:
+    """The library from the installation, from the cache, or built now into the cache.
+
+    Processes of one machine that need the same build do it once: the others wait for it. The lock
+    is the kernel's and goes with its process, so a killed build stops nobody.
+
+    Raises: BuildError.
+    """
+    candidates = [INSTALLED / library_name(kind, architectures)]
+    if kind == "cuda":
+        candidates.append(INSTALLED / library_name(kind))  # all architectures, from installation
+    cache = cache_folder()
+    candidates.append(cache / library_name(kind, architectures))
+    for path in candidates:
+        if path.exists():
+            return path
+    with _locked(cache, f"{kind}.lock"):
+        if candidates[-1].exists():
+            return candidates[-1]
+        return build(kind, cache, architectures)
+
+
+def cache_folder() -> Path:
+    chosen = os.environ.get("MEGATRON_SALT_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_salt"
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, name: str) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / name, "w")  # noqa: SIM115  closed below
+    except OSError as error:
+        raise BuildError(
+            f"cannot write to {folder}: {error.strerror}; set MEGATRON_SALT_CACHE to a folder "
+            "for compiled kernels"
+        ) from error
+    with lock:
+        # A file system without locks costs a double build, nothing else: builds are atomic.
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

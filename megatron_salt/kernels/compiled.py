@@ -1,0 +1,189 @@
+"""The compiled bodies of the loss: `native` (csrc/kd_loss.cpp) and `cuda` (csrc/kd_loss.cu).
+
+Calls the libraries of `build.py` through their C interface, csrc/kd_loss.h. Letters: T tokens,
+W vocabulary columns on this rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_salt.kernels import build
+from megatron_salt.kernels.rows import Options, Rows, Scores, all_reduce, tp_size_of
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class _SaltRows(ctypes.Structure):
+    """struct SaltRows of csrc/kd_loss.h, field by field."""
+
+    _fields_ = (
+        ("student", ctypes.c_void_p),
+        ("teacher", ctypes.c_void_p),
+        ("labels", ctypes.c_void_p),
+        ("ce_weights", ctypes.c_void_p),
+        ("kd_weights", ctypes.c_void_p),
+        ("student_stride", ctypes.c_int64),
+        ("teacher_stride", ctypes.c_int64),
+        ("num_tokens", ctypes.c_int64),
+        ("num_columns", ctypes.c_int64),
+        ("vocab_start", ctypes.c_int64),
+        ("vocab_size", ctypes.c_int64),
+        ("teacher_temperature", ctypes.c_float),
+        ("student_temperature", ctypes.c_float),
+        ("student_dtype", ctypes.c_int32),
+        ("teacher_dtype", ctypes.c_int32),
+        ("num_threads", ctypes.c_int32),
+        ("stream", ctypes.c_void_p),
+    )
+
+
+_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+_ROWS = ctypes.POINTER(_SaltRows)
+_FUNCTIONS = {
+    "salt_local_sums": (_ROWS, _POINTER, _POINTER, _POINTER),
+    "salt_rescale": (_ROWS, _POINTER, _POINTER, _POINTER),
+    "salt_finish": (_ROWS, _POINTER, _POINTER),
+    "salt_gradient": (_ROWS, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT),
+    "salt_values_and_gradient": (_ROWS, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT),
+}
+
+
+class CompiledBody:
+    """A library with the interface of csrc/kd_loss.h, as a `Body`.
+
+    Args:
+        name: what `impl` calls it.
+        path: the shared library.
+    Raises: OSError if the library cannot be loaded.
+    """
+
+    def __init__(self, name: str, path: Path) -> None:
+        self.name = name
+        self.path = path
+        self._library = ctypes.CDLL(str(path))
+        self._library.salt_error.restype = ctypes.c_char_p
+        for function, arguments in _FUNCTIONS.items():
+            getattr(self._library, function).argtypes = arguments
+
+    def scores(self, rows: Rows, options: Options, tp_group: ProcessGroup | None) -> Scores:
+        """See `Body.scores`. Memory: 10 floats a token at most."""
+        num_tokens, device = rows.student_TW.shape[0], rows.student_TW.device
+        num_maxima, num_sums = 2, 4 if options.student_temperature == 1.0 else 5
+        if rows.teacher_TW is None:
+            num_maxima, num_sums = 1, 2
+        maxima = torch.empty((num_maxima, num_tokens), dtype=torch.float32, device=device)
+        sums = maxima.new_empty((num_sums, num_tokens))
+        values = maxima.new_empty((3, num_tokens))
+        alone = tp_size_of(tp_group) == 1
+        with self._described(rows, options) as described:
+            self._call("salt_local_sums", described, maxima, sums, values if alone else None)
+            if not alone:
+                global_maxima = all_reduce(maxima.clone(), dist.ReduceOp.MAX, tp_group)
+                self._call("salt_rescale", described, global_maxima, maxima, sums)
+                all_reduce(sums, dist.ReduceOp.SUM, tp_group)
+                self._call("salt_finish", described, sums, values)
+        loss_T, ce_T, kl_T = values
+        return Scores(loss_T, ce_T, kl_T, (maxima, sums))
+
+    def gradient_(
+        self,
+        rows: Rows,
+        options: Options,
+        saved: tuple[Tensor, ...],
+        upstream: Tensor,
+        out_TW: Tensor,
+    ) -> None:
+        """See `Body.gradient_`."""
+        maxima, sums = saved
+        with self._described(rows, options) as described:
+            self._call("salt_gradient", described, maxima, sums, upstream, *_target(out_TW))
+
+    def scores_and_gradient_(
+        self,
+        rows: Rows,
+        options: Options,
+        tp_group: ProcessGroup | None,
+        upstream: Tensor,
+        out_TW: Tensor,
+    ) -> Scores:
+        """See `Body.scores_and_gradient_`. One launch on one rank: the row stays in the cache."""
+        if tp_size_of(tp_group) > 1:
+            scores = self.scores(rows, options, tp_group)
+            self.gradient_(rows, options, scores.saved, upstream, out_TW)
+            return scores._replace(saved=())
+        values = torch.empty(
+            (3, rows.student_TW.shape[0]), dtype=torch.float32, device=rows.student_TW.device
+        )
+        with self._described(rows, options) as described:
+            self._call("salt_values_and_gradient", described, values, upstream, *_target(out_TW))
+        loss_T, ce_T, kl_T = values
+        return Scores(loss_T, ce_T, kl_T, ())
+
+    @contextlib.contextmanager
+    def _described(self, rows: Rows, options: Options):  # type: ignore[no-untyped-def]
+        """The rows as the library wants them, with their device current while it is called."""
+        student_TW, teacher_TW, labels_T, ce_weight_T, kd_weight_T = rows
+        # Weights are given for one token or for all; labels and weights are small.
+        held = [tensor.contiguous() for tensor in (labels_T, ce_weight_T, kd_weight_T)]
+        described = _SaltRows(
+            student=student_TW.data_ptr(),
+            teacher=None if teacher_TW is None else teacher_TW.data_ptr(),
+            labels=held[0].data_ptr(),
+            ce_weights=held[1].data_ptr(),
+            kd_weights=held[2].data_ptr(),
+            student_stride=student_TW.stride(0),
+            teacher_stride=0 if teacher_TW is None else teacher_TW.stride(0),
+            num_tokens=student_TW.shape[0],
+            num_columns=options.vocab.num_columns,
+            vocab_start=options.vocab.start,
+            vocab_size=options.vocab.size,
+            teacher_temperature=options.teacher_temperature,
+            student_temperature=options.student_temperature,
+            student_dtype=DTYPE_CODES[student_TW.dtype],
+            teacher_dtype=0 if teacher_TW is None else DTYPE_CODES[teacher_TW.dtype],
+            num_threads=min(torch.get_num_threads(), max(student_TW.shape[0], 1)),
+            stream=None,
+        )
+        if student_TW.is_cuda:
+            with torch.cuda.device(student_TW.device):
+                described.stream = torch.cuda.current_stream().cuda_stream
+                yield described
+        else:
+            yield described
+
+    def _call(self, function: str, described: _SaltRows, *arguments: Tensor | int | None) -> None:
+        if described.num_tokens == 0:
+            return
+        code = getattr(self._library, function)(
+            described, *(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments)
+        )
+        if code:
+            words = self._library.salt_error(code).decode()
+            raise RuntimeError(f"{function} of {self.path}: {words} (code {code})")
+
+
+def _target(out_TW: Tensor) -> tuple[Tensor, int, int, int]:
+    return out_TW, out_TW.stride(0), out_TW.shape[1], DTYPE_CODES[out_TW.dtype]
+
+
+@functools.cache
+def load(kind: build.Kind, architecture: int | None = None) -> CompiledBody | str:
+    """The library, built if need be; where that is impossible the reason why.
+
+    Args:
+        architecture: of the CUDA device, e.g. 90.
+    """
+    architectures = build.CUDA_ARCHITECTURES if architecture is None else (architecture,)
+    try:
+        return CompiledBody(kind, build.find_or_build(kind, architectures))
+    except (build.BuildError, OSError) as error:
+        return str(error)
