@@ -51,7 +51,7 @@ _ROWS = ctypes.POINTER(_SaltRows)
 _FUNCTIONS = {
     "salt_local_sums": (_ROWS, _POINTER, _POINTER, _POINTER),
     "salt_rescale": (_ROWS, _POINTER, _POINTER, _POINTER),
-    "salt_finish": (_ROWS, _POINTER, _POINTER),
+    "salt_finish": (_ROWS, _POINTER, _POINTER, _POINTER),
     "salt_gradient": (_ROWS, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT),
     "salt_values_and_gradient": (_ROWS, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT),
 }
@@ -90,7 +90,7 @@ class CompiledBody:
                 global_maxima = all_reduce(maxima.clone(), dist.ReduceOp.MAX, tp_group)
                 self._call("salt_rescale", described, global_maxima, maxima, sums)
                 all_reduce(sums, dist.ReduceOp.SUM, tp_group)
-                self._call("salt_finish", described, sums, values)
+                self._call("salt_finish", described, maxima, sums, values)
         loss_T, ce_T, kl_T = values
         return Scores(loss_T, ce_T, kl_T, (maxima, sums))
 

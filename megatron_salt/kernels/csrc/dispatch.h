@@ -1,15 +1,23 @@
-// From the dtypes of a call to the types of a template. Host code only.
+// From a call to the types of a template and the scales of its logits. Host code only.
 
 #pragma once
 
-#include "dtypes.h"
+#include <type_traits>
+
 #include "kd_loss.h"
+#include "row_math.h"
 
 namespace salt {
 
 constexpr int kOk = 0;
 constexpr int kErrorDtypes = -1;  // positive codes are CUDA's
 constexpr const char* kErrorDtypesText = "no code is compiled for this combination of dtypes";
+
+// Without a teacher there is only the CE, which is at temperature 1.
+inline Scales scales_of(const SaltRows& rows) {
+  const float b = rows.teacher ? rows.student_temperature : 1.0f;
+  return {kLog2E / rows.teacher_temperature, kLog2E / b, b != 1.0f};
+}
 
 template <class Function>
 int dispatch_one(int32_t dtype, Function function) {
@@ -21,23 +29,31 @@ int dispatch_one(int32_t dtype, Function function) {
   }
 }
 
-// function(student, teacher): without a teacher its type does not matter and is the student's.
+// function(std::true_type) for a call with a teacher, function(std::false_type) without.
+template <class Function>
+int dispatch_teacher(const SaltRows& rows, Function function) {
+  return rows.teacher ? function(std::true_type{}) : function(std::false_type{});
+}
+
+// function(student, teacher, has_teacher). Without a teacher its type is the student's.
 template <class Function>
 int dispatch_inputs(const SaltRows& rows, Function function) {
   return dispatch_one(rows.student_dtype, [&](auto s) {
-    const int32_t teacher = rows.teacher ? rows.teacher_dtype : rows.student_dtype;
-    return dispatch_one(teacher, [&](auto z) { return function(s, z); });
+    if (!rows.teacher) return function(s, s, std::false_type{});
+    return dispatch_one(rows.teacher_dtype,
+                        [&](auto z) { return function(s, z, std::true_type{}); });
   });
 }
 
-// function(student, teacher, gradient): the gradient has the student's dtype, or any if that is fp32.
+// function(student, teacher, gradient, has_teacher). The gradient has the student's dtype, or any
+// if that is fp32.
 template <class Function>
 int dispatch_all(const SaltRows& rows, int32_t gradient, Function function) {
-  return dispatch_inputs(rows, [&](auto s, auto z) {
-    if (gradient == rows.student_dtype) return function(s, z, s);
+  return dispatch_inputs(rows, [&](auto s, auto z, auto teacher) {
+    if (gradient == rows.student_dtype) return function(s, z, s, teacher);
     if constexpr (sizeof(s) == sizeof(float)) {
-      if (gradient == kBf16) return function(s, z, Bf16{});
-      if (gradient == kFp16) return function(s, z, Fp16{});
+      if (gradient == kBf16) return function(s, z, Bf16{}, teacher);
+      if (gradient == kFp16) return function(s, z, Fp16{}, teacher);
     }
     return kErrorDtypes;
   });

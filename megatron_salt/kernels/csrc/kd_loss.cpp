@@ -9,7 +9,7 @@
 #include <type_traits>
 
 #include "dispatch.h"
-#include "row_math.h"
+#include "tokens.h"
 
 namespace {
 
@@ -22,10 +22,10 @@ struct Block {
 };
 
 // The block's columns as fp32; those from `count` on are -inf. Points into the row where it can.
-template <class T>
-inline const float* load(const T* source, int64_t count, Block& buffer) {
+template <class X>
+inline const float* load(const X* source, int64_t count, Block& buffer) {
   if (count == kBlock) {
-    if constexpr (std::is_same_v<T, float>) return source;
+    if constexpr (std::is_same_v<X, float>) return source;
 #pragma omp simd
     for (int i = 0; i < kBlock; ++i) buffer.values[i] = to_float(source[i]);
     return buffer.values;
@@ -35,160 +35,61 @@ inline const float* load(const T* source, int64_t count, Block& buffer) {
   return buffer.values;
 }
 
-template <class T>
-inline void store(const float* values, int64_t count, T* target) {
+template <class X>
+inline void store(const float* values, int64_t count, X* target) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) from_float(values[i], target[i]);
 }
 
-Scales scales_of(const SaltRows& rows) {
-  return {kLog2E / rows.teacher_temperature, kLog2E / rows.student_temperature,
-          rows.teacher != nullptr && rows.student_temperature != 1.0f};
+inline int64_t block_at(int64_t column, int64_t num_columns) {
+  return num_columns - column < kBlock ? num_columns - column : kBlock;
 }
 
-template <class S, class Z>
-struct Typed {
-  const SaltRows& rows;
-
-  const S* student(int64_t token) const {
-    return static_cast<const S*>(rows.student) + token * rows.student_stride;
-  }
-  const Z* teacher(int64_t token) const {
-    return static_cast<const Z*>(rows.teacher) + token * rows.teacher_stride;
-  }
-};
-
+// Pass 1 of one token.
 template <class S, class Z, bool kTeacher>
-RowSums sum_row(const SaltRows& rows, int64_t token, const Scales& k, float* label) {
+RowSums sum_row(const SaltRows& rows, int64_t token, const Scales& k) {
   const S* student = Typed<S, Z>{rows}.student(token);
   const Z* teacher = kTeacher ? Typed<S, Z>{rows}.teacher(token) : nullptr;
   Block s_buffer, z_buffer;
-  RowSums row;
+  RowSums row = RowSums::none();
   for (int64_t column = 0; column < rows.num_columns; column += kBlock) {
-    const int64_t left = rows.num_columns - column, count = left < kBlock ? left : kBlock;
+    const int64_t count = block_at(column, rows.num_columns);
     const float* s = load(student + column, count, s_buffer);
     const float* z = kTeacher ? load(teacher + column, count, z_buffer) : s;
     add_columns<kBlock, kTeacher>(row, s, z, k);
   }
-  const int64_t local = rows.labels[token] - rows.vocab_start;
-  const bool owned = local >= 0 && local < rows.num_columns;
-  *label = owned ? to_float(student[local]) - row.s_max : 0.0f;
   return row;
 }
 
-template <class S, class Z, class G, bool kCe, bool kKd>
-void write_gradient(const SaltRows& rows, int64_t token, const RowGradient& g, G* gradient) {
-  const S* student = Typed<S, Z>{rows}.student(token);
-  const Z* teacher = kKd ? Typed<S, Z>{rows}.teacher(token) : nullptr;
-  const int64_t label = rows.labels[token] - rows.vocab_start;
-  Block s_buffer, z_buffer, out;
-  for (int64_t column = 0; column < rows.num_columns; column += kBlock) {
-    const int64_t left = rows.num_columns - column, count = left < kBlock ? left : kBlock;
-    const float* s = load(student + column, count, s_buffer);
-    const float* z = kKd ? load(teacher + column, count, z_buffer) : s;
-    columns_gradient<kBlock, kCe, kKd>(out.values, s, z, label - column, g);
-    store(out.values, count, gradient + column);
-  }
-}
-
+// Pass 2 of one token. `gradient` may be the student's row.
 template <class S, class Z, class G>
-void gradient_row(const SaltRows& rows, int64_t token, const RowGradient& g, G* gradient,
-                  int64_t width) {
-  // A zero weight sends exactly nothing and its logits are not read.
-  const bool ce = g.ce_scale != 0.0f, kd = g.kd_scale != 0.0f;
-  if (ce && kd)
-    write_gradient<S, Z, G, true, true>(rows, token, g, gradient);
-  else if (ce)
-    write_gradient<S, Z, G, true, false>(rows, token, g, gradient);
-  else if (kd)
-    write_gradient<S, Z, G, false, true>(rows, token, g, gradient);
-  const int64_t first_zero = ce || kd ? rows.num_columns : 0;
-  for (int64_t column = first_zero; column < width; ++column) from_float(0.0f, gradient[column]);
+void write_gradient(const SaltRows& rows, int64_t token, const RowGradient& g, G* gradient,
+                    int64_t width) {
+  int64_t written = 0;
+  for_row_kind(g, [&](auto kind) {
+    constexpr bool kCe = decltype(kind)::kCe, kKd = decltype(kind)::kKd;
+    const S* student = Typed<S, Z>{rows}.student(token);
+    const Z* teacher = kKd ? Typed<S, Z>{rows}.teacher(token) : nullptr;
+    const int64_t label = local_label(rows, token);
+    Block s_buffer, z_buffer, out;
+    while (written < rows.num_columns) {
+      const int64_t count = block_at(written, rows.num_columns);
+      const float* s = load(student + written, count, s_buffer);
+      const float* z = kKd ? load(teacher + written, count, z_buffer) : s;
+      columns_gradient<kBlock, kCe, kKd, decltype(kind)::kTempered>(out.values, s, z,
+                                                                   label - written, g);
+      store(out.values, count, gradient + written);
+      written += count;
+    }
+  });
+  // Padding; and all of a row whose weights are 0, whose logits are not even read.
+  for (; written < width; ++written) from_float(0.0f, gradient[written]);
 }
 
 template <class Function>
 void for_each_token(const SaltRows& rows, Function function) {
 #pragma omp parallel for num_threads(rows.num_threads) schedule(static) if (rows.num_threads > 1)
   for (int64_t token = 0; token < rows.num_tokens; ++token) function(token);
-}
-
-void write_sums(const RowSums& row, float label, int64_t token, int64_t T, const Scales& k,
-                bool teacher, float* maxima, float* sums) {
-  maxima[token] = row.s_max;
-  sums[token] = row.s_sum;
-  sums[T + token] = label;
-  if (!teacher) return;
-  maxima[T + token] = row.z_max;
-  sums[2 * T + token] = row.z_sum;
-  sums[3 * T + token] = row.gap;
-  if (k.tempered) sums[4 * T + token] = row.s1_sum;
-}
-
-RowSums read_sums(const SaltRows& rows, const float* maxima, const float* sums, int64_t token,
-                  const Scales& k) {
-  const int64_t T = rows.num_tokens;
-  RowSums row;
-  if (maxima) row.s_max = maxima[token];
-  row.s_sum = sums[token];
-  if (!rows.teacher) return row;
-  if (maxima) row.z_max = maxima[T + token];
-  row.z_sum = sums[2 * T + token];
-  row.gap = sums[3 * T + token];
-  if (k.tempered) row.s1_sum = sums[4 * T + token];
-  return row;
-}
-
-void write_values(const SaltRows& rows, const RowSums& row, float label, int64_t token,
-                  const Scales& k, float* values) {
-  const float ce_weight = rows.ce_weights[token], kd_weight = rows.kd_weights[token];
-  const RowValues v = rows.teacher ? finish_row<true>(row, label, ce_weight, kd_weight, k)
-                                   : finish_row<false>(row, label, ce_weight, kd_weight, k);
-  values[token] = v.loss;
-  values[rows.num_tokens + token] = v.ce;
-  values[2 * rows.num_tokens + token] = v.kl;
-}
-
-RowGradient gradient_of(const SaltRows& rows, const RowSums& row, int64_t token, float upstream,
-                        const Scales& k) {
-  const float kd_weight = rows.teacher ? rows.kd_weights[token] : 0.0f;
-  return RowGradient::of(row, rows.ce_weights[token], kd_weight, upstream, k);
-}
-
-template <class S, class Z>
-void local_sums(const SaltRows& rows, float* maxima, float* sums, float* values) {
-  const Scales k = scales_of(rows);
-  for_each_token(rows, [&](int64_t token) {
-    float label;
-    const RowSums row = rows.teacher ? sum_row<S, Z, true>(rows, token, k, &label)
-                                     : sum_row<S, Z, false>(rows, token, k, &label);
-    write_sums(row, label, token, rows.num_tokens, k, rows.teacher != nullptr, maxima, sums);
-    if (values) write_values(rows, row, label, token, k, values);
-  });
-}
-
-template <class S, class Z, class G>
-void gradient(const SaltRows& rows, const float* maxima, const float* sums, const float* upstream,
-              void* target, int64_t stride, int64_t width) {
-  const Scales k = scales_of(rows);
-  for_each_token(rows, [&](int64_t token) {
-    const RowSums row = read_sums(rows, maxima, sums, token, k);
-    const RowGradient g = gradient_of(rows, row, token, *upstream, k);
-    gradient_row<S, Z>(rows, token, g, static_cast<G*>(target) + token * stride, width);
-  });
-}
-
-template <class S, class Z, class G>
-void values_and_gradient(const SaltRows& rows, float* values, const float* upstream, void* target,
-                         int64_t stride, int64_t width) {
-  const Scales k = scales_of(rows);
-  for_each_token(rows, [&](int64_t token) {
-    float label;
-    const RowSums row = rows.teacher ? sum_row<S, Z, true>(rows, token, k, &label)
-                                     : sum_row<S, Z, false>(rows, token, k, &label);
-    write_values(rows, row, label, token, k, values);
-    const RowGradient g = gradient_of(rows, row, token, *upstream, k);
-    gradient_row<S, Z>(rows, token, g, static_cast<G*>(target) + token * stride, width);
-  });
 }
 
 }  // namespace
@@ -199,53 +100,70 @@ const char* salt_error(int code) {
   return code == kErrorDtypes ? kErrorDtypesText : "unknown error code";
 }
 
-int salt_local_sums(const SaltRows* rows, float* maxima, float* sums, float* values) {
-  return dispatch_inputs(*rows, [&](auto s, auto z) {
-    local_sums<decltype(s), decltype(z)>(*rows, maxima, sums, values);
+int salt_local_sums(const SaltRows* call, float* maxima, float* sums, float* values) {
+  const SaltRows& rows = *call;
+  const Scales k = scales_of(rows);
+  return dispatch_inputs(rows, [&](auto s, auto z, auto teacher) {
+    using S = decltype(s);
+    using Z = decltype(z);
+    for_each_token(rows, [&](int64_t token) {
+      const RowSums row = sum_row<S, Z, teacher()>(rows, token, k);
+      const float label = Typed<S, Z>{rows}.label(token, row.s_max);
+      write_sums<teacher()>(rows, token, row, label, k, maxima, sums);
+      if (values) write_values<teacher()>(rows, token, row, label, k, values);
+    });
     return kOk;
   });
 }
 
-int salt_rescale(const SaltRows* rows, const float* global_maxima, float* maxima, float* sums) {
-  const Scales k = scales_of(*rows);
-  const int64_t T = rows->num_tokens;
-  for (int64_t token = 0; token < T; ++token) {
-    RowSums row = read_sums(*rows, maxima, sums, token, k);
-    const float s_max = global_maxima[token];
-    const float z_max = rows->teacher ? global_maxima[T + token] : row.z_max;
-    const int64_t local = rows->labels[token] - rows->vocab_start;
-    const bool owned = local >= 0 && local < rows->num_columns;
-    const float label = owned ? sums[T + token] + (row.s_max - s_max) : 0.0f;
-    move_centre(row, s_max, z_max, k);
-    write_sums(row, label, token, T, k, rows->teacher != nullptr, maxima, sums);
-  }
-  return kOk;
+int salt_rescale(const SaltRows* call, const float* global_maxima, float* maxima, float* sums) {
+  return dispatch_teacher(*call, [&](auto teacher) {
+    for (int64_t token = 0; token < call->num_tokens; ++token)
+      rescale_token<teacher()>(*call, token, scales_of(*call), global_maxima, maxima, sums);
+    return kOk;
+  });
 }
 
-int salt_finish(const SaltRows* rows, const float* sums, float* values) {
-  const Scales k = scales_of(*rows);
-  for (int64_t token = 0; token < rows->num_tokens; ++token) {
-    const RowSums row = read_sums(*rows, nullptr, sums, token, k);
-    write_values(*rows, row, sums[rows->num_tokens + token], token, k, values);
-  }
-  return kOk;
+int salt_finish(const SaltRows* call, const float* maxima, const float* sums, float* values) {
+  return dispatch_teacher(*call, [&](auto teacher) {
+    for (int64_t token = 0; token < call->num_tokens; ++token)
+      finish_token<teacher()>(*call, token, scales_of(*call), maxima, sums, values);
+    return kOk;
+  });
 }
 
-int salt_gradient(const SaltRows* rows, const float* maxima, const float* sums,
+int salt_gradient(const SaltRows* call, const float* maxima, const float* sums,
                   const float* upstream, void* target, int64_t stride, int64_t width,
                   int32_t dtype) {
-  return dispatch_all(*rows, dtype, [&](auto s, auto z, auto g) {
-    gradient<decltype(s), decltype(z), decltype(g)>(*rows, maxima, sums, upstream, target, stride,
-                                                    width);
+  const SaltRows& rows = *call;
+  const Scales k = scales_of(rows);
+  return dispatch_all(rows, dtype, [&](auto s, auto z, auto g, auto teacher) {
+    using G = decltype(g);
+    for_each_token(rows, [&](int64_t token) {
+      const RowSums row = read_sums<teacher()>(rows, token, k, maxima, sums);
+      write_gradient<decltype(s), decltype(z)>(
+          rows, token, gradient_of<teacher()>(rows, token, row, *upstream, k),
+          static_cast<G*>(target) + token * stride, width);
+    });
     return kOk;
   });
 }
 
-int salt_values_and_gradient(const SaltRows* rows, float* values, const float* upstream,
+int salt_values_and_gradient(const SaltRows* call, float* values, const float* upstream,
                              void* target, int64_t stride, int64_t width, int32_t dtype) {
-  return dispatch_all(*rows, dtype, [&](auto s, auto z, auto g) {
-    values_and_gradient<decltype(s), decltype(z), decltype(g)>(*rows, values, upstream, target,
-                                                               stride, width);
+  const SaltRows& rows = *call;
+  const Scales k = scales_of(rows);
+  return dispatch_all(rows, dtype, [&](auto s, auto z, auto g, auto teacher) {
+    using S = decltype(s);
+    using Z = decltype(z);
+    using G = decltype(g);
+    for_each_token(rows, [&](int64_t token) {
+      const RowSums row = sum_row<S, Z, teacher()>(rows, token, k);
+      const float label = Typed<S, Z>{rows}.label(token, row.s_max);
+      write_values<teacher()>(rows, token, row, label, k, values);
+      write_gradient<S, Z>(rows, token, gradient_of<teacher()>(rows, token, row, *upstream, k),
+                           static_cast<G*>(target) + token * stride, width);
+    });
     return kOk;
   });
 }

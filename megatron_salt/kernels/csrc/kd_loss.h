@@ -44,7 +44,7 @@ int salt_local_sums(const SaltRows* rows, float* maxima, float* sums, float* val
 // Between MAX and SUM over the ranks: express `sums` about `global_maxima`. Sets maxima to those.
 int salt_rescale(const SaltRows* rows, const float* global_maxima, float* maxima, float* sums);
 // After SUM over the ranks.
-int salt_finish(const SaltRows* rows, const float* sums, float* values);
+int salt_finish(const SaltRows* rows, const float* maxima, const float* sums, float* values);
 // Pass 2. `upstream`: the scalar that multiplies the loss. Columns from C to `width` get 0.
 // `gradient` may be `student`.
 int salt_gradient(const SaltRows* rows, const float* maxima, const float* sums,

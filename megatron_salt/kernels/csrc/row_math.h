@@ -86,8 +86,9 @@ struct Scales {
 
 // What pass 1 knows of the columns that it has seen.
 struct RowSums {
-  float s_max = -INFINITY, z_max = -INFINITY;
-  float s_sum = 0, z_sum = 0, gap = 0, s1_sum = 0;
+  float s_max, z_max, s_sum, z_sum, gap, s1_sum;
+
+  SALT_FN static RowSums none() { return {-INFINITY, -INFINITY, 0, 0, 0, 0}; }
 };
 
 // Express the sums about new maxima, which are not below the old ones.
@@ -190,7 +191,7 @@ struct RowGradient {
 };
 
 // dL/ds of one column. kCe and kKd say whether the row's weights are other than 0.
-template <bool kCe, bool kKd>
+template <bool kCe, bool kKd, bool kTempered>
 SALT_FN float column_gradient(float s, float z, float onehot, const RowGradient& g) {
   const float d = s - g.s_max;
   float gradient = 0.0f, q = 0.0f;
@@ -200,24 +201,46 @@ SALT_FN float column_gradient(float s, float z, float onehot, const RowGradient&
     gradient = g.kd_scale * (q - p);
   }
   if (kCe) {
-    const float q1 = kKd && !g.k.tempered ? q : exp2_of(d * kLog2E) * g.s1_inverse;
+    const float q1 = kKd && !kTempered ? q : exp2_of(d * kLog2E) * g.s1_inverse;
     gradient = mad(g.ce_scale, q1 - onehot, gradient);
   }
   return gradient;
 }
 
 // Pass 2 over N columns. `label`: index of the label among them, anything else if it is elsewhere.
-template <int N, bool kCe, bool kKd>
+template <int N, bool kCe, bool kKd, bool kTempered>
 SALT_FN void columns_gradient(float* out, const float* s, const float* z, int64_t label,
                               const RowGradient& g) {
   SALT_UNROLL
   SALT_SIMD()
-  for (int i = 0; i < N; ++i) out[i] = column_gradient<kCe, kKd>(s[i], kKd ? z[i] : 0.0f, 0.0f, g);
+  for (int i = 0; i < N; ++i)
+    out[i] = column_gradient<kCe, kKd, kTempered>(s[i], kKd ? z[i] : 0.0f, 0.0f, g);
   if (kCe && label >= 0 && label < N) {
     SALT_UNROLL
-    for (int i = 0; i < N; ++i)
-      if (i == label) out[i] = column_gradient<kCe, kKd>(s[i], kKd ? z[i] : 0.0f, 1.0f, g);
+    for (int i = 0; i < N; ++i)  // an index known at compile time keeps arrays in registers
+      if (i == label)
+        out[i] = column_gradient<kCe, kKd, kTempered>(s[i], kKd ? z[i] : 0.0f, 1.0f, g);
   }
+}
+
+// What a row needs, as a type.
+template <bool ce, bool kd, bool t>
+struct Kind {
+  static constexpr bool kCe = ce, kKd = kd, kTempered = t;
+};
+
+// function(Kind) for the row's kind; nothing for a row whose weights are both 0.
+template <class Function>
+SALT_FN void for_row_kind(const RowGradient& g, Function function) {
+  const bool ce = g.ce_scale != 0.0f, kd = g.kd_scale != 0.0f;
+  if (ce && kd && g.k.tempered)
+    function(Kind<true, true, true>{});
+  else if (ce && kd)
+    function(Kind<true, true, false>{});
+  else if (ce)
+    function(Kind<true, false, false>{});
+  else if (kd)
+    function(Kind<false, true, false>{});
 }
 
 }  // namespace salt

@@ -1,0 +1,111 @@
+// One token of a call: where its numbers lie, and what happens to them between the passes. Shared by
+// both compilers, like row_math.h. Letters: T tokens.
+
+#pragma once
+
+#include "kd_loss.h"
+#include "row_math.h"
+
+namespace salt {
+
+// A call with types in place of dtypes.
+template <class S, class Z>
+struct Typed {
+  const SaltRows& rows;
+
+  SALT_FN const S* student(int64_t token) const {
+    return static_cast<const S*>(rows.student) + token * rows.student_stride;
+  }
+  SALT_FN const Z* teacher(int64_t token) const {
+    return static_cast<const Z*>(rows.teacher) + token * rows.teacher_stride;
+  }
+
+  // s_y - s_max where this rank has the label's column, else 0.
+  SALT_FN float label(int64_t token, float s_max) const;
+};
+
+// The label's column on this rank; outside [0, num_columns) where another rank has it.
+SALT_FN int64_t local_label(const SaltRows& rows, int64_t token) {
+  return rows.labels[token] - rows.vocab_start;
+}
+
+SALT_FN bool owns_label(const SaltRows& rows, int64_t token) {
+  const int64_t local = local_label(rows, token);
+  return local >= 0 && local < rows.num_columns;
+}
+
+template <class S, class Z>
+SALT_FN float Typed<S, Z>::label(int64_t token, float s_max) const {
+  if (!owns_label(rows, token)) return 0.0f;
+  return to_float(student(token)[local_label(rows, token)]) - s_max;
+}
+
+// `maxima` and `sums` as kd_loss.h lays them out.
+template <bool kTeacher>
+SALT_FN void write_sums(const SaltRows& rows, int64_t token, const RowSums& row, float label,
+                        const Scales& k, float* maxima, float* sums) {
+  const int64_t T = rows.num_tokens;
+  maxima[token] = row.s_max;
+  sums[token] = row.s_sum;
+  sums[T + token] = label;
+  if (!kTeacher) return;
+  maxima[T + token] = row.z_max;
+  sums[2 * T + token] = row.z_sum;
+  sums[3 * T + token] = row.gap;
+  if (k.tempered) sums[4 * T + token] = row.s1_sum;
+}
+
+template <bool kTeacher>
+SALT_FN RowSums read_sums(const SaltRows& rows, int64_t token, const Scales& k,
+                          const float* maxima, const float* sums) {
+  const int64_t T = rows.num_tokens;
+  RowSums row = RowSums::none();
+  row.s_max = maxima[token];
+  row.s_sum = sums[token];
+  if (!kTeacher) return row;
+  row.z_max = maxima[T + token];
+  row.z_sum = sums[2 * T + token];
+  row.gap = sums[3 * T + token];
+  if (k.tempered) row.s1_sum = sums[4 * T + token];
+  return row;
+}
+
+template <bool kTeacher>
+SALT_FN void write_values(const SaltRows& rows, int64_t token, const RowSums& row, float label,
+                          const Scales& k, float* values) {
+  const RowValues v =
+      finish_row<kTeacher>(row, label, rows.ce_weights[token], rows.kd_weights[token], k);
+  values[token] = v.loss;
+  values[rows.num_tokens + token] = v.ce;
+  values[2 * rows.num_tokens + token] = v.kl;
+}
+
+template <bool kTeacher>
+SALT_FN RowGradient gradient_of(const SaltRows& rows, int64_t token, const RowSums& row,
+                                float upstream, const Scales& k) {
+  const float kd_weight = kTeacher ? rows.kd_weights[token] : 0.0f;
+  return RowGradient::of(row, rows.ce_weights[token], kd_weight, upstream, k);
+}
+
+// Between MAX and SUM over the ranks.
+template <bool kTeacher>
+SALT_FN void rescale_token(const SaltRows& rows, int64_t token, const Scales& k,
+                           const float* global_maxima, float* maxima, float* sums) {
+  const int64_t T = rows.num_tokens;
+  RowSums row = read_sums<kTeacher>(rows, token, k, maxima, sums);
+  const float s_max = global_maxima[token];
+  const float z_max = kTeacher ? global_maxima[T + token] : row.z_max;
+  const float label = owns_label(rows, token) ? sums[T + token] + (row.s_max - s_max) : 0.0f;
+  move_centre(row, s_max, z_max, k);
+  write_sums<kTeacher>(rows, token, row, label, k, maxima, sums);
+}
+
+// After SUM over the ranks.
+template <bool kTeacher>
+SALT_FN void finish_token(const SaltRows& rows, int64_t token, const Scales& k,
+                          const float* maxima, const float* sums, float* values) {
+  const RowSums row = read_sums<kTeacher>(rows, token, k, maxima, sums);
+  write_values<kTeacher>(rows, token, row, sums[rows.num_tokens + token], k, values);
+}
+
+}  // namespace salt

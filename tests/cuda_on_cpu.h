@@ -1,0 +1,112 @@
+// Runs CUDA kernels on the CPU, thread by thread, so that tests can check them without a GPU.
+//
+// Included before kd_loss.cu by a C++ compiler. A block's threads are fibers; each runs until it
+// reaches a barrier or a warp exchange, then the next one runs. So every index, ragged edge,
+// reduction and reuse of shared memory is the kernel's own. What it cannot show: the GPU's own
+// rounding (its exp2 is approximate), memory order between real threads, and speed.
+//
+// `salt_fiber_order` turns the order of the threads round: where a barrier is missing, the two
+// orders give two results.
+
+#pragma once
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <ucontext.h>
+
+#include <functional>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static  // blocks run one after another
+#define SALT_LAUNCH(kernel, grid, block, stream, ...) \
+  cuda_on_cpu::launch(grid, block, [&] { (kernel)(__VA_ARGS__); })
+
+struct Index {
+  unsigned x;
+};
+static Index blockIdx, blockDim, threadIdx;
+
+typedef int cudaError_t;
+static inline int cudaGetLastError() { return 0; }
+static inline const char* cudaGetErrorString(cudaError_t) { return "an emulated error"; }
+
+namespace cuda_on_cpu {
+
+constexpr size_t kStack = 64 << 10;
+constexpr unsigned kWarpSize = 32;
+
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack;
+  bool finished;
+};
+
+static std::vector<Fiber> fibers;
+static ucontext_t scheduler;
+static std::function<void()> body;
+static std::vector<float> exchanged[2];  // two, so that one barrier per exchange is enough
+static std::vector<unsigned> exchanges;  // by thread
+static bool backwards = false;
+
+static void barrier() { swapcontext(&fibers[threadIdx.x].context, &scheduler); }
+
+static void run_fiber() {
+  body();
+  fibers[threadIdx.x].finished = true;
+  barrier();
+}
+
+static void run_block(unsigned num_threads) {
+  fibers.resize(num_threads);
+  for (auto& values : exchanged) values.assign(num_threads, 0.0f);
+  exchanges.assign(num_threads, 0);
+  for (unsigned i = 0; i < num_threads; ++i) {
+    Fiber& fiber = fibers[i];
+    fiber.stack.resize(kStack);
+    fiber.finished = false;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, run_fiber, 0);
+  }
+  for (unsigned running = num_threads; running;) {
+    unsigned stopped = 0;
+    for (unsigned n = 0; n < num_threads; ++n) {
+      threadIdx.x = backwards ? num_threads - 1 - n : n;
+      Fiber& fiber = fibers[threadIdx.x];
+      if (fiber.finished) continue;
+      swapcontext(&scheduler, &fiber.context);
+      stopped += fiber.finished;
+    }
+    running -= stopped;
+  }
+}
+
+static void launch(unsigned grid, unsigned block, std::function<void()> kernel) {
+  body = kernel;
+  blockDim.x = block;
+  for (unsigned b = 0; b < grid; ++b) {
+    blockIdx.x = b;
+    run_block(block);
+  }
+}
+
+}  // namespace cuda_on_cpu
+
+static inline void __syncthreads() { cuda_on_cpu::barrier(); }
+
+static inline float __shfl_xor_sync(unsigned, float value, int lane_mask) {
+  using namespace cuda_on_cpu;
+  std::vector<float>& values = exchanged[exchanges[threadIdx.x]++ % 2];
+  values[threadIdx.x] = value;
+  barrier();
+  const unsigned lane = threadIdx.x % kWarpSize;
+  return values[threadIdx.x - lane + (lane ^ unsigned(lane_mask))];
+}
+
+extern "C" void salt_fiber_order(int backwards) { cuda_on_cpu::backwards = backwards != 0; }
