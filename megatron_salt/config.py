@@ -149,6 +149,17 @@ class SaltConfig:
     """Divides the teacher's logits in the KL."""
     student_temperature: float = 1.0
     """Divides the student's logits in the KL (never in the CE). No tau^2 factor is applied."""
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "mse"] = "forward_kl"
+    """What stands in place of KL(teacher || student). Compiled code computes forward_kl; the others
+    are computed by the slower reference."""
+    logits_dtype: Literal["fp32", "model"] = "fp32"
+    """Precision of the logits: fp32, or the model's (the DeepSpeed JSON's), which is faster and
+    rounds away small differences between student and teacher."""
+    loss_chunk_mib: int = 1024
+    """MiB that logits and their gradient may take: so many tokens at a time are scored."""
+    loss_impl: Literal["auto", "reference", "native", "cuda"] = "auto"
+    """Code of the loss: auto takes the compiled one of the device. See python -m
+    megatron_salt.kernels."""
 
 
 @dataclass(frozen=True, kw_only=True)

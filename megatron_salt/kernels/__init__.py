@@ -1,7 +1,17 @@
 """The distillation loss over vocabulary shards: two public functions, interchangeable bodies."""
 
 from megatron_salt.kernels.kd_loss import KdLoss, kd_loss
+from megatron_salt.kernels.linear_kd_loss import Chunking, Heads, linear_kd_loss
 from megatron_salt.kernels.reference import vocab_parallel_argmax
 from megatron_salt.kernels.vocab import VocabShard, padded_vocab_size
 
-__all__ = ["KdLoss", "VocabShard", "kd_loss", "padded_vocab_size", "vocab_parallel_argmax"]
+__all__ = [
+    "Chunking",
+    "Heads",
+    "KdLoss",
+    "VocabShard",
+    "kd_loss",
+    "linear_kd_loss",
+    "padded_vocab_size",
+    "vocab_parallel_argmax",
+]

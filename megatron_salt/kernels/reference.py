@@ -94,7 +94,8 @@ class ReferenceBody:
         s_sum_T, label_T, z_sum_T, gap_T = sums[:4]
         ce_T = (s_sum_T if b == 1.0 else sums[4]).log() - label_T
         if options.divergence == "forward_kl":
-            kl_T = gap_T / z_sum_T - z_sum_T.log() + s_sum_T.log()
+            # One logarithm near 0 instead of the difference of two large ones.
+            kl_T = gap_T / z_sum_T + (s_sum_T / z_sum_T).log()
             return _weighted(rows, ce_T, kl_T, (maxima_T, sums))
         kl_T, slope_T = self._other_divergence(rows, options, maxima_T, sums, tp_group)
         return _weighted(rows, ce_T, kl_T, (maxima_T, sums, slope_T))

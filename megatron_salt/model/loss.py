@@ -1,4 +1,4 @@
-"""From last hidden states to the loss: the two output heads and `kd_loss`.
+"""From last hidden states to the loss, and the sums that are logged.
 
 Letters: B micro-batch, S sequence, T = S * B tokens, D student width, E teacher width,
 W vocabulary columns on this rank.
@@ -7,15 +7,22 @@ W vocabulary columns on this rank.
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_salt.config import SaltConfig
-from megatron_salt.kernels import VocabShard, kd_loss, vocab_parallel_argmax
+from megatron_salt.kernels import (
+    Chunking,
+    Heads,
+    KdLoss,
+    VocabShard,
+    kd_loss,
+    linear_kd_loss,
+    vocab_parallel_argmax,
+)
 
 
 class Targets(NamedTuple):
@@ -54,6 +61,19 @@ def _counted_sum(values_T: Tensor, mask_T: Tensor) -> Tensor:
     return torch.where(mask_T > 0, values_T * mask_T, 0.0).sum()
 
 
+class Tokens(NamedTuple):
+    """A micro-batch as the loss takes it: T = S * B tokens in that order."""
+
+    hidden_TD: Tensor
+    """[T / tp, D] under sequence parallelism."""
+    head_WD: Tensor
+    teacher_hidden_TE: Tensor | None
+    labels_T: Tensor
+    mask_T: Tensor
+    ce_weight_T: Tensor
+    kd_weight_T: Tensor
+
+
 class LossFunction:
     """Scores the student's last hidden state; callable the way DeepSpeed's pipeline expects.
 
@@ -76,7 +96,12 @@ class LossFunction:
         self.vocab = vocab
         self.salt = salt
         self.tp_group = tp_group
-        self.sequence_parallel = sequence_parallel
+        self.chunking = Chunking(
+            chunk_bytes=salt.loss_chunk_mib << 20,
+            logits_dtype=torch.float32 if salt.logits_dtype == "fp32" else None,
+            tp_group=tp_group,
+            sequence_parallel=sequence_parallel,
+        )
         self.teacher_head_WE: Tensor | None = None
         self.evaluating = False
         self._sums = torch.zeros(6, dtype=torch.float64, device=device)
@@ -84,75 +109,95 @@ class LossFunction:
     def __call__(self, hidden_SBD: Tensor, head_WD: Tensor, targets: Targets) -> Tensor:
         """Scalar loss of one micro-batch: sum over its tokens of ce_weight CE + kd_weight KL.
 
-        Collectives: those of `kd_loss` over tp; under sequence parallelism the head's all-gather.
+        Collectives: those of `linear_kd_loss` over tp.
         """
-        logits_TW = self.student_logits(hidden_SBD, head_WD)
-        labels_T, mask_T, ce_weight_T, kd_weight_T = (
-            field.transpose(0, 1).reshape(-1) for field in targets[:4]
+        tokens = Tokens(
+            hidden_SBD.flatten(0, 1),
+            head_WD,
+            self._teacher_hidden(targets.teacher_hidden_BSE),
+            *(field.transpose(0, 1).reshape(-1) for field in targets[:4]),
         )
-        teacher_TW = self.teacher_logits(targets.teacher_hidden_BSE)
-        result = kd_loss(
-            logits_TW,
-            teacher_TW,
-            labels_T,
-            ce_weight_T=ce_weight_T,
-            kd_weight_T=kd_weight_T,
-            vocab=self.vocab,
-            teacher_temperature=self.salt.teacher_temperature,
-            student_temperature=self.salt.student_temperature,
-            tp_group=self.tp_group,
+        if self.evaluating:
+            return self._evaluate(tokens)
+        result = linear_kd_loss(
+            tokens.hidden_TD,
+            tokens.head_WD,
+            tokens.teacher_hidden_TE,
+            None if tokens.teacher_hidden_TE is None else self.teacher_head_WE,
+            tokens.labels_T,
+            ce_weight_T=tokens.ce_weight_T,
+            kd_weight_T=tokens.kd_weight_T,
+            chunking=self.chunking,
+            **self._options,
         )
-        with torch.no_grad():
-            zero = self._sums.new_zeros(())
-            correct, teacher_ce = zero, zero
-            if self.evaluating:
-                best_T = vocab_parallel_argmax(logits_TW, self.vocab, self.tp_group)
-                correct = _counted_sum((best_T == labels_T).float(), mask_T)
-                if teacher_TW is not None:
-                    teacher_ce = _counted_sum(self._cross_entropy(teacher_TW, labels_T), mask_T)
-            self._sums += torch.stack([
-                value.double()
-                for value in (
-                    result.loss, _counted_sum(result.ce_T, mask_T),
-                    _counted_sum(result.kl_T, mask_T), mask_T.sum(), correct, teacher_ce,
-                )
-            ])  # fmt: skip
+        self._add(tokens.mask_T, result)
         return result.loss
 
-    def student_logits(self, hidden_SBD: Tensor, head_WD: Tensor) -> Tensor:
-        """This rank's columns of the logits, [T, W] with T = S * B in that order."""
-        logits_SBW = linear_with_grad_accumulation_and_async_allreduce(
-            input=hidden_SBD,
-            weight=head_WD,
-            bias=None,
-            gradient_accumulation_fusion=False,
-            # The gradient of the hidden state is a sum over all ranks' columns.
-            allreduce_dgrad=self.tp_group.size() > 1 and not self.sequence_parallel,
-            sequence_parallel=self.sequence_parallel,
-            tp_group=self.tp_group,
-        )
-        return logits_SBW.flatten(0, 1)
+    @property
+    def _options(self) -> dict[str, Any]:
+        salt = self.salt
+        return {
+            "vocab": self.vocab,
+            "teacher_temperature": salt.teacher_temperature,
+            "student_temperature": salt.student_temperature,
+            "divergence": salt.divergence,
+            "impl": salt.loss_impl,
+        }
 
-    def teacher_logits(self, hidden_BSE: Tensor | None) -> Tensor | None:
-        """The teacher's logits in the student's columns, [T, W]; no gradient."""
+    def _teacher_hidden(self, hidden_BSE: Tensor | None) -> Tensor | None:
+        """The teacher's states in the student's order of tokens, [T, E]."""
         if hidden_BSE is None:
             return None
         if self.teacher_head_WE is None:
             raise RuntimeError("teacher hidden states arrived, but the teacher's head is released")
-        with torch.no_grad():
-            return (hidden_BSE.transpose(0, 1).flatten(0, 1)) @ self.teacher_head_WE.t()
+        return hidden_BSE.transpose(0, 1).flatten(0, 1)
 
-    def _cross_entropy(self, logits_TW: Tensor, labels_T: Tensor) -> Tensor:
-        scored = kd_loss(
-            logits_TW,
-            None,
-            labels_T,
-            ce_weight_T=1.0,
-            kd_weight_T=0.0,
-            vocab=self.vocab,
-            tp_group=self.tp_group,
-        )
-        return scored.ce_T
+    @torch.no_grad()
+    def _evaluate(self, tokens: Tokens) -> Tensor:
+        """The loss, and into the sums: right guesses and the teacher's CE, which need the logits."""
+        teacher_head_WE = None if tokens.teacher_hidden_TE is None else self.teacher_head_WE
+        heads = Heads.of(
+            tokens.hidden_TD, tokens.head_WD, tokens.teacher_hidden_TE, teacher_head_WE, self.vocab,
+            self.chunking,
+        )  # fmt: skip
+        loss = torch.zeros((), device=tokens.hidden_TD.device)
+        for chunk in heads.chunks():
+            labels_N, mask_N, ce_weight_N, kd_weight_N = (
+                heads.of_all_parts(x, chunk.start, chunk.stop) for x in tokens[3:]
+            )
+            result = kd_loss(
+                chunk.student_logits_NW, chunk.teacher_logits_NW, labels_N,
+                ce_weight_T=ce_weight_N, kd_weight_T=kd_weight_N, tp_group=self.tp_group,
+                **self._options,
+            )  # fmt: skip
+            best_N = vocab_parallel_argmax(chunk.student_logits_NW, self.vocab, self.tp_group)
+            correct = _counted_sum((best_N == labels_N).float(), mask_N)
+            teacher_ce = torch.zeros_like(correct)
+            if chunk.teacher_logits_NW is not None:
+                scored = kd_loss(
+                    chunk.teacher_logits_NW, None, labels_N, ce_weight_T=1.0, kd_weight_T=0.0,
+                    vocab=self.vocab, tp_group=self.tp_group, impl=self.salt.loss_impl,
+                )  # fmt: skip
+                teacher_ce = _counted_sum(scored.ce_T, mask_N)
+            self._add(mask_N, result, correct, teacher_ce)
+            loss += result.loss
+        return loss
+
+    @torch.no_grad()
+    def _add(
+        self,
+        mask_T: Tensor,
+        result: KdLoss,
+        correct: Tensor | None = None,
+        teacher_ce: Tensor | None = None,
+    ) -> None:
+        zero = self._sums.new_zeros(())
+        values = (
+            result.loss, _counted_sum(result.ce_T, mask_T), _counted_sum(result.kl_T, mask_T),
+            mask_T.sum(), zero if correct is None else correct,
+            zero if teacher_ce is None else teacher_ce,
+        )  # fmt: skip
+        self._sums += torch.stack([value.double() for value in values])
 
     def take_sums(self) -> Tensor:
         """The sums so far, on the device (see `LossSums` for their order), and start from zero."""

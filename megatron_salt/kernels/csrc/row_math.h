@@ -8,7 +8,7 @@
 //   pass 1   s_max = max s, z_max = max z            dz = (z - z_max) k_z,  ds = (s - s_max) k_s
 //            z_sum = sum 2^dz     s_sum = sum 2^ds   gap = sum 2^dz (dz - ds)
 //            s1_sum = sum 2^((s - s_max) log2(e))    only where b != 1
-//   result   KL = ln(2) gap / z_sum - ln z_sum + ln s_sum       CE = ln s1_sum - (s_y - s_max)
+//   result   KL = ln(2) gap / z_sum + ln(s_sum / z_sum)         CE = ln s1_sum - (s_y - s_max)
 //   pass 2   dL/ds = w_ce (q1 - onehot) + w_kd / b (q - p)      p = 2^dz / z_sum,  q = 2^ds / s_sum
 //
 // Logits are centred on their raw maximum before they are scaled or added: a difference of two
@@ -159,7 +159,7 @@ SALT_FN RowValues finish_row(const RowSums& row, float label, float ce_weight, f
   RowValues values;
   values.ce = logf(k.tempered ? row.s1_sum : row.s_sum) - label;
   values.kl = 0.0f;
-  if (kTeacher) values.kl = kLn2 * row.gap / row.z_sum - logf(row.z_sum) + logf(row.s_sum);
+  if (kTeacher) values.kl = kLn2 * (row.gap / row.z_sum) + logf(row.s_sum / row.z_sum);
   // A zero weight contributes exactly nothing, even where the value is inf or nan.
   values.loss = ce_weight != 0.0f ? ce_weight * values.ce : 0.0f;
   if (kd_weight != 0.0f) values.loss += kd_weight * values.kl;

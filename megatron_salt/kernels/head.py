@@ -1,0 +1,71 @@
+"""The three matrix products of an output head, with fp32 accumulation.
+
+Letters: N tokens, D width of the hidden state, W vocabulary columns on this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from megatron_salt.kernels.rows import arithmetic_dtype
+
+
+class Head:
+    """An output head's weight [W, D] and what is multiplied with it.
+
+    16-bit operands with an fp32 result are one product on CUDA. The CPU has none such: there the
+    weight is brought to fp32 a block of rows at a time, within an eighth of the byte budget.
+    """
+
+    def __init__(self, weight_WD: Tensor, budget_bytes: int) -> None:
+        self.weight_WD = weight_WD
+        self._converts = weight_WD.device.type != "cuda" and weight_WD.element_size() < 4
+        self._rows_per_block = max(1, budget_bytes // 8 // (4 * weight_WD.shape[1]))
+
+    def operand_dtype(self, logits_dtype: torch.dtype) -> torch.dtype:
+        """In which dtype the products want the gradient of logits of a dtype."""
+        return logits_dtype if self._converts else self.weight_WD.dtype
+
+    def scratch_bytes_per_token(self) -> int:
+        """Of the conversions below."""
+        return 8 * self.weight_WD.shape[1] if self._converts else 0
+
+    def logits_(self, hidden_ND: Tensor, out_NW: Tensor) -> None:
+        """out = hidden @ weight.T, in out's dtype. Mutates: out_NW."""
+        if out_NW.dtype == hidden_ND.dtype:
+            torch.mm(hidden_ND, self.weight_WD.t(), out=out_NW)
+        elif not self._converts:
+            torch.mm(hidden_ND, self.weight_WD.t(), out_dtype=out_NW.dtype, out=out_NW)
+        else:
+            hidden_ND = hidden_ND.float()
+            for rows, weight_BD in self._blocks():
+                out_NW[:, rows] = hidden_ND @ weight_BD.t()
+
+    def hidden_gradient(self, grad_NW: Tensor) -> Tensor:
+        """grad @ weight, rounded once to the weight's dtype. [N, D]"""
+        if grad_NW.dtype == self.weight_WD.dtype:
+            return grad_NW @ self.weight_WD
+        total_ND = grad_NW.new_zeros((len(grad_NW), self.weight_WD.shape[1]), dtype=torch.float32)
+        for rows, weight_BD in self._blocks():
+            total_ND.addmm_(grad_NW[:, rows], weight_BD)
+        return total_ND.to(self.weight_WD.dtype)
+
+    def add_weight_gradient_(self, grad_NW: Tensor, hidden_ND: Tensor, out_WD: Tensor) -> None:
+        """out += grad.T @ hidden, in fp32. Mutates: out_WD."""
+        if grad_NW.dtype == hidden_ND.dtype == out_WD.dtype:
+            out_WD.addmm_(grad_NW.t(), hidden_ND)
+        elif not self._converts:
+            torch.addmm(out_WD, grad_NW.t(), hidden_ND, out_dtype=out_WD.dtype, out=out_WD)
+        else:
+            hidden_ND = hidden_ND.float()
+            for start in range(0, len(out_WD), self._rows_per_block):
+                rows = slice(start, start + self._rows_per_block)
+                out_WD[rows].addmm_(grad_NW[:, rows].t().float(), hidden_ND)
+
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        for start in range(0, len(self.weight_WD), self._rows_per_block):
+            rows = slice(start, start + self._rows_per_block)
+            yield rows, self.weight_WD[rows].to(arithmetic_dtype(self.weight_WD))
