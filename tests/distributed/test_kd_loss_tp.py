@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from bodies import BODIES, chosen, cuda_on_cpu, dtypes_of
 from ranks import run_ranks
 from torch import Tensor
 
@@ -59,6 +60,11 @@ CASES = {
     "equal": Case(kind="equal"),
     "equal, bf16": Case(kind="equal", dtype=torch.bfloat16, V=123, a=2.0, b=2.0),
 }
+
+
+RUNS = [
+    (body, name) for body in BODIES for name, case in CASES.items() if case.dtype in dtypes_of(body)
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +130,7 @@ def shard_of(logits_TV: Tensor, vocab: VocabShard, W: int, dtype: torch.dtype) -
     return torch.cat([logits_TV[:, vocab.start : vocab.stop], filling], dim=1).to(dtype)
 
 
-def run_case(case: Case, group: dist.ProcessGroup | None) -> dict[str, Any]:
+def run_case(body: str, case: Case, group: dist.ProcessGroup | None) -> dict[str, Any]:
     """This rank's results, and the gradient of the whole vocabulary put together from all ranks."""
     inputs = make_inputs(case)
     tp_size = 1 if group is None else dist.get_world_size(group)
@@ -149,11 +155,12 @@ def run_case(case: Case, group: dist.ProcessGroup | None) -> dict[str, Any]:
 
     dist.all_reduce = counted
     try:
-        result = kd_loss(
-            student, teacher, inputs.labels_T, ce_weight_T=inputs.ce_weight_T,
-            kd_weight_T=inputs.kd_weight_T, vocab=shards[tp_rank], teacher_temperature=case.a,
-            student_temperature=case.b, tp_group=group,
-        )  # fmt: skip
+        with chosen(body):
+            result = kd_loss(
+                student, teacher, inputs.labels_T, ce_weight_T=inputs.ce_weight_T,
+                kd_weight_T=inputs.kd_weight_T, vocab=shards[tp_rank], teacher_temperature=case.a,
+                student_temperature=case.b, tp_group=group,
+            )  # fmt: skip
         in_forward = list(calls)
         result.loss.backward()
         in_backward = calls[len(in_forward) :]
@@ -201,21 +208,22 @@ def argmax_case(group: dist.ProcessGroup | None) -> tuple[list[int], list[int]]:
     return vocab_parallel_argmax(shard, vocab, group).tolist(), expected.tolist()
 
 
-def run_everything() -> dict[tuple[str, int], Any]:
+def run_everything() -> dict[tuple[str | int, ...], Any]:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     groups = {1: None, 2: pairs[dist.get_rank() // 2], 4: dist.group.WORLD}
-    found: dict[tuple[str, int], Any] = {}
+    found: dict[tuple[str | int, ...], Any] = {}
     for size, group in groups.items():
-        for name, case in CASES.items():
-            found[name, size] = run_case(case, group)
+        for body, name in RUNS:
+            found[body, name, size] = run_case(body, CASES[name], group)
         found["argmax", size] = argmax_case(group)
     return found
 
 
 @pytest.fixture(scope="module")
-def by_rank() -> list[dict[tuple[str, int], Any]]:
+def by_rank() -> list[dict[tuple[str | int, ...], Any]]:
+    cuda_on_cpu()  # built once, before there are ranks
     results = run_ranks(WORLD_SIZE, run_everything)
     for found in results:
         for value in found.values():
@@ -229,14 +237,16 @@ def error(got: Tensor, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize("tp_size", [1, *TP_SIZES])
-@pytest.mark.parametrize("name", CASES)
-def test_values_and_gradients_match_fp64(name: str, tp_size: int, by_rank: list[Any]) -> None:
+@pytest.mark.parametrize(("body", "name"), RUNS)
+def test_values_and_gradients_match_fp64(
+    body: str, name: str, tp_size: int, by_rank: list[Any]
+) -> None:
     case = CASES[name]
     exact = plain(make_inputs(case), case, torch.float64)
     reference = plain(make_inputs(case), case, case.dtype)
     tolerance = 1e-14 if case.dtype == torch.float64 else 1e-6
     for rank in range(WORLD_SIZE):
-        found = by_rank[rank][name, tp_size]
+        found = by_rank[rank][body, name, tp_size]
         assert found["padding"] == 0.0, "padding must have exactly no gradient"
         for what, got, wanted, theirs in zip(
             ("loss", "ce", "kl", "gradient"), found["values"], exact, reference, strict=True
@@ -256,13 +266,16 @@ def test_values_and_gradients_match_fp64(name: str, tp_size: int, by_rank: list[
 
 
 @pytest.mark.parametrize("tp_size", TP_SIZES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("body", "name"), RUNS)
 def test_cut_vocabulary_gives_what_one_rank_gives(
-    name: str, tp_size: int, by_rank: list[Any]
+    body: str, name: str, tp_size: int, by_rank: list[Any]
 ) -> None:
     dtype = CASES[name].dtype
     for rank in range(WORLD_SIZE):
-        one, cut = by_rank[rank][name, 1]["values"], by_rank[rank][name, tp_size]["values"]
+        one, cut = (
+            by_rank[rank][body, name, 1]["values"],
+            by_rank[rank][body, name, tp_size]["values"],
+        )
         for what, a, b in zip(("loss", "ce", "kl", "gradient"), one, cut, strict=True):
             # The order of summation differs; a gradient may then round to its other neighbour.
             unit = torch.finfo(dtype).eps if what == "gradient" else 0.0
@@ -271,37 +284,39 @@ def test_cut_vocabulary_gives_what_one_rank_gives(
 
 
 @pytest.mark.parametrize("tp_size", TP_SIZES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("body", "name"), RUNS)
 def test_every_rank_of_a_group_has_the_same_loss(
-    name: str, tp_size: int, by_rank: list[Any]
+    body: str, name: str, tp_size: int, by_rank: list[Any]
 ) -> None:
     """Bit by bit: ranks that disagree would drift apart or scale their gradients differently."""
-    first = by_rank[0][name, tp_size]["values"][:3]
+    first = by_rank[0][body, name, tp_size]["values"][:3]
     for rank in range(1, WORLD_SIZE):
-        for mine, theirs in zip(by_rank[rank][name, tp_size]["values"][:3], first, strict=True):
+        for mine, theirs in zip(
+            by_rank[rank][body, name, tp_size]["values"][:3], first, strict=True
+        ):
             assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("tp_size", TP_SIZES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("body", "name"), RUNS)
 def test_collectives_are_one_max_and_one_sum_in_forward_and_none_in_backward(
-    name: str, tp_size: int, by_rank: list[Any]
+    body: str, name: str, tp_size: int, by_rank: list[Any]
 ) -> None:
     case = CASES[name]
     num_max, num_sum = (2, 4 if case.b == 1.0 else 5) if case.teacher else (1, 2)
     dtype = str(torch.float64 if case.dtype == torch.float64 else torch.float32)
     expected = [("MAX", num_max * T, dtype), ("SUM", num_sum * T, dtype)]
     for rank in range(WORLD_SIZE):
-        assert by_rank[rank][name, tp_size]["forward"] == expected
-        assert by_rank[rank][name, tp_size]["backward"] == []
-        assert by_rank[rank][name, 1]["forward"] == []
+        assert by_rank[rank][body, name, tp_size]["forward"] == expected
+        assert by_rank[rank][body, name, tp_size]["backward"] == []
+        assert by_rank[rank][body, name, 1]["forward"] == []
 
 
 def test_cases_cover_what_they_name(by_rank: list[Any]) -> None:
     """Shards without real columns, uneven shards, and a label on every rank that has columns."""
-    columns = [by_rank[rank]["empty shards", 4]["columns"] for rank in range(WORLD_SIZE)]
+    columns = [by_rank[rank]["native", "empty shards", 4]["columns"] for rank in range(WORLD_SIZE)]
     assert columns == [64, 59, 0, 0]
-    assert [by_rank[rank]["both", 4]["columns"] for rank in range(WORLD_SIZE)] == [
+    assert [by_rank[rank]["native", "both", 4]["columns"] for rank in range(WORLD_SIZE)] == [
         128,
         128,
         128,
