@@ -256,16 +256,19 @@ class Heads:
 
 
 def tokens_per_chunk(num_tokens: int, bytes_per_token: int, budget_bytes: int) -> int:
-    """The fewest chunks that fit into the budget, of nearly equal size; at least 1.
+    """Size of the fewest chunks, nearly equal, that fit into the budget; at least 1.
 
-    Sizes are rounded up to a multiple of 64 where the budget allows, for the matrix products.
+    Rounded up to a multiple of 64 where the budget allows, for the matrix products.
+    Args:
+        num_tokens: of this rank; bytes_per_token: for one of them on this rank, whose logits are
+            those of one token of every rank under sequence parallelism.
     Raises: ValueError if the budget holds no token.
     """
     largest = budget_bytes // bytes_per_token
     if largest < 1:
         raise ValueError(
-            f"a chunk of {budget_bytes} bytes cannot hold the logits of one token, which take "
-            f"{bytes_per_token} bytes: raise chunk_bytes (salt.loss_chunk_mib)"
+            f"chunk_bytes = {budget_bytes} cannot hold the smallest chunk of logits, which takes "
+            f"{bytes_per_token} bytes: raise it (salt.loss_chunk_mib)"
         )
     num_chunks = max(1, -(-num_tokens // largest))
     even = max(1, -(-num_tokens // num_chunks))
