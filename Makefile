@@ -15,7 +15,7 @@ TEXT      ?=
 TORCH     := $(shell sed -n 's/^ *"\(torch[<>=!~][^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test checks format quickstart clean
+.PHONY: help setup test checks format quickstart bench gpu clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | \
@@ -53,6 +53,21 @@ format: setup ## apply the formatter and the safe fixes
 quickstart: setup ## a small SALT run against its baseline on this machine (TEXT=my.jsonl to use your own text)
 	$(BIN)/python examples/quickstart/run.py --output runs/quickstart $(if $(TEXT),--text $(TEXT))
 
+bench: setup ## benchmarks of the loss on this machine's CPU; writes benchmarks/results/
+	$(BIN)/python benchmarks/kd_loss_cpu.py
+
+gpu: setup ## GPU tests and benchmarks on this machine's GPU; writes benchmarks/results/
+	$(BIN)/python -m megatron_salt.kernels --require cuda
+	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python benchmarks/kd_loss_gpu.py
+	@if command -v compute-sanitizer >/dev/null; then \
+		for tool in memcheck racecheck; do \
+			compute-sanitizer --error-exitcode 1 --tool $$tool \
+				$(BIN)/python benchmarks/sanitize_kd_loss.py || exit 1; \
+		done; \
+	else echo "compute-sanitizer is not on the path: memory and race checks have not run"; fi
+
 clean: ## remove caches and builds; .venv and runs/ stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build dist *.egg-info megatron_salt/kernels/lib .pytest_cache .ruff_cache .mypy_cache \
+		.hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

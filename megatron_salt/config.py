@@ -397,6 +397,14 @@ def check_config(config: RunConfig) -> None:
     for name in ("teacher_temperature", "student_temperature"):
         value = getattr(salt, name)
         _require(value > 0, f"salt.{name} = {value}: must be above 0")
+    _require(
+        salt.loss_chunk_mib > 0, f"salt.loss_chunk_mib = {salt.loss_chunk_mib}: must be at least 1"
+    )
+    _require(
+        salt.divergence == "forward_kl" or salt.loss_impl in ("auto", "reference"),
+        f"salt.divergence = {salt.divergence} is computed by the reference only, not by "
+        f"salt.loss_impl = {salt.loss_impl}: choose auto",
+    )
     window = salt.transition_steps + (salt.warmup_steps if salt.transition == "wsd" else 0)
     _require(
         window <= salt.kd_steps,

@@ -151,7 +151,7 @@ def sum_scores(model: Teacher, batches: Sequence[Batch]) -> Tensor:
     """Sums of CE in nats, of right guesses and of counted tokens over this rank's batches, fp64."""
     import torch
 
-    from megatron_salt.kernels import VocabShard, kd_loss
+    from megatron_salt.kernels import Chunking, Heads, VocabShard, kd_loss
 
     size = model.manifest.vocab_size
     vocab = VocabShard(size=size, start=0, stop=size)
@@ -162,15 +162,18 @@ def sum_scores(model: Teacher, batches: Sequence[Batch]) -> Tensor:
         on_device = batch.to(device)
         hidden_BSE = model.hidden_states(on_device.tokens_RS)
         assert hidden_BSE is not None
-        logits_TW = hidden_BSE.flatten(0, 1) @ model.head_WE.t()
         labels_T, mask_T = on_device.labels_RS.flatten(), on_device.mask_RS.flatten()
-        with torch.no_grad():
-            scored = kd_loss(
-                logits_TW, None, labels_T, ce_weight_T=mask_T, kd_weight_T=0.0, vocab=vocab
-            )
-        correct = (logits_TW.argmax(dim=1) == labels_T) * mask_T
-        values = ((scored.ce_T * mask_T).sum(), correct.sum(), mask_T.sum())
-        sums += torch.stack([value.double() for value in values])
+        heads = Heads.of(hidden_BSE.flatten(0, 1), model.head_WE, None, None, vocab, Chunking())
+        for chunk in heads.chunks():
+            labels_N, mask_N = labels_T[chunk.start : chunk.stop], mask_T[chunk.start : chunk.stop]
+            logits_NW = chunk.student_logits_NW
+            with torch.no_grad():
+                scored = kd_loss(
+                    logits_NW, None, labels_N, ce_weight_T=mask_N, kd_weight_T=0.0, vocab=vocab
+                )
+            correct = (logits_NW.argmax(dim=1) == labels_N) * mask_N
+            values = ((scored.ce_T * mask_N).sum(), correct.sum(), mask_N.sum())
+            sums += torch.stack([value.double() for value in values])
     return sums
 
 

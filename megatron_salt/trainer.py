@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -29,7 +30,7 @@ from megatron_salt.deepspeed_config import (
     read_json,
 )
 from megatron_salt.metrics import MetricsLog, Stopwatch, allocated_bytes, console_line
-from megatron_salt.model.loss import LossSums
+from megatron_salt.model.loss import LossSums, loss_body
 from megatron_salt.model.teacher import Teacher
 from megatron_salt.parallel.engine import DTYPES, StudentEngine
 from megatron_salt.parallel.groups import (
@@ -115,6 +116,7 @@ class Run:
                 f"{resume_from}: was trained on other data than data.train_data_path now names; "
                 "a resumed run must read the same files (or start anew in another output_dir)"
             )
+        self._prepare_loss()
         self.student = StudentEngine(config, settings, groups, vocab_size=self.tokenizer.vocab_size)
         if resumed:
             self.student.load(resume_from)
@@ -147,6 +149,24 @@ class Run:
         self.clock = Stopwatch(groups.device)
         self.started = time.perf_counter()
         self.skipped_steps = 0
+
+    def _prepare_loss(self) -> None:
+        """Build the loss's code before the first step, and see that all ranks run the same.
+
+        Raises: ValueError or RuntimeError on all ranks.
+        """
+        salt, groups = self.config.salt, self.groups
+        with same_error_everywhere("preparing the loss"):
+            name = loss_body(salt, DTYPES[self.settings.precision], groups.device).name
+        first = from_rank_0(name)
+        with same_error_everywhere("preparing the loss"):
+            if name != first:
+                raise ValueError(
+                    f"rank {groups.rank} on {platform.node()} would compute the loss by its "
+                    f"{name} code, rank 0 by {first}: `python -m megatron_salt.kernels` there says "
+                    "why; mend that, or set salt.loss_impl"
+                )
+        self.say(f"loss: {name} code, logits in {salt.logits_dtype}")
 
     def say(self, text: str) -> None:
         if self.groups.rank == 0:

@@ -1,15 +1,19 @@
 """The distillation loss over vocabulary shards: two public functions, interchangeable bodies."""
 
+from megatron_salt.kernels.choose import choose_body
 from megatron_salt.kernels.kd_loss import KdLoss, kd_loss
 from megatron_salt.kernels.linear_kd_loss import Chunking, Heads, linear_kd_loss
 from megatron_salt.kernels.reference import vocab_parallel_argmax
+from megatron_salt.kernels.rows import Body
 from megatron_salt.kernels.vocab import VocabShard, padded_vocab_size
 
 __all__ = [
+    "Body",
     "Chunking",
     "Heads",
     "KdLoss",
     "VocabShard",
+    "choose_body",
     "kd_loss",
     "linear_kd_loss",
     "padded_vocab_size",

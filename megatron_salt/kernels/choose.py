@@ -42,7 +42,7 @@ def choose_body(
         raise ValueError(f"impl = {impl!r} cannot serve tensors on {device}; 'reference' can")
     problem = _unserved(device, dtypes, divergence)
     if problem is None:
-        body = _load(device)
+        body = load_for(device)
         if not isinstance(body, str):
             return body
         if impl != "auto":
@@ -68,7 +68,8 @@ def _unserved(
     return None
 
 
-def _load(device: torch.device) -> compiled.CompiledBody | str:
+def load_for(device: torch.device) -> compiled.CompiledBody | str:
+    """The compiled body of a device, built if need be, or the reason why there is none."""
     if device.type == "cpu":
         return compiled.load("native")
     major, minor = torch.cuda.get_device_capability(device)

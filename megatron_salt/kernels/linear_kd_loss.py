@@ -1,4 +1,4 @@
-"""`linear_kd_loss`: from last hidden states to the loss, logits only ever a chunk of tokens at a time.
+"""`linear_kd_loss`: from last hidden states to the loss, with logits of a few tokens at a time.
 
 The gradients of the hidden states and of the head are computed in the forward, while a chunk's
 logits are there: they are never made twice and never kept. Letters: T tokens, D student width,
@@ -89,11 +89,13 @@ def linear_kd_loss(
 
     Math: that of `kd_loss`.
     Shapes: student hidden [T, D], or [T / tp, D] with `chunking.sequence_parallel`: then rank r
-        holds tokens [r T / tp, (r + 1) T / tp). Weights [W, D] and [W, E]: this rank's rows, padding
-        rows last. Teacher hidden [T, E], labels and weights [T]: all tokens, on every rank of tp.
-    Dtypes: hidden and weight alike, bf16, fp16 or fp32. Products accumulate in fp32. The gradient of
-        the weight is summed over chunks in fp32 and rounded once; that of the hidden states is
-        rounded once per rank before tp adds it up, as Megatron does.
+        holds tokens [r T / tp, (r + 1) T / tp). Weights [W, D] and [W, E]: this rank's rows,
+        padding rows last. Teacher hidden [T, E], labels and weights [T]: all tokens, on every rank
+        of tp.
+    Dtypes: hidden and weight alike, bf16, fp16 or fp32. Products accumulate in fp32. The weight's
+        gradient is summed over chunks in fp32 and rounded once; that of the hidden states is
+        rounded on each rank before tp adds it up, as in Megatron, and once more when what is
+        upstream of the loss is not a power of two.
     Collectives: per chunk those of `kd_loss`, and over tp an all-reduce of N D numbers; under
         sequence parallelism an all-gather and a reduce-scatter of as many in its place. All in the
         forward, also where the loss is then not differentiated.
@@ -236,9 +238,8 @@ class Heads:
         num_local, step = self.student_hidden_TD.shape[0], self.tokens_per_chunk()
         rows = min(step, num_local) * self.num_parts
         shape = (rows, self.student.weight_WD.shape[0])
-        options = {"dtype": self.logits_dtype, "device": self.student_hidden_TD.device}
-        student_buffer = torch.empty(shape, **options)
-        teacher_buffer = None if self.teacher is None else torch.empty(shape, **options)
+        student_buffer = self.student_hidden_TD.new_empty(shape, dtype=self.logits_dtype)
+        teacher_buffer = None if self.teacher is None else torch.empty_like(student_buffer)
         for start in range(0, num_local, step):
             stop = min(start + step, num_local)
             hidden_ND = self.student_hidden_TD[start:stop]

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_salt.kernels.rows import (
-    Divergence,
     Options,
     Rows,
     Scores,
@@ -62,7 +61,7 @@ class ReferenceBody:
     name = "reference"
 
     def scores(self, rows: Rows, options: Options, tp_group: ProcessGroup | None) -> Scores:
-        student_TW, teacher_TW, labels_T, ce_weight_T, kd_weight_T = rows
+        student_TW, teacher_TW, labels_T = rows[:3]
         vocab, a, b = options.vocab, options.teacher_temperature, options.student_temperature
         maxima = [_local_max(_real_columns(student_TW, vocab))]
         if teacher_TW is not None:
@@ -97,26 +96,11 @@ class ReferenceBody:
             # One logarithm near 0 instead of the difference of two large ones.
             kl_T = gap_T / z_sum_T + (s_sum_T / z_sum_T).log()
             return _weighted(rows, ce_T, kl_T, (maxima_T, sums))
-        kl_T, slope_T = self._other_divergence(rows, options, maxima_T, sums, tp_group)
+        terms = torch.stack(
+            [x.sum(dim=1) for x in _divergence_terms(rows, options, maxima_T, sums)]
+        )
+        kl_T, slope_T = all_reduce(terms, dist.ReduceOp.SUM, tp_group)
         return _weighted(rows, ce_T, kl_T, (maxima_T, sums, slope_T))
-
-    def _other_divergence(
-        self,
-        rows: Rows,
-        options: Options,
-        maxima_T: Tensor,
-        sums: Tensor,
-        tp_group: ProcessGroup | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Value, and sum over v of q_v dD/dq_v, per token: these need normalised probabilities.
-
-        Collectives: one more SUM of 2 floats per token.
-        """
-        difference_TC, slope_TC, value_TC = _divergence_terms(rows, options, maxima_T, sums)
-        del difference_TC
-        packed = torch.stack([value_TC.sum(dim=1), slope_TC.sum(dim=1)])
-        value_T, slope_T = all_reduce(packed, dist.ReduceOp.SUM, tp_group)
-        return value_T, slope_T
 
     def gradient_(
         self,
@@ -140,19 +124,15 @@ class ReferenceBody:
             q1_TC.scatter_add_(1, column_T[:, None], -owned_T[:, None].to(q1_TC.dtype))
         grad_TC = _scaled_(q1_TC, upstream * ce_weight_T, ce_weight_T)
         if teacher_TW is not None:
+            q_TC = _centred(student_TW, maxima_T[0], vocab, b).exp_().div_(sums[0][:, None])
             if options.divergence == "forward_kl":
-                s_TC = _centred(student_TW, maxima_T[0], vocab, b)
                 z_TC = _centred(teacher_TW, maxima_T[1], vocab, options.teacher_temperature)
-                p_TC = z_TC.exp_().div_(sums[2][:, None])
-                slope_TC = s_TC.exp_().div_(sums[0][:, None]).sub_(p_TC)
+                slope_TC = q_TC.sub_(z_TC.exp_().div_(sums[2][:, None]))
+            elif options.divergence == "mse":
+                slope_TC = _difference(rows, options).mul_(2 / vocab.size)
             else:
-                difference_TC, q_slope_TC, _ = _divergence_terms(rows, options, maxima_T, sums)
-                slope_TC = q_slope_TC
-                if options.divergence == "mse":
-                    slope_TC = difference_TC * (2 / vocab.size)
-                else:
-                    q_TC = _centred(student_TW, maxima_T[0], vocab, b).exp_().div_(sums[0][:, None])
-                    slope_TC = q_slope_TC - q_TC * saved[2][:, None]
+                _, r_TC = _divergence_terms(rows, options, maxima_T, sums)
+                slope_TC = r_TC.sub_(q_TC.mul_(saved[2][:, None]))
             grad_TC += _scaled_(slope_TC, upstream * kd_weight_T / b, kd_weight_T)
         # Through another tensor, because out_TW may be student_TW.
         out_TW[:, : vocab.num_columns] = grad_TC.to(out_TW.dtype)
@@ -183,37 +163,45 @@ def _scaled_(x_TC: Tensor, scale_T: Tensor, weight_T: Tensor) -> Tensor:
     return x_TC.mul_(scale_T[:, None]).masked_fill_((weight_T == 0)[:, None], 0.0)
 
 
+def _difference(rows: Rows, options: Options) -> Tensor:
+    """s/b - z/a on this rank's columns. [T, C]"""
+    assert rows.teacher_TW is not None
+    s_TC = _real_columns(rows.student_TW, options.vocab).div_(options.student_temperature)
+    return s_TC.sub_(
+        _real_columns(rows.teacher_TW, options.vocab).div_(options.teacher_temperature)
+    )
+
+
 def _divergence_terms(
     rows: Rows, options: Options, maxima_T: Tensor, sums: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Per column: log q - log p (for mse s/b - z/a), q dD/dq up to a constant, and the value's term.
+) -> tuple[Tensor, Tensor]:
+    """What a divergence D other than the forward KL sums over columns: its value, and r. [T, C]
 
-    With r = q dD/dq and q = softmax(s / b):  dD/ds = (r - q sum(r)) / b.
+    With q = softmax(s / b) and r = q dD/dq:  dD/ds = (r - q sum(r)) / b.
         reverse_kl       D = sum q (log q - log p)               r = q (log q - log p)
         jensen_shannon   D = (KL(p || m) + KL(q || m)) / 2       r = q (log q - log m) / 2
                          with m = (p + q) / 2
-        mse              D = sum (s/b - z/a)^2 / V               its gradient needs no r
-    All [T, C]. Source: Agarwal et al., arXiv 2306.13649, for the first two; pre-training
-    distillation, arXiv 2410.16215, for mse on logits.
+        mse              D = sum (s/b - z/a)^2 / V               dD/ds = 2 (s/b - z/a) / (V b)
+    Source: Agarwal et al., arXiv 2306.13649, for the first two; pre-training distillation,
+    arXiv 2410.16215, for mse on logits.
     """
     student_TW, teacher_TW = rows.student_TW, rows.teacher_TW
     assert teacher_TW is not None
     vocab, a, b = options.vocab, options.teacher_temperature, options.student_temperature
     if options.divergence == "mse":
-        difference_TC = _real_columns(student_TW, vocab) / b - _real_columns(teacher_TW, vocab) / a
-        return difference_TC, torch.zeros_like(difference_TC), difference_TC**2 / vocab.size
+        squared_TC = _difference(rows, options).square_()
+        return squared_TC.div_(vocab.size), torch.zeros_like(squared_TC)
     log_q_TC = _centred(student_TW, maxima_T[0], vocab, b) - sums[0].log()[:, None]
     log_p_TC = _centred(teacher_TW, maxima_T[1], vocab, a) - sums[2].log()[:, None]
     q_TC = log_q_TC.exp()
-    difference_TC = log_q_TC - log_p_TC
     if options.divergence == "reverse_kl":
-        r_TC = (q_TC * difference_TC).masked_fill_(q_TC == 0, 0.0)
-        return difference_TC, r_TC, r_TC
+        r_TC = (q_TC * (log_q_TC - log_p_TC)).masked_fill_(q_TC == 0, 0.0)
+        return r_TC, r_TC
     p_TC = log_p_TC.exp()
     log_m_TC = torch.logaddexp(log_p_TC, log_q_TC) - math.log(2)
     r_TC = (q_TC * (log_q_TC - log_m_TC)).masked_fill_(q_TC == 0, 0.0) / 2
     p_term_TC = (p_TC * (log_p_TC - log_m_TC)).masked_fill_(p_TC == 0, 0.0) / 2
-    return difference_TC, r_TC, p_term_TC + r_TC
+    return p_term_TC + r_TC, r_TC
 
 
 def vocab_parallel_argmax(

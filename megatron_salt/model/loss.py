@@ -15,10 +15,12 @@ from torch.distributed import ProcessGroup
 
 from megatron_salt.config import SaltConfig
 from megatron_salt.kernels import (
+    Body,
     Chunking,
     Heads,
     KdLoss,
     VocabShard,
+    choose_body,
     kd_loss,
     linear_kd_loss,
     vocab_parallel_argmax,
@@ -74,6 +76,22 @@ class Tokens(NamedTuple):
     kd_weight_T: Tensor
 
 
+LOGITS_DTYPES = {"fp32": torch.float32, "model": None}
+
+
+def loss_body(salt: SaltConfig, model_dtype: torch.dtype, device: torch.device) -> Body:
+    """The implementation that a run's loss will use on this rank; built if need be.
+
+    Raises: ValueError or RuntimeError where salt.loss_impl cannot be had.
+    """
+    return choose_body(
+        salt.loss_impl,
+        device=device,
+        dtypes=frozenset({LOGITS_DTYPES[salt.logits_dtype] or model_dtype}),
+        divergence=salt.divergence,
+    )
+
+
 class LossFunction:
     """Scores the student's last hidden state; callable the way DeepSpeed's pipeline expects.
 
@@ -98,7 +116,7 @@ class LossFunction:
         self.tp_group = tp_group
         self.chunking = Chunking(
             chunk_bytes=salt.loss_chunk_mib << 20,
-            logits_dtype=torch.float32 if salt.logits_dtype == "fp32" else None,
+            logits_dtype=LOGITS_DTYPES[salt.logits_dtype],
             tp_group=tp_group,
             sequence_parallel=sequence_parallel,
         )
@@ -154,7 +172,7 @@ class LossFunction:
 
     @torch.no_grad()
     def _evaluate(self, tokens: Tokens) -> Tensor:
-        """The loss, and into the sums: right guesses and the teacher's CE, which need the logits."""
+        """The loss; adds right guesses and the teacher's CE to the sums, which need the logits."""
         teacher_head_WE = None if tokens.teacher_hidden_TE is None else self.teacher_head_WE
         heads = Heads.of(
             tokens.hidden_TD, tokens.head_WD, tokens.teacher_hidden_TE, teacher_head_WE, self.vocab,

@@ -6,9 +6,9 @@
 // powers of two (k_z = log2(e) / a, k_s = log2(e) / b):
 //
 //   pass 1   s_max = max s, z_max = max z            dz = (z - z_max) k_z,  ds = (s - s_max) k_s
-//            z_sum = sum 2^dz     s_sum = sum 2^ds   gap = sum 2^dz (dz - ds)
+//            z_sum = sum 2^dz     s_sum = sum 2^ds   gap = ln(2) sum 2^dz (dz - ds)
 //            s1_sum = sum 2^((s - s_max) log2(e))    only where b != 1
-//   result   KL = ln(2) gap / z_sum + ln(s_sum / z_sum)         CE = ln s1_sum - (s_y - s_max)
+//   result   KL = gap / z_sum + ln(s_sum / z_sum)               CE = ln s1_sum - (s_y - s_max)
 //   pass 2   dL/ds = w_ce (q1 - onehot) + w_kd / b (q - p)      p = 2^dz / z_sum,  q = 2^ds / s_sum
 //
 // Logits are centred on their raw maximum before they are scaled or added: a difference of two
@@ -99,7 +99,7 @@ SALT_FN void move_centre(RowSums& row, float s_max, float z_max, const Scales& k
   const bool has_s = row.s_max > -INFINITY, has_z = row.z_max > -INFINITY;
   const float s_scale = has_s ? exp2_of(s_step * k.student) : 0.0f;
   const float z_scale = has_z ? exp2_of(z_step * k.teacher) : 0.0f;
-  const float shift = has_z ? row.z_sum * (z_step * k.teacher - s_step * k.student) : 0.0f;
+  const float shift = has_z ? row.z_sum * kLn2 * (z_step * k.teacher - s_step * k.student) : 0.0f;
   row.gap = z_scale * (row.gap + shift);
   row.s_sum *= s_scale;
   row.z_sum *= z_scale;
@@ -138,7 +138,7 @@ SALT_FN void add_columns(RowSums& row, const float* s, const float* z, const Sca
   }
   row.s_sum += s_sum;
   row.z_sum += z_sum;
-  row.gap += gap;
+  row.gap += kLn2 * gap;
   if (k.tempered) {
     float s1_sum = 0;
     SALT_UNROLL
@@ -159,7 +159,7 @@ SALT_FN RowValues finish_row(const RowSums& row, float label, float ce_weight, f
   RowValues values;
   values.ce = logf(k.tempered ? row.s1_sum : row.s_sum) - label;
   values.kl = 0.0f;
-  if (kTeacher) values.kl = kLn2 * (row.gap / row.z_sum) + logf(row.s_sum / row.z_sum);
+  if (kTeacher) values.kl = row.gap / row.z_sum + logf(row.s_sum / row.z_sum);
   // A zero weight contributes exactly nothing, even where the value is inf or nan.
   values.loss = ce_weight != 0.0f ? ce_weight * values.ce : 0.0f;
   if (kd_weight != 0.0f) values.loss += kd_weight * values.kl;

@@ -1,0 +1,65 @@
+"""Says which implementations of the loss are here, which one is used, and why.
+
+Builds what is missing, as the first step of a run would. Exit code 1 with --require NAME if that
+implementation is not available.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from megatron_salt.kernels import build, compiled
+from megatron_salt.kernels.choose import choose_body, load_for
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m megatron_salt.kernels", description=__doc__)
+    parser.add_argument(
+        "--require", choices=("native", "cuda"), action="append", default=[],
+        help="fail if this implementation is not available; may be given twice",
+    )  # fmt: skip
+    arguments = parser.parse_args(argv)
+    logging.disable(logging.WARNING)  # the reasons are printed below
+    available = {"native": _native(), "cuda": _cuda()}
+    print("reference  available: plain PyTorch, any device, every dtype and divergence")
+    for name, found in available.items():
+        if isinstance(found, str):
+            print(f"{name:9}  not available: {_indented(found)}")
+        else:
+            print(f"{name:9}  available: {found.path}")
+    print(f"\ncompilers: C++ {build.find_cxx() or 'none'}, CUDA {build.find_nvcc() or 'none'}")
+    print(f"builds at first use go to {build.cache_folder()} (MEGATRON_SALT_CACHE)\n")
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    for device in devices:
+        kind = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+        body = choose_body("auto", device=device, dtypes=frozenset({torch.bfloat16}))
+        print(f"impl = 'auto' on {device} ({kind}): {body.name}")
+    missing = [name for name in arguments.require if isinstance(available[name], str)]
+    if missing:
+        print(f"required but not available: {', '.join(missing)}", file=sys.stderr)
+    return 1 if missing else 0
+
+
+def _native() -> compiled.CompiledBody | str:
+    return load_for(torch.device("cpu"))
+
+
+def _cuda() -> compiled.CompiledBody | str:
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or "no CUDA"
+        return f"torch {torch.__version__} (built with {built}) sees no CUDA device"
+    return load_for(torch.device("cuda", torch.cuda.current_device()))
+
+
+def _indented(text: str) -> str:
+    return text.replace("\n", "\n           ")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
