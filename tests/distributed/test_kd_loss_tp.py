@@ -8,6 +8,7 @@ Letters: T tokens, W columns on a rank, V real vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from ranks import run_ranks
 from torch import Tensor
 
 from megatron_salt.kernels import VocabShard, kd_loss, padded_vocab_size, vocab_parallel_argmax
+from megatron_salt.kernels.rows import Divergence
 
 pytestmark = pytest.mark.distributed
 
@@ -36,6 +38,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     teacher: bool = True
     kind: str = "near"
+    divergence: Divergence = "forward_kl"
 
 
 CASES = {
@@ -59,11 +62,18 @@ CASES = {
     "truncated teacher": Case(kind="truncated", V=507),
     "equal": Case(kind="equal"),
     "equal, bf16": Case(kind="equal", dtype=torch.bfloat16, V=123, a=2.0, b=2.0),
+    "reverse": Case(divergence="reverse_kl", V=123, a=2.0, b=3.0),
+    "Jensen-Shannon": Case(divergence="jensen_shannon", V=507, a=0.5),
+    "mse": Case(divergence="mse", V=123, b=2.0),
 }
 
 
 RUNS = [
-    (body, name) for body in BODIES for name, case in CASES.items() if case.dtype in dtypes_of(body)
+    (body, name)
+    for body in BODIES
+    for name, case in CASES.items()
+    if case.dtype in dtypes_of(body)
+    if case.divergence == "forward_kl" or body == "reference"
 ]
 
 
@@ -114,9 +124,16 @@ def plain(inputs: Inputs, case: Case, dtype: torch.dtype) -> tuple[Tensor, Tenso
     ce = -student.to(inner).log_softmax(dim=1)[torch.arange(T), inputs.labels_T]
     kl = torch.zeros_like(ce)
     if inputs.teacher_TV is not None:
-        log_p = (inputs.teacher_TV.to(dtype).to(inner) / case.a).log_softmax(dim=1)
-        gap = log_p - (student.to(inner) / case.b).log_softmax(dim=1)
-        kl = torch.where(log_p.exp() > 0, log_p.exp() * gap, 0.0).sum(dim=1)
+        z, s = inputs.teacher_TV.to(dtype).to(inner) / case.a, student.to(inner) / case.b
+        log_p, log_q = z.log_softmax(dim=1), s.log_softmax(dim=1)
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        kl_of = lambda x, y: torch.where(x.exp() > 0, x.exp() * (x - y), 0.0).sum(dim=1)
+        kl = {
+            "forward_kl": lambda: kl_of(log_p, log_q),
+            "reverse_kl": lambda: kl_of(log_q, log_p),
+            "jensen_shannon": lambda: (kl_of(log_p, log_m) + kl_of(log_q, log_m)) / 2,
+            "mse": lambda: ((s - z) ** 2).mean(dim=1),
+        }[case.divergence]()
     weights = inputs.ce_weight_T.to(inner), inputs.kd_weight_T.to(inner)
     loss = (weights[0] * ce + weights[1] * kl).sum()
     (grad,) = torch.autograd.grad(loss, student)
@@ -159,7 +176,7 @@ def run_case(body: str, case: Case, group: dist.ProcessGroup | None) -> dict[str
             result = kd_loss(
                 student, teacher, inputs.labels_T, ce_weight_T=inputs.ce_weight_T,
                 kd_weight_T=inputs.kd_weight_T, vocab=shards[tp_rank], teacher_temperature=case.a,
-                student_temperature=case.b, tp_group=group,
+                student_temperature=case.b, divergence=case.divergence, tp_group=group,
             )  # fmt: skip
         in_forward = list(calls)
         result.loss.backward()
@@ -217,6 +234,8 @@ def run_everything() -> dict[tuple[str | int, ...], Any]:
     for size, group in groups.items():
         for body, name in RUNS:
             found[body, name, size] = run_case(body, CASES[name], group)
+        body = BODIES[dist.get_rank() % len(BODIES)]
+        found["mixed", "both", size] = run_case(body, CASES["both"], group)
         found["argmax", size] = argmax_case(group)
     return found
 
@@ -298,6 +317,17 @@ def test_every_rank_of_a_group_has_the_same_loss(
 
 
 @pytest.mark.parametrize("tp_size", TP_SIZES)
+def test_ranks_may_run_different_bodies(tp_size: int, by_rank: list[Any]) -> None:
+    """What travels between ranks means the same in every body."""
+    exact = plain(make_inputs(CASES["both"]), CASES["both"], torch.float64)
+    for rank in range(WORLD_SIZE):
+        for got, wanted in zip(
+            by_rank[rank]["mixed", "both", tp_size]["values"], exact, strict=True
+        ):
+            assert error(got, wanted) < 2e-6
+
+
+@pytest.mark.parametrize("tp_size", TP_SIZES)
 @pytest.mark.parametrize(("body", "name"), RUNS)
 def test_collectives_are_one_max_and_one_sum_in_forward_and_none_in_backward(
     body: str, name: str, tp_size: int, by_rank: list[Any]
@@ -306,6 +336,8 @@ def test_collectives_are_one_max_and_one_sum_in_forward_and_none_in_backward(
     num_max, num_sum = (2, 4 if case.b == 1.0 else 5) if case.teacher else (1, 2)
     dtype = str(torch.float64 if case.dtype == torch.float64 else torch.float32)
     expected = [("MAX", num_max * T, dtype), ("SUM", num_sum * T, dtype)]
+    if case.divergence != "forward_kl":
+        expected.append(("SUM", 2 * T, dtype))
     for rank in range(WORLD_SIZE):
         assert by_rank[rank][body, name, tp_size]["forward"] == expected
         assert by_rank[rank][body, name, tp_size]["backward"] == []
