@@ -1,0 +1,177 @@
+"""The compiled kernels: they compile for every GPU architecture, and builds are found again."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from megatron_salt.kernels import build
+
+NVCC = build.find_nvcc()
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no CUDA toolkit on this machine")
+WARNINGS = ("-Wall", "-Wextra", "-Werror")
+
+
+@pytest.fixture(scope="module")
+def ptxas_reports(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
+    """What the assembler says of each kernel, by architecture."""
+    folder = tmp_path_factory.mktemp("cubin")
+
+    def compile_for(architecture: int) -> str:
+        assert NVCC is not None
+        command = [
+            NVCC, *build.NVCC_FLAGS, "-Xcompiler", ",".join(WARNINGS), "-Werror", "all-warnings",
+            f"-arch=sm_{architecture}", "-Xptxas", "-v", "-cubin",
+            str(build.SOURCES / "kd_loss.cu"), "-o", str(folder / f"{architecture}.cubin"),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert "warning" not in done.stderr.lower()
+        return done.stderr
+
+    with ThreadPoolExecutor() as pool:
+        reports = pool.map(compile_for, build.CUDA_ARCHITECTURES)
+        return dict(zip(build.CUDA_ARCHITECTURES, reports, strict=True))
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", build.CUDA_ARCHITECTURES)
+def test_cuda_kernels_compile_without_spills(
+    architecture: int, ptxas_reports: dict[int, str]
+) -> None:
+    report = ptxas_reports[architecture]
+    kernels = re.findall(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", report)
+    assert {int(found) for _, found in kernels} == {architecture}
+    # Sums: 9 pairs of student and teacher, 3 students alone. Gradient, and both passes in one: 20,
+    # with an fp32 student's gradient in any dtype. Rescale and finish: with and without a teacher.
+    assert len(kernels) == 12 + 2 * 20 + 4
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", report)
+    assert len(frames) == len(kernels) and set(frames) == {("0", "0", "0")}
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", report)]
+    assert len(registers) == len(kernels) and max(registers) <= 64
+
+
+def test_native_code_compiles_without_warnings_and_is_vectorised(tmp_path: Path) -> None:
+    """By the compiler's own report of the loops over columns."""
+    command = [*build.compile_command("native", tmp_path / "native.so"), *WARNINGS]
+    by_gcc = "g++" in Path(command[0]).name
+    command += ["-fopt-info-vec-optimized"] if by_gcc else []
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    if not by_gcc:
+        return
+    lines = (build.SOURCES / "row_math.h").read_text(encoding="utf-8").splitlines()
+    marked = [
+        number for number, text in enumerate(lines, 1) if text.strip().startswith("SALT_SIMD(")
+    ]
+    found = re.findall(r"row_math\.h:(\d+):\d+: optimized: loop vectorized", done.stderr)
+    vectorised = {int(number) for number in found}
+    assert len(marked) == 5
+    for number in marked:  # reported at the mark, at the loop or at its body
+        assert vectorised & {number, number + 1, number + 2}, lines[number : number + 2]
+
+
+def test_sources_need_no_header_of_pytorch() -> None:
+    for path in build.SOURCES.iterdir():
+        includes = re.findall(r'#include [<"]([^>"]+)', path.read_text(encoding="utf-8"))
+        assert not [name for name in includes if name.startswith(("torch", "ATen", "c10"))], path
+
+
+def test_a_name_tells_sources_flags_and_architectures_apart(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    names = {build.library_name("native"), build.library_name("cuda")}
+    names.add(build.library_name("cuda", [90]))
+    monkeypatch.setattr(build, "CXX_FLAGS", (*build.CXX_FLAGS, "-g"))
+    names.add(build.library_name("native"))
+    monkeypatch.setattr(build, "_processor_features", lambda: "another processor")
+    names.add(build.library_name("native"))
+    for path in build.SOURCES.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes() + b"\n")
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
+    names.add(build.library_name("native"))
+    assert len(names) == 6
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Nothing is installed, and the cache is empty."""
+    monkeypatch.setattr(build, "INSTALLED", tmp_path / "lib")
+    monkeypatch.setenv("MEGATRON_SALT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_several_processes_build_once(elsewhere: Path, tmp_path: Path) -> None:
+    counter = tmp_path / "g++"
+    counter.write_text(
+        f'#!/bin/sh\necho run >> {tmp_path}/runs\nexec {build.find_cxx()} "$@"\n', encoding="utf-8"
+    )
+    counter.chmod(0o755)
+    os.environ["CXX"] = str(counter)
+    try:
+        with multiprocessing.get_context("fork").Pool(3) as pool:
+            found = pool.map(build.find_or_build, ["native"] * 3, chunksize=1)
+    finally:
+        del os.environ["CXX"]
+    assert set(found) == {elsewhere / build.library_name("native")}
+    assert (tmp_path / "runs").read_text(encoding="utf-8").count("run") == 1
+    assert not list(elsewhere.glob(".building-*"))
+
+
+def test_an_installed_library_is_used_and_a_stale_one_is_not(elsewhere: Path) -> None:
+    installed = elsewhere.parent / "lib"
+    installed.mkdir()
+    (installed / "native-0123456789abcdef.so").write_bytes(b"of earlier sources")
+    path = installed / build.library_name("native")
+    path.write_bytes(b"of these sources")
+    assert build.find_or_build("native") == path
+    assert not elsewhere.exists()
+
+
+def test_missing_and_failing_compilers_are_named(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(build.BuildError, match=r"no C\+\+ compiler found \(\$CXX"):
+        build.find_or_build("native")
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(build.BuildError, match=r"kd_loss.cpp[^\n]*\nfailed \(1\)"):
+        build.find_or_build("native")
+    assert not list(elsewhere.glob("*.so"))
+    monkeypatch.setenv("CUDA_HOME", "/no/such/folder")
+    with pytest.raises(build.BuildError, match=r"no CUDA compiler found \(\$CUDA_HOME"):
+        build.find_or_build("cuda")
+
+
+def test_a_cache_that_cannot_be_written_names_the_setting(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere.write_text("a file, not a folder", encoding="utf-8")
+    with pytest.raises(build.BuildError, match="cannot write to .*MEGATRON_SALT_CACHE"):
+        build.find_or_build("native")
+
+
+def test_command_says_what_is_used_and_why(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "megatron_salt.kernels"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "native     available: " in done.stdout
+    assert re.search(r"impl = 'auto' on cpu .*: native", done.stdout)
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, "--require", "cuda"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+    assert done.returncode == 1
+    assert re.search(r"cuda +not available: torch .* sees no CUDA device", done.stdout)
+    assert "required but not available: cuda" in done.stderr
