@@ -192,6 +192,8 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"salt.kd_weight": float("nan")}, "salt.kd_weight = nan"),
     ({"salt.teacher_temperature": 0.0}, "salt.teacher_temperature = 0.0"),
     ({"salt.student_temperature": -2.0}, "salt.student_temperature = -2.0"),
+    ({"salt.loss_chunk_mib": 0}, "salt.loss_chunk_mib = 0"),
+    ({"salt.divergence": "mse", "salt.loss_impl": "native"}, "salt.divergence = mse is comp"),
     ({"salt.transition": "linear_decay"}, "linear_decay needs salt.transition_steps > 0"),
     ({"salt.transition": "linear_ratio_decay"}, "linear_ratio_decay needs salt.transition_steps"),
     ({"salt.transition_steps": 41}, r"\(41 together\) exceed.*salt.kd_steps = 40"),
