@@ -17,21 +17,29 @@ class Head:
     """An output head's weight [W, D] and what is multiplied with it.
 
     16-bit operands with an fp32 result are one product on CUDA. The CPU has none such: there the
-    weight is brought to fp32 a block of rows at a time, within an eighth of the byte budget.
+    weight is brought to fp32 a block of rows at a time, within an eighth of the byte budget for the
+    block in use and the next.
     """
 
     def __init__(self, weight_WD: Tensor, budget_bytes: int) -> None:
         self.weight_WD = weight_WD
         self._converts = weight_WD.device.type != "cuda" and weight_WD.element_size() < 4
-        self._rows_per_block = max(1, budget_bytes // 8 // (4 * weight_WD.shape[1]))
+        self._rows_per_block = max(1, budget_bytes // 16 // (4 * weight_WD.shape[1]))
+        rows = min(self._rows_per_block, weight_WD.shape[0])
+        self.block_bytes = 2 * rows * 4 * weight_WD.shape[1] if self._converts else 0
+        """Of both blocks in fp32, however many tokens there are."""
 
     def operand_dtype(self, logits_dtype: torch.dtype) -> torch.dtype:
         """In which dtype the products want the gradient of logits of a dtype."""
         return logits_dtype if self._converts else self.weight_WD.dtype
 
     def scratch_bytes_per_token(self) -> int:
-        """Of the conversions below."""
-        return 8 * self.weight_WD.shape[1] if self._converts else 0
+        """Of what the products below make for a moment: hidden states or their gradient, also in
+        fp32 where they are converted, and then the logits of a block."""
+        width, size = self.weight_WD.shape[1], self.weight_WD.element_size()
+        if not self._converts:
+            return size * width
+        return (4 + size) * width + 4 * min(self._rows_per_block, self.weight_WD.shape[0])
 
     def logits_(self, hidden_ND: Tensor, out_NW: Tensor) -> None:
         """out = hidden @ weight.T, in out's dtype. Mutates: out_NW."""

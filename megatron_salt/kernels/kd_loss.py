@@ -153,6 +153,9 @@ def check_logits(name: str, logits: Tensor, vocab: VocabShard) -> None:
         raise ValueError(f"{name} must be [T, W], has shape {tuple(logits.shape)}")
     if not logits.is_floating_point():
         raise ValueError(f"{name} must be floating point, is {logits.dtype}")
+    if logits.shape[1] == 0:
+        raise ValueError(f"{name} has no columns: an empty shard; pad the vocabulary to a column "
+                         "on every rank (padded_vocab_size)")  # fmt: skip
     if logits.shape[1] < vocab.num_columns:
         raise ValueError(f"{name} has {logits.shape[1]} columns, fewer than this rank's {vocab}")
     if logits.numel() and logits.shape[1] > 1 and logits.stride(1) != 1:

@@ -208,9 +208,8 @@ class Heads:
         if self.gradient_dtype != self.logits_dtype:
             elements += self.gradient_dtype.itemsize
         num_bytes = elements * weight_WD.shape[0]
-        num_bytes += self.student.scratch_bytes_per_token()
-        if self.teacher is not None:
-            num_bytes += self.teacher.scratch_bytes_per_token()
+        # One head is multiplied at a time.
+        num_bytes += max(head.scratch_bytes_per_token() for head in self._both())
         if self.num_parts > 1:
             # Gathered states, and the gradients of this chunk and of the one still under way.
             num_bytes += 3 * weight_WD.shape[1] * weight_WD.element_size()
@@ -221,8 +220,11 @@ class Heads:
         return tokens_per_chunk(
             self.student_hidden_TD.shape[0],
             self.bytes_per_token() * self.num_parts,
-            self.chunking.chunk_bytes,
+            self.chunking.chunk_bytes - max(head.block_bytes for head in self._both()),
         )
+
+    def _both(self) -> list[Head]:
+        return [self.student] if self.teacher is None else [self.student, self.teacher]
 
     def of_all_parts(self, x: Tensor, start: int, stop: int) -> Tensor:
         """A chunk's rows of something that has all T tokens; a view with one part. [N, ...]"""
@@ -431,6 +433,11 @@ def _check_head(who: str, hidden: Tensor, weight: Tensor, vocab: VocabShard) -> 
         raise ValueError(
             f"{names[0]} is {hidden.dtype} on {hidden.device}, {names[1]} {weight.dtype} on "
             f"{weight.device}: they must agree"
+        )
+    if weight.shape[0] == 0:
+        raise ValueError(
+            f"{names[1]} has no rows: an empty shard; pad the vocabulary to a row on every rank "
+            "(padded_vocab_size)"
         )
     if weight.shape[0] < vocab.num_columns:
         raise ValueError(f"{names[1]} has {weight.shape[0]} rows, fewer than this rank's {vocab}")

@@ -49,7 +49,7 @@ CASES = {
     for name, settings in {
         "one chunk": dict(),
         "chunks": dict(chunk_bytes=6_000),
-        "smallest chunks": dict(chunk_bytes=2_700),
+        "smallest chunks": dict(chunk_bytes=3_200),
         "chunks, b = 2": dict(chunk_bytes=6_000, b=2.0),
         "empty shards": dict(V=123, chunk_bytes=6_000),
         "bf16": dict(dtype=torch.bfloat16, chunk_bytes=8_000),

@@ -322,6 +322,7 @@ ERRORS: list[tuple[str, dict[str, Any], str]] = [
     ("whole numbers", dict(student_weight_WD=torch.zeros(W, D).long()), "student_weight_WD.*float"),
     ("dtypes", dict(student_hidden_TD=torch.zeros(T, D).bfloat16()), "bfloat16.*float32.*agree"),
     ("device", dict(teacher_weight_WE=torch.zeros(W, E, device="meta")), "teacher.*meta.*agree"),
+    ("empty shard", dict(student_weight_WD=torch.zeros(0, D)), "student_weight_WD has no rows"),
     ("narrow head", dict(student_weight_WD=torch.zeros(V - 1, D)), "250 rows, fewer than this"),
     ("teacher's tokens", dict(teacher_hidden_TE=torch.zeros(T - 1, E)), "69 tokens.* 70"),
     ("half a teacher", dict(teacher_weight_WE=None), "teacher_weight_WE is None, the teacher's"),
