@@ -46,7 +46,8 @@ class BuildKernels(build_ext):
             print(f"built {kernels.build(kind, folder)}")
         except kernels.BuildError as error:
             if required:
-                raise SystemExit(f"MEGATRON_SALT_CUDA=1, but the kernels cannot be built: {error}")
+                message = f"MEGATRON_SALT_CUDA=1, but the kernels cannot be built: {error}"
+                raise SystemExit(message) from error
             print(f"{kind} kernels are left for their first use: {error}", file=sys.stderr)
 
     def get_outputs(self):

@@ -68,6 +68,7 @@ class CompiledBody:
 
     def __init__(self, name: str, path: Path) -> None:
         self.name = name
+        self.checks_values = name == "cuda"
         self.path = path
         self._library = ctypes.CDLL(str(path))
         self._library.salt_error.restype = ctypes.c_char_p

@@ -124,7 +124,9 @@ def linear_kd_loss(
     ]
     dtypes = frozenset({heads.logits_dtype} | {heads.gradient_dtype})
     body = choose_body(impl, device=device, dtypes=dtypes, divergence=divergence)
-    check_values(Rows(student_hidden_TD, teacher_hidden_TE, labels_T, *weights), options)
+    if not body.checks_values:
+        rows = Rows(student_hidden_TD, teacher_hidden_TE, labels_T, *weights)
+        check_values(rows, options)
     loss, ce_T, kl_T = _LinearKdLossFunction.apply(
         student_hidden_TD, student_weight_WD, heads, labels_T, *weights, options, body
     )

@@ -55,6 +55,8 @@ class Body(Protocol):
     """One implementation of the loss. Collectives happen in `scores` and nowhere else."""
 
     name: str
+    checks_values: bool
+    """Whether it looks at labels and weights itself, where that needs no waiting for the device."""
 
     def scores(self, rows: Rows, options: Options, tp_group: ProcessGroup | None) -> Scores:
         """Values of every token, and what the gradient needs."""

@@ -227,6 +227,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
   const int64_t token = blockIdx.x;
   const RowSums row = sum_row<S, Z, kTeacher>(rows, token, k, shared);
   if (threadIdx.x != 0) return;
+  check_token<kTeacher>(rows, token);
   const float label = Typed<S, Z>{rows}.label(token, row.s_max);
   write_sums<kTeacher>(rows, token, row, label, k, maxima, sums);
   if (values) write_values<kTeacher>(rows, token, row, label, k, values);
@@ -251,6 +252,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
   const int64_t token = blockIdx.x;
   const RowSums row = sum_row<S, Z, kTeacher>(rows, token, k, shared);
   if (threadIdx.x == 0) {
+    check_token<kTeacher>(rows, token);
     const float label = Typed<S, Z>{rows}.label(token, row.s_max);
     write_values<kTeacher>(rows, token, row, label, k, values);
   }

@@ -6,7 +6,25 @@
 #include "kd_loss.h"
 #include "row_math.h"
 
+#if defined(__CUDACC__)
+#include <assert.h>
+#endif
+
 namespace salt {
+
+// On a GPU nobody looks at labels and weights before the launch: that would mean to wait for them.
+// On the CPU they have been looked at.
+template <bool kTeacher>
+SALT_FN void check_token(const SaltRows& rows, int64_t token) {
+#if defined(__CUDACC__)
+  const int64_t label = rows.labels[token];
+  assert(label >= 0 && label < rows.vocab_size && "kd_loss: a label lies outside the vocabulary");
+  if (!kTeacher)
+    assert(rows.kd_weights[token] == 0.0f && "kd_loss: kd_weight_T is not 0 without a teacher");
+#else
+  (void)rows, (void)token;
+#endif
+}
 
 // A call with types in place of dtypes.
 template <class S, class Z>
