@@ -20,33 +20,33 @@ WARNINGS = ("-Wall", "-Wextra", "-Werror")
 
 
 @pytest.fixture(scope="module")
-def ptxas_reports(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
-    """What the assembler says of each kernel, by architecture."""
-    folder = tmp_path_factory.mktemp("cubin")
+def compiled_for(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[str, str]]:
+    """By architecture: what the assembler says of each kernel, and the assembly (PTX)."""
 
-    def compile_for(architecture: int) -> str:
+    def compile_for(architecture: int) -> tuple[str, str]:
         assert NVCC is not None
+        folder = tmp_path_factory.mktemp(f"sm_{architecture}")
         command = [
             NVCC, *build.NVCC_FLAGS, "-Xcompiler", ",".join(WARNINGS), "-Werror", "all-warnings",
-            f"-arch=sm_{architecture}", "-Xptxas", "-v", "-cubin",
-            str(build.SOURCES / "kd_loss.cu"), "-o", str(folder / f"{architecture}.cubin"),
+            f"-arch=sm_{architecture}", "-Xptxas", "-v", "--keep", "--keep-dir", str(folder),
+            "-cubin", str(build.SOURCES / "kd_loss.cu"), "-o", str(folder / "kd_loss.cubin"),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
         assert "warning" not in done.stderr.lower()
-        return done.stderr
+        return done.stderr, (folder / "kd_loss.ptx").read_text(encoding="utf-8")
 
     with ThreadPoolExecutor() as pool:
-        reports = pool.map(compile_for, build.CUDA_ARCHITECTURES)
-        return dict(zip(build.CUDA_ARCHITECTURES, reports, strict=True))
+        results = pool.map(compile_for, build.CUDA_ARCHITECTURES)
+        return dict(zip(build.CUDA_ARCHITECTURES, results, strict=True))
 
 
 @needs_nvcc
 @pytest.mark.parametrize("architecture", build.CUDA_ARCHITECTURES)
 def test_cuda_kernels_compile_without_spills(
-    architecture: int, ptxas_reports: dict[int, str]
+    architecture: int, compiled_for: dict[int, tuple[str, str]]
 ) -> None:
-    report = ptxas_reports[architecture]
+    report, _ = compiled_for[architecture]
     kernels = re.findall(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", report)
     assert {int(found) for _, found in kernels} == {architecture}
     # Sums: 9 pairs of student and teacher, 3 students alone. Gradient, and both passes in one: 20,
@@ -56,6 +56,25 @@ def test_cuda_kernels_compile_without_spills(
     assert len(frames) == len(kernels) and set(frames) == {("0", "0", "0")}
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", report)]
     assert len(registers) == len(kernels) and max(registers) <= 64
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", build.CUDA_ARCHITECTURES)
+def test_cuda_kernels_read_and_write_16_bytes_at_a_time(
+    architecture: int, compiled_for: dict[int, tuple[str, str]]
+) -> None:
+    _, ptx = compiled_for[architecture]
+    kernels = dict(re.findall(r"\.entry (\w+)\((.*?)\n}", ptx, flags=re.DOTALL))
+    rows = {
+        name: body
+        for name, body in kernels.items()
+        if re.search("row_sums_kernel|gradient_kernel|both_passes_kernel", name)
+    }
+    assert len(rows) == 12 + 2 * 20
+    for name, body in rows.items():
+        assert re.search(r"ld\.global(\.nc)?\.v4\.[bfu]32", body), name
+        if "row_sums" not in name:
+            assert re.search(r"st\.global\.v4\.[bfu]32", body), name
 
 
 def test_native_code_compiles_without_warnings_and_is_vectorised(tmp_path: Path) -> None:
