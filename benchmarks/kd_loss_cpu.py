@@ -44,7 +44,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_salt.kernels import Chunking, VocabShard, kd_loss, linear_kd_loss
-from megatron_salt.kernels.linear_kd_loss import Heads
+from megatron_salt.kernels.chunks import Heads
 
 RESULTS = Path(__file__).parent / "results"
 T, W = 2048, 32768

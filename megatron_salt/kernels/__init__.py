@@ -1,8 +1,9 @@
 """The distillation loss over vocabulary shards: two public functions, interchangeable bodies."""
 
 from megatron_salt.kernels.choose import choose_body
+from megatron_salt.kernels.chunks import Chunking, Heads
 from megatron_salt.kernels.kd_loss import KdLoss, kd_loss
-from megatron_salt.kernels.linear_kd_loss import Chunking, Heads, linear_kd_loss
+from megatron_salt.kernels.linear_kd_loss import linear_kd_loss
 from megatron_salt.kernels.reference import vocab_parallel_argmax
 from megatron_salt.kernels.rows import Body
 from megatron_salt.kernels.vocab import VocabShard, padded_vocab_size

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_salt.kernels import Chunking, KdLoss, VocabShard, kd_loss, linear_kd_loss
-from megatron_salt.kernels.linear_kd_loss import tokens_per_chunk
+from megatron_salt.kernels.chunks import tokens_per_chunk
 
 torch.set_num_threads(1)
 
