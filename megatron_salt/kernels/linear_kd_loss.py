@@ -179,7 +179,9 @@ class _Gradients:
     def __init__(self, heads: Heads, *, wants_hidden: bool, wants_weight: bool) -> None:
         self._heads = heads
         hidden_TD, weight_WD = heads.student_hidden_TD, heads.student.weight_WD
-        self._hidden_TD = torch.empty_like(hidden_TD) if wants_hidden else None
+        self._hidden_TD = None
+        if wants_hidden:  # contiguous, so that a range of tokens can be sent
+            self._hidden_TD = torch.empty_like(hidden_TD, memory_format=torch.contiguous_format)
         self._weight_WD = None
         if wants_weight:
             dtype = arithmetic_dtype(weight_WD)

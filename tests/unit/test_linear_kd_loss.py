@@ -228,6 +228,16 @@ def test_frozen_head_and_frozen_body_get_no_gradient() -> None:
     assert not result.loss.requires_grad and torch.equal(result.loss, full.loss)
 
 
+def test_hidden_states_may_be_strided() -> None:
+    case = make_case()
+    expected = fused("native", case, torch.float32)
+    hidden = case.hidden_TD.float().t().contiguous().t().requires_grad_()
+    result, _, _ = call(case, torch.float32, student_hidden_TD=hidden)
+    result.loss.backward()
+    assert hidden.grad is not None
+    assert torch.allclose(hidden.grad, expected.hidden_grad_TD, rtol=1e-5, atol=1e-7)
+
+
 def test_nothing_of_the_teacher_is_kept_for_backward() -> None:
     result, _, _ = call(make_case(), torch.float32)
     function = result.loss.grad_fn
