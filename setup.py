@@ -60,7 +60,7 @@ class BuildKernels(build_ext):
 setup(
     packages=find_packages(include=["megatron_salt*"]),
     # The sources travel with the package, so that the kernels can be built at first use.
-    package_data={"megatron_salt": ["kernels/csrc/*", "kernels/lib/*.so"]},
+    package_data={"megatron_salt": ["kernels/csrc/*"]},
     # Named so that setuptools runs build_ext and tags the wheel with the machine; see BuildKernels.
     ext_modules=[Extension("megatron_salt.kernels.lib.libraries", sources=[])],
     cmdclass={"build_ext": BuildKernels},

@@ -7,7 +7,6 @@ itself, compiled for the CPU with tests/cuda_on_cpu.h: the CUDA kernels, thread 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import subprocess
 import tempfile
@@ -40,7 +39,8 @@ def cuda_on_cpu() -> CompiledBody:
     """The CUDA kernels as a body for CPU tensors."""
     compiler = build.find_cxx()
     assert compiler is not None, "the tests need a C++ compiler"
-    output = Path(tempfile.mkdtemp(prefix="cuda_on_cpu-")) / "cuda_on_cpu.so"
+    folder = tempfile.TemporaryDirectory(prefix="cuda_on_cpu-")
+    output = Path(folder.name) / "cuda_on_cpu.so"
     command = [
         compiler, "-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-fopenmp-simd",
         "-fPIC", "-shared", "-w", "-x", "c++", "-include", str(EMULATOR),
@@ -48,13 +48,15 @@ def cuda_on_cpu() -> CompiledBody:
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    return CompiledBody("cuda on cpu", output)
+    body = CompiledBody("cuda on cpu", output)
+    folder.cleanup()  # what is loaded stays; forked ranks have it too
+    return body
 
 
 @contextlib.contextmanager
 def threads_backwards() -> Iterator[None]:
     """Run the threads of each emulated block from the last to the first."""
-    order = ctypes.CDLL(str(cuda_on_cpu().path)).salt_fiber_order
+    order = cuda_on_cpu()._library.salt_fiber_order
     order(1)
     try:
         yield

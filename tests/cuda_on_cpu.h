@@ -32,6 +32,11 @@ static Index blockIdx, blockDim, threadIdx;
 
 typedef int cudaError_t;
 static inline int cudaGetLastError() { return 0; }
+struct cudaFuncAttributes {};
+template <class Kernel>
+static int cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
+  return 0;
+}
 static inline const char* cudaGetErrorString(cudaError_t) { return "an emulated error"; }
 
 namespace cuda_on_cpu {

@@ -136,7 +136,10 @@ def build(kind: Kind, folder: Path, architectures: Sequence[int] = CUDA_ARCHITEC
         if done.returncode:
             words = (done.stderr or done.stdout).strip()[-4000:]
             raise BuildError(f"{shlex.join(command)}\nfailed ({done.returncode}):\n{words}")
-        os.replace(output, target)
+        # Never in place of a file that is there: on a network file system another node may have it
+        # loaded. Whoever comes second has built the same.
+        with contextlib.suppress(FileExistsError):
+            os.link(output, target)
     return target
 
 
@@ -148,25 +151,36 @@ def find_or_build(kind: Kind, architectures: Sequence[int] = CUDA_ARCHITECTURES)
 
     Raises: BuildError.
     """
-    candidates = [INSTALLED / library_name(kind, architectures)]
-    if kind == "cuda":
-        candidates.append(INSTALLED / library_name(kind))  # all architectures, from installation
-    cache = cache_folder()
-    candidates.append(cache / library_name(kind, architectures))
-    for path in candidates:
+    name = library_name(kind, architectures)
+    installed = [INSTALLED / name]
+    # That of all architectures runs on what is newer than their first, by machine code or PTX.
+    if kind == "cuda" and min(architectures) >= min(CUDA_ARCHITECTURES):
+        installed.append(INSTALLED / library_name(kind))
+    for path in installed:
         if path.exists():
             return path
+    cache = cache_folder()
+    if (cache / name).exists():
+        return cache / name
     with _locked(cache, f"{kind}.lock"):
-        if candidates[-1].exists():
-            return candidates[-1]
+        if (cache / name).exists():
+            return cache / name
         return build(kind, cache, architectures)
 
 
 def cache_folder() -> Path:
+    """Where builds at first use go.
+
+    Raises: BuildError for a user without a home directory.
+    """
     chosen = os.environ.get("MEGATRON_SALT_CACHE")
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_salt"
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "megatron_salt"
+    except RuntimeError as error:
+        raise BuildError(f"{error} Set MEGATRON_SALT_CACHE to a folder for builds") from error
 
 
 @contextlib.contextmanager

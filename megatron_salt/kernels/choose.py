@@ -73,7 +73,8 @@ def load_for(device: torch.device) -> compiled.CompiledBody | str:
     if device.type == "cpu":
         return compiled.load("native")
     major, minor = torch.cuda.get_device_capability(device)
-    return compiled.load("cuda", 10 * major + minor)
+    with torch.cuda.device(device):
+        return compiled.load("cuda", 10 * major + minor)
 
 
 @functools.cache

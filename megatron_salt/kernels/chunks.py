@@ -73,6 +73,11 @@ class Heads:
     ) -> Heads:
         """Raises: ValueError for what does not fit together."""
         _check_head("student", student_hidden_TD, student_weight_WD, vocab)
+        if chunking.logits_dtype not in (None, torch.float32, student_hidden_TD.dtype):
+            raise ValueError(
+                f"logits_dtype = {chunking.logits_dtype}: choose torch.float32, or None for "
+                f"{student_hidden_TD.dtype}, which the hidden states have"
+            )
         if (teacher_hidden_TE is None) != (teacher_weight_WE is None):
             missing = "teacher_hidden_TE" if teacher_hidden_TE is None else "teacher_weight_WE"
             raise ValueError(f"{missing} is None, the teacher's other tensor is not")
@@ -201,7 +206,9 @@ def tokens_per_chunk(num_tokens: int, bytes_per_token: int, budget_bytes: int) -
 
 def _all_gathered(hidden: Tensor, group: ProcessGroup | None) -> Tensor:
     gathered = hidden.new_empty((hidden.shape[0] * tp_size_of(group), hidden.shape[1]))
-    dist.all_gather_into_tensor(gathered, hidden.contiguous(), group=group)
+    # torch 2.13 has a new name for it.
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+    gather(gathered, hidden.contiguous(), group=group)
     return gathered
 
 

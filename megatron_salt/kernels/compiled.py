@@ -49,6 +49,7 @@ class _SaltRows(ctypes.Structure):
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _ROWS = ctypes.POINTER(_SaltRows)
 _FUNCTIONS = {
+    "salt_probe": (),
     "salt_local_sums": (_ROWS, _POINTER, _POINTER, _POINTER),
     "salt_rescale": (_ROWS, _POINTER, _POINTER, _POINTER),
     "salt_finish": (_ROWS, _POINTER, _POINTER, _POINTER),
@@ -63,7 +64,7 @@ class CompiledBody:
     Args:
         name: what `impl` calls it.
         path: the shared library.
-    Raises: OSError if the library cannot be loaded.
+    Raises: OSError if the library cannot be loaded or cannot run on the current device.
     """
 
     def __init__(self, name: str, path: Path) -> None:
@@ -74,9 +75,13 @@ class CompiledBody:
         self._library.salt_error.restype = ctypes.c_char_p
         for function, arguments in _FUNCTIONS.items():
             getattr(self._library, function).argtypes = arguments
+        code = self._library.salt_probe()
+        if code:
+            words = self._library.salt_error(code).decode()
+            raise OSError(f"{path} cannot run here: {words} (CUDA error {code})")
 
     def scores(self, rows: Rows, options: Options, tp_group: ProcessGroup | None) -> Scores:
-        """See `Body.scores`. Memory: 10 floats a token at most."""
+        """See `Body.scores`. Memory: 10 floats a token at most, 12 over several ranks."""
         num_tokens, device = rows.student_TW.shape[0], rows.student_TW.device
         num_maxima, num_sums = 2, 4 if options.student_temperature == 1.0 else 5
         if rows.teacher_TW is None:
@@ -178,10 +183,10 @@ def _target(out_TW: Tensor) -> tuple[Tensor, int, int, int]:
 
 @functools.cache
 def load(kind: build.Kind, architecture: int | None = None) -> CompiledBody | str:
-    """The library, built if need be; where that is impossible the reason why.
+    """The library, built if need be; where it cannot be had or cannot run, the reason why.
 
     Args:
-        architecture: of the CUDA device, e.g. 90.
+        architecture: of the current CUDA device, e.g. 90.
     """
     architectures = build.CUDA_ARCHITECTURES if architecture is None else (architecture,)
     try:

@@ -126,6 +126,8 @@ def checked(
         if teacher_TW.shape[0] != student_TW.shape[0]:
             raise ValueError(f"teacher_logits_TW has shape {tuple(teacher_TW.shape)}, student's is "
                              f"{tuple(student_TW.shape)}: the tokens must be the same")  # fmt: skip
+        if teacher_TW.dtype == torch.float64 != student_TW.dtype:
+            raise ValueError("teacher_logits_TW is fp64, which only fp64 students may learn from")
         if teacher_TW.device != student_TW.device:
             raise ValueError(
                 f"teacher_logits_TW is on {teacher_TW.device}, the student's on {student_TW.device}"
@@ -141,8 +143,10 @@ def checked(
 
 def check_options(options: Options) -> None:
     a, b = options.teacher_temperature, options.student_temperature
-    if not (0 < a < float("inf") and 0 < b < float("inf")):
-        raise ValueError(f"temperatures must be above 0 and finite: teacher {a}, student {b}")
+    if not (1e-6 <= a <= 1e6 and 1e-6 <= b <= 1e6):
+        raise ValueError(
+            f"temperatures must be above 0, from 1e-6 to 1e6: teacher {a}, student {b}"
+        )
     if options.divergence not in get_args(Divergence):
         raise ValueError(
             f"divergence = {options.divergence!r}: choose one of {', '.join(get_args(Divergence))}"

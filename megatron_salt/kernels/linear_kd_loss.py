@@ -93,9 +93,12 @@ def linear_kd_loss(
     if not body.checks_values:
         rows = Rows(student_hidden_TD, teacher_hidden_TE, labels_T, *weights)
         check_values(rows, options)
-    loss, ce_T, kl_T = _LinearKdLossFunction.apply(
-        student_hidden_TD, student_weight_WD, heads, labels_T, *weights, options, body
-    )
+    # Autocast would round operands of the products behind their backs.
+    with torch.autocast(device.type, enabled=False):
+        loss, ce_T, kl_T = _LinearKdLossFunction.apply(
+            student_hidden_TD, student_weight_WD, heads, labels_T, *weights, options, body,
+            torch.is_grad_enabled(),
+        )  # fmt: skip
     return KdLoss(loss=loss, ce_T=ce_T.detach(), kl_T=kl_T.detach())
 
 
@@ -113,11 +116,12 @@ class _LinearKdLossFunction(torch.autograd.Function):
         kd_weight_T: Tensor,
         options: Options,
         body: Body,
+        grad_enabled: bool,  # in here it never is
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        wants_hidden, wants_weight = (grad_enabled and x for x in ctx.needs_input_grad[:2])
         tp_group = heads.chunking.tp_group
         values_3T = ce_weight_T.new_empty((3, heads.num_tokens))
-        unit = _power_of_two_above(ce_weight_T, kd_weight_T)
+        unit = _unit_of_weights(ce_weight_T, kd_weight_T, heads.gradient_dtype)
         gradients = _Gradients(heads, wants_hidden=wants_hidden, wants_weight=wants_weight)
         for chunk in heads.chunks():
             start, stop = chunk.start, chunk.stop
@@ -157,20 +161,34 @@ class _LinearKdLossFunction(torch.autograd.Function):
             torch.mul(hidden, factor, out=hidden)
         if weight is not None:
             weight = weight.mul_(factor).to(ctx.weight_dtype)
-        return (hidden, weight, *([None] * 6))
+        return (hidden, weight, *([None] * 7))
 
 
-def _power_of_two_above(ce_weight_T: Tensor, kd_weight_T: Tensor) -> Tensor:
-    """A power of two above every weight, as a scalar on their device; 1 if they are all 0.
+FP16_HEADROOM = 256
+"""How far above 1 the weights of an fp16 gradient may lie. What is left below 65504 is for the
+hidden states' gradient: sums over the vocabulary with heads of some tens."""
 
-    The chunks' gradients are made for weights divided by it: with weights of one over millions of
-    tokens they would vanish in fp16 before the loss scale can reach them.
+
+def _unit_of_weights(
+    ce_weight_T: Tensor, kd_weight_T: Tensor, gradient_dtype: torch.dtype
+) -> Tensor:
+    """A power of two by which the weights are divided while gradients are made; a scalar.
+
+    It lies just above the largest weight. With weights of one over millions of tokens the logits'
+    gradient would vanish in fp16 before the loss scale can reach it; and since most of it is far
+    smaller than its weight, fp16 gets FP16_HEADROOM on top. 1 if all weights are 0.
     """
     if not len(ce_weight_T):
         return ce_weight_T.new_ones(())
     largest = torch.maximum(ce_weight_T.abs().amax(), kd_weight_T.abs().amax())
     _, exponent = torch.frexp(largest)
-    return torch.ldexp(torch.ones_like(largest), exponent)
+    # So that neither it nor its inverse leaves fp32, for weights at the ends of its range.
+    unit = torch.ldexp(torch.ones_like(largest), exponent.clamp(-100, 100))
+    return unit / FP16_HEADROOM if gradient_dtype == torch.float16 else unit
+
+
+# torch 2.13 has a new name for it.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 class _Gradients:
@@ -211,9 +229,7 @@ class _Gradients:
         chunking = self._heads.chunking
         if self._heads.num_parts > 1:
             self._wait()
-            work = dist.reduce_scatter_tensor(
-                target_TD, grad_ND, group=chunking.tp_group, async_op=True
-            )
+            work = _reduce_scatter(target_TD, grad_ND, group=chunking.tp_group, async_op=True)
             self._under_way = (work, grad_ND)  # the input must live until it has been sent
             return
         target_TD.copy_(grad_ND)

@@ -59,6 +59,8 @@ CASES = {
     "spikes": Case(kind="spikes", V=507),
     "spikes, bf16": Case(kind="spikes", V=507, dtype=torch.bfloat16, b=2.0),
     "far from 0": Case(kind="far", a=2.0),
+    "far below 0, empty shards": Case(kind="low", V=123, b=2.0),
+    "masked shards": Case(kind="masked", V=252),
     "truncated teacher": Case(kind="truncated", V=507),
     "equal": Case(kind="equal"),
     "equal, bf16": Case(kind="equal", dtype=torch.bfloat16, V=123, a=2.0, b=2.0),
@@ -104,6 +106,12 @@ def make_inputs(case: Case) -> Inputs:
         student[::3, -1] = 1e4
     elif case.kind == "far":
         student, teacher = student + 1e4, teacher - 1e4
+    elif case.kind == "low":
+        student, teacher = student - 300, teacher - 300
+    elif case.kind == "masked":
+        # Everything before the last shard of 4 is masked, as with a restricted vocabulary.
+        student[:, :192] = teacher[:, :192] = torch.finfo(torch.float32).min
+        labels = labels.clamp(min=192)
     elif case.kind == "truncated":
         # All of the teacher's probability lies in few columns, on some ranks in none.
         teacher = teacher.where(teacher >= teacher.topk(3, dim=1).values[:, -1:], -torch.inf)

@@ -40,6 +40,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     teacher: bool = True
     b: float = 1.0
+    strided: bool = False
 
 
 CASES = {
@@ -53,6 +54,7 @@ CASES = {
         "chunks, b = 2": dict(chunk_bytes=6_000, b=2.0),
         "empty shards": dict(V=123, chunk_bytes=6_000),
         "bf16": dict(dtype=torch.bfloat16, chunk_bytes=8_000),
+        "strided hidden states": dict(strided=True, chunk_bytes=6_000),
         "no teacher": dict(teacher=False, chunk_bytes=6_000),
     }.items()
     for tp_size in (2, 4)
@@ -114,6 +116,8 @@ def run_case(body: str, case: Case, group: dist.ProcessGroup) -> list[Any]:
     hidden = x["hidden"].to(case.dtype)
     if case.sequence_parallel:
         hidden = hidden.chunk(case.tp_size)[tp_rank].clone()
+    if case.strided:
+        hidden = hidden.t().contiguous().t()
     hidden.requires_grad_()
     weight = head_shard(x["weight"]).requires_grad_()
     chunking = Chunking(

@@ -178,6 +178,23 @@ def test_teacher_may_give_tokens_no_probability(body: str, dtype: torch.dtype) -
     assert implementation(body, case, 256, dtype).kl_T.isfinite().all()
 
 
+@pytest.mark.parametrize("num_masked", [9, 600, 3000])
+@pytest.mark.parametrize("dtype", dtypes_of("native"), ids=str)
+@pytest.mark.parametrize("body", BODIES)
+def test_logits_may_be_masked_with_the_smallest_number(
+    body: str, dtype: torch.dtype, num_masked: int
+) -> None:
+    """From the first column on, so that a whole block of columns has nothing else in it."""
+    case = make_case(6, 4096)
+    assert case.teacher_TV is not None
+    student, teacher = case.student_TV.clone(), case.teacher_TV.clone()
+    student[:, :num_masked] = teacher[:, :num_masked] = torch.finfo(dtype).min
+    case = replace(
+        case, student_TV=student, teacher_TV=teacher, labels_T=case.labels_T.clamp(min=num_masked)
+    )
+    assert_as_good_as_plain(body, case, 4096, dtype)
+
+
 @pytest.mark.parametrize(("a", "b"), [(1.0, 1.0), (2.0, 2.0)])
 @pytest.mark.parametrize(("body", "dtype"), BODIES_AND_DTYPES, ids=str)
 def test_student_that_equals_its_teacher_is_at_rest(
@@ -515,11 +532,13 @@ ERRORS: list[tuple[str, dict[str, Any], str]] = [
     ("impl", dict(impl="fast"), "impl = 'fast'.*auto.*reference"),
     ("impl of another device", dict(impl="cuda"), "impl = 'cuda' cannot serve tensors on cpu"),
     ("divergence", dict(divergence="kl"), "divergence = 'kl'.*forward_kl.*mse"),
+    ("temperature below fp32", dict(teacher_temperature=1e-39), "temperatures.*1e-39"),
     ("infinite temperature", dict(teacher_temperature=math.inf), "temperatures.*inf"),
     ("student's strides", dict(student_logits_TW=torch.zeros(9, 8).t()), "student.*strides.*adjac"),
     ("teacher's strides", dict(teacher_logits_TW=torch.zeros(8, 18)[:, ::2]), "teacher.*strides"),
     ("teacher's axes", dict(teacher_logits_TW=torch.zeros(8)), r"teacher.*must be \[T, W\]"),
     ("label's device", dict(labels_T=torch.zeros(8, device="meta").long()), "labels_T is on meta"),
+    ("precise teacher", dict(teacher_logits_TW=torch.zeros(8, 9).double()), "teacher.*is fp64"),
     ("cold teacher", dict(teacher_temperature=0.0), "temperatures.*teacher 0.0"),
     ("cold student", dict(student_temperature=-1.0), "temperatures.*student -1.0"),
     ("nan temperature", dict(student_temperature=math.nan), "temperatures.*nan"),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_salt.kernels import build
+from megatron_salt.kernels import build, compiled
 
 NVCC = build.find_nvcc()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no CUDA toolkit on this machine")
@@ -152,6 +152,57 @@ def test_an_installed_library_is_used_and_a_stale_one_is_not(elsewhere: Path) ->
     path.write_bytes(b"of these sources")
     assert build.find_or_build("native") == path
     assert not elsewhere.exists()
+
+
+def test_an_older_gpu_is_not_given_the_installed_code(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = elsewhere.parent / "lib"
+    installed.mkdir()
+    library = installed / build.library_name("cuda")
+    library.write_bytes(b"for sm_80 and later")
+    monkeypatch.setattr(build, "build", lambda kind, folder, architectures: architectures)
+    assert build.find_or_build("cuda", [90]) == build.find_or_build("cuda", [120]) == library
+    assert build.find_or_build("cuda", [75]) == [75]
+
+
+def test_installed_code_needs_no_home_directory(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("MEGATRON_SALT_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(build.BuildError, match="home directory.*MEGATRON_SALT_CACHE"):
+        build.find_or_build("native")
+    installed = elsewhere.parent / "lib"
+    installed.mkdir()
+    library = installed / build.library_name("native")
+    library.write_bytes(b"of these sources")
+    assert build.find_or_build("native") == library
+
+
+def test_a_library_that_cannot_run_is_a_reason_and_no_body(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As with a driver that is too old for the CUDA toolkit: it loads, and its probe fails."""
+    source = tmp_path / "broken.cpp"
+    names = ("local_sums", "rescale", "finish", "gradient", "values_and_gradient")
+    source.write_text(
+        'extern "C" {\nint salt_probe() { return 35; }\n'
+        'const char* salt_error(int) { return "driver too old"; }\n'
+        + "".join(f"void salt_{name}() {{}}\n" for name in names) + "}\n",
+        encoding="utf-8",
+    )  # fmt: skip
+    library = tmp_path / "broken.so"
+    compiler = build.find_cxx()
+    assert compiler is not None
+    subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    monkeypatch.setattr(build, "find_or_build", lambda *about: library)
+    reason = compiled.load.__wrapped__("native")
+    assert isinstance(reason, str) and "cannot run here: driver too old" in reason
 
 
 def test_missing_and_failing_compilers_are_named(

@@ -6,12 +6,14 @@ D and E widths, W vocabulary columns, V real vocabulary.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from bodies import BODIES, BODIES_AND_DTYPES, chosen
+from bodies import BODIES, BODIES_AND_DTYPES, chosen, threads_backwards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_salt.kernels import Chunking, KdLoss, VocabShard, kd_loss, linear_kd_loss
 from megatron_salt.kernels.chunks import tokens_per_chunk
+from megatron_salt.kernels.head import Head
 
 torch.set_num_threads(1)
 
@@ -228,16 +231,6 @@ def test_frozen_head_and_frozen_body_get_no_gradient() -> None:
     assert not result.loss.requires_grad and torch.equal(result.loss, full.loss)
 
 
-def test_hidden_states_may_be_strided() -> None:
-    case = make_case()
-    expected = fused("native", case, torch.float32)
-    hidden = case.hidden_TD.float().t().contiguous().t().requires_grad_()
-    result, _, _ = call(case, torch.float32, student_hidden_TD=hidden)
-    result.loss.backward()
-    assert hidden.grad is not None
-    assert torch.allclose(hidden.grad, expected.hidden_grad_TD, rtol=1e-5, atol=1e-7)
-
-
 def test_nothing_of_the_teacher_is_kept_for_backward() -> None:
     result, _, _ = call(make_case(), torch.float32)
     function = result.loss.grad_fn
@@ -279,30 +272,122 @@ def test_no_tokens(dtype: torch.dtype) -> None:
     assert got.hidden_grad_TD.shape == (0, D) and (got.weight_grad_WD == 0).all()
 
 
-class LargestTensor(TorchDispatchMode):
-    """Remembers the largest tensor that any operation returned."""
+class LiveBytes(TorchDispatchMode):
+    """The peak of the bytes that tensors made inside hold at the same time."""
 
-    def __init__(self) -> None:
+    def __init__(self, *given: Tensor | None) -> None:
         super().__init__()
-        self.num_bytes = 0
+        self._given = {x.untyped_storage().data_ptr() for x in given if x is not None}
+        self._tensors: list[weakref.ref[Tensor]] = []
+        self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for x in result if isinstance(result, tuple | list) else [result]:
             if isinstance(x, Tensor):
-                self.num_bytes = max(self.num_bytes, x.untyped_storage().nbytes())
+                self._tensors.append(weakref.ref(x))
+        self._tensors = [ref for ref in self._tensors if ref() is not None]
+        storages = [x.untyped_storage() for ref in self._tensors if (x := ref()) is not None]
+        live = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        self.peak = max(self.peak, sum(n for p, n in live.items() if p not in self._given))
         return result
 
 
+@pytest.mark.parametrize("chunk_bytes", [1_000_000, 4_000_000])
+@pytest.mark.parametrize("logits_dtype", [torch.float32, None], ids=["fp32 logits", "own logits"])
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
-def test_no_tensor_is_larger_than_the_budget(dtype: torch.dtype) -> None:
-    case = make_case(2000)
-    chunking = Chunking(chunk_bytes=200_000)
-    with LargestTensor() as largest:
-        result, _, _ = call(case, dtype, chunking=chunking)
+def test_all_that_is_alive_fits_the_budget(
+    dtype: torch.dtype, logits_dtype: torch.dtype | None, chunk_bytes: int
+) -> None:
+    num_tokens, num_columns, width = 2000, 3000, 64
+    rng = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(*shape, generator=rng).to(dtype)
+    hidden, weight = normal(num_tokens, width), normal(num_columns, width)
+    states = [hidden, weight, normal(num_tokens, width), normal(num_columns, width)]
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    labels = torch.zeros(num_tokens, dtype=torch.int64)
+    with LiveBytes(*states, labels) as live:
+        linear_kd_loss(
+            *states, labels, ce_weight_T=1.0, kd_weight_T=1.0,
+            vocab=VocabShard(size=num_columns, start=0, stop=num_columns),
+            chunking=Chunking(chunk_bytes=chunk_bytes, logits_dtype=logits_dtype),
+        )  # fmt: skip
+    results = hidden.numel() * dtype.itemsize + weight.numel() * 4
+    per_token = 4 * 8 * num_tokens  # values and weights
+    extra = live.peak - results - per_token
+    assert 0.5 * chunk_bytes < extra <= 1.1 * chunk_bytes
+
+
+def test_fp16_gradients_keep_what_lies_far_below_their_weight() -> None:
+    """As on CUDA, where the products want the logits' gradient in fp16."""
+    case = make_case(near=True)
+    case = replace(case, ce_weight_T=torch.zeros_like(case.ce_weight_T)).rounded(torch.float16)
+    exact = unfused(case)
+    scaled = replace(case, kd_weight_T=case.kd_weight_T / 4e6)
+    with mock.patch.object(Head, "operand_dtype", lambda head, dtype: head.weight_WD.dtype):
+        result, hidden, _ = call(scaled, torch.float16)
+        (result.loss * 4e6).backward()
+        assert hidden.grad is not None
+        kept = error(hidden.grad, exact.hidden_grad_TD)
+        with mock.patch("megatron_salt.kernels.linear_kd_loss.FP16_HEADROOM", 1):
+            result, hidden, _ = call(scaled, torch.float16)
+            (result.loss * 4e6).backward()
+            assert hidden.grad is not None
+            lost = error(hidden.grad, exact.hidden_grad_TD)
+    assert kept < 2e-3 and kept < lost / 2
+
+
+@pytest.mark.parametrize("weight", [1e-39, 1e-30, 1e30, 2e38])
+def test_weights_at_the_ends_of_fp32(weight: float) -> None:
+    case = make_case()
+    result, hidden, head = call(case, torch.float32, ce_weight_T=weight, kd_weight_T=0.0)
+    (result.loss / weight if weight > 1 else result.loss).backward()
+    assert hidden.grad is not None and head.grad is not None
+    assert hidden.grad.isfinite().all() and head.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("V", [123, 2049, 5000])
+def test_cuda_kernel_of_both_passes_needs_no_barrier_that_is_missing(V: int) -> None:
+    """The gradient goes over the logits, so nobody may write before the label has been read."""
+    rng = torch.Generator().manual_seed(1)
+    hidden, head, teacher = (torch.randn(*n, generator=rng) for n in ((5, 8), (V, 8), (V, 8)))
+
+    def run() -> tuple[Tensor, Tensor]:
+        leaf = hidden.clone().requires_grad_()
+        with chosen("cuda on cpu"):
+            result = linear_kd_loss(
+                leaf, head, hidden, teacher, torch.tensor([0, 7, 90, V - 2, V - 1]),
+                ce_weight_T=1.0, kd_weight_T=1.0, vocab=VocabShard(size=V, start=0, stop=V),
+            )  # fmt: skip
         result.loss.backward()
-    hidden_bytes = 2000 * D * 8  # the case itself, in fp64
-    assert largest.num_bytes <= max(chunking.chunk_bytes, hidden_bytes) < 2000 * W * 2
+        assert leaf.grad is not None
+        return result.ce_T, leaf.grad
+
+    forwards = run()
+    with threads_backwards():
+        backwards = run()
+    assert all(torch.equal(a, b) for a, b in zip(forwards, backwards, strict=True))
+
+
+def test_without_gradients_none_are_computed() -> None:
+    case = make_case()
+    path = "megatron_salt.kernels.linear_kd_loss._Gradients.add_"
+    with mock.patch(path, side_effect=AssertionError("a gradient was computed")):
+        with torch.no_grad():
+            result, _, _ = call(case, torch.float32)
+        assert not result.loss.requires_grad
+        with pytest.raises(AssertionError, match="a gradient was computed"):
+            call(case, torch.float32)
+
+
+def test_autocast_changes_nothing() -> None:
+    case = make_case()
+    expected = fused("native", case, torch.float32)
+    with torch.autocast("cpu", dtype=HALF):
+        got = fused("native", case, torch.float32)
+    assert torch.equal(got.hidden_grad_TD, expected.hidden_grad_TD)
+    assert torch.equal(got.weight_grad_WD, expected.weight_grad_WD)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
@@ -341,6 +426,7 @@ ERRORS: list[tuple[str, dict[str, Any], str]] = [
     ("weights", dict(kd_weight_T=torch.ones(3)), r"kd_weight_T has shape \(3,\)"),
     ("temperature", dict(teacher_temperature=0.0), "temperatures must be above 0"),
     ("impl", dict(impl="cuda"), "impl = 'cuda' cannot serve"),
+    ("other logits", dict(chunking=Chunking(logits_dtype=HALF)), "logits_dtype = torch.bfloat16"),
     ("budget", dict(chunking=Chunking(chunk_bytes=100)), "cannot hold the smallest chunk"),
     ("no teacher", dict(teacher_hidden_TE=None, teacher_weight_WE=None), "kd_weight_T.*no teacher"),
 ]  # fmt: skip

@@ -300,6 +300,13 @@ const char* salt_error(int code) {
   return code == kErrorDtypes ? kErrorDtypesText : cudaGetErrorString(cudaError_t(code));
 }
 
+int salt_probe() {
+  cudaFuncAttributes attributes;
+  const int code = int(cudaFuncGetAttributes(&attributes, rescale_kernel<true>));
+  cudaGetLastError();  // the answer is the code; later launches must not see it
+  return code;
+}
+
 int salt_local_sums(const SaltRows* call, float* maxima, float* sums, float* values) {
   const SaltRows& rows = *call;
   return dispatch_inputs(rows, [&](auto s, auto z, auto teacher) {

@@ -38,6 +38,8 @@ struct SaltRows {
 
 // Every function returns 0, or a code for salt_error.
 const char* salt_error(int code);
+// Whether this library's code can run on the current device.
+int salt_probe();
 
 // Pass 1: maxima and sums of this rank's columns. With `values` (one rank alone) the result too.
 int salt_local_sums(const SaltRows* rows, float* maxima, float* sums, float* values);

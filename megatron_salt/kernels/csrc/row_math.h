@@ -100,7 +100,8 @@ SALT_FN void move_centre(RowSums& row, float s_max, float z_max, const Scales& k
   const float s_scale = has_s ? exp2_of(s_step * k.student) : 0.0f;
   const float z_scale = has_z ? exp2_of(z_step * k.teacher) : 0.0f;
   const float shift = has_z ? row.z_sum * kLn2 * (z_step * k.teacher - s_step * k.student) : 0.0f;
-  row.gap = z_scale * (row.gap + shift);
+  // What has no weight any more may be shifted by inf (a part full of masked logits of -3e38).
+  row.gap = z_scale != 0.0f ? z_scale * (row.gap + shift) : 0.0f;
   row.s_sum *= s_scale;
   row.z_sum *= z_scale;
   if (k.tempered) row.s1_sum *= has_s ? exp2_of(s_step * kLog2E) : 0.0f;
