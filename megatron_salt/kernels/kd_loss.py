@@ -65,11 +65,14 @@ def kd_loss(
         do what is asked. Labels and weights on CUDA are asserted there.
     Source: SALT, arXiv 2410.18779, for the mix of CE and KL; docs/method.md for the conventions.
     """
-    rows, options = checked(
-        student_logits_TW, teacher_logits_TW, labels_T, ce_weight_T, kd_weight_T,
-        Options(vocab=vocab, teacher_temperature=float(teacher_temperature),
-                student_temperature=float(student_temperature), divergence=divergence),
+    options = Options(
+        vocab=vocab, teacher_temperature=float(teacher_temperature),
+        student_temperature=float(student_temperature), divergence=divergence,
     )  # fmt: skip
+    check_options(options)
+    rows = checked_rows(
+        student_logits_TW, teacher_logits_TW, labels_T, ce_weight_T, kd_weight_T, vocab
+    )
     dtypes = {x.dtype for x in rows[:2] if x is not None}
     body = choose_body(
         impl, device=rows.student_TW.device, dtypes=frozenset(dtypes), divergence=divergence
@@ -107,22 +110,21 @@ class _KdLossFunction(torch.autograd.Function):
         return (grad_TW, None, None, None, None)
 
 
-def checked(
+def checked_rows(
     student_TW: Tensor,
     teacher_TW: Tensor | None,
     labels_T: Tensor,
     ce_weight_T: Tensor | float,
     kd_weight_T: Tensor | float,
-    options: Options,
-) -> tuple[Rows, Options]:
-    """The arguments of a call as the bodies want them. Looks at no value of a tensor.
+    vocab: VocabShard,
+) -> Rows:
+    """The tensors of a call as the bodies want them. Looks at no value of a tensor.
 
     Raises: ValueError.
     """
-    check_options(options)
-    check_logits("student_logits_TW", student_TW, options.vocab)
+    check_logits("student_logits_TW", student_TW, vocab)
     if teacher_TW is not None:
-        check_logits("teacher_logits_TW", teacher_TW, options.vocab)
+        check_logits("teacher_logits_TW", teacher_TW, vocab)
         if teacher_TW.shape[0] != student_TW.shape[0]:
             raise ValueError(f"teacher_logits_TW has shape {tuple(teacher_TW.shape)}, student's is "
                              f"{tuple(student_TW.shape)}: the tokens must be the same")  # fmt: skip
@@ -138,7 +140,7 @@ def checked(
         as_weight(weight, name, student_TW.shape[0], dtype, student_TW.device)
         for weight, name in ((ce_weight_T, "ce_weight_T"), (kd_weight_T, "kd_weight_T"))
     )
-    return Rows(student_TW, teacher_TW, labels_T, ce_weight_T, kd_weight_T), options
+    return Rows(student_TW, teacher_TW, labels_T, ce_weight_T, kd_weight_T)
 
 
 def check_options(options: Options) -> None:
