@@ -130,19 +130,18 @@ __device__ __forceinline__ void reduce_warp(RowSums& row, const Scales& k) {
   }
 }
 
-// Pass 1 of one token by the whole block; every thread gets the result.
-template <class S, class Z, bool kTeacher>
-__device__ __forceinline__ RowSums sum_row(const SaltRows& rows, int64_t token, const Scales& k,
-                                           RowSums (&shared)[kMaxWarps]) {
+// Both rows of a token, a few vectors per thread at a time: function(first column of the thread's
+// first vector, columns to its next one, student's logits, teacher's logits), the logits in fp32.
+template <class S, class Z, bool kTeacher, class Function>
+__device__ __forceinline__ void for_each_vector(const SaltRows& rows, int64_t token,
+                                                Function function) {
+  constexpr int kUnroll = kUnrollOf<S, Z>;
   const S* student = Typed<S, Z>{rows}.student(token);
   const Z* teacher = kTeacher ? Typed<S, Z>{rows}.teacher(token) : nullptr;
-  constexpr int kUnroll = kUnrollOf<S, Z>;
   const Groups groups = Groups::of(student, teacher, int(rows.num_columns));
   const bool s_aligned = is_aligned(student + groups.first);
   const bool z_aligned = kTeacher && is_aligned(teacher + groups.first);
   const int step = int(blockDim.x) * kVector;
-
-  RowSums row = RowSums::none();
   for (int column = groups.first + int(threadIdx.x) * kVector; column < groups.count;
        column += kUnroll * step) {
     Vector<S> s_raw[kUnroll];
@@ -158,9 +157,18 @@ __device__ __forceinline__ RowSums sum_row(const SaltRows& rows, int64_t token, 
       s[i] = to_float(s_raw[i / kVector].elements[i % kVector]);
       z[i] = kTeacher ? to_float(z_raw[i / kVector].elements[i % kVector]) : 0.0f;
     }
-    add_columns<kUnroll * kVector, kTeacher>(row, s, z, k);
+    function(column, step, s, z);
   }
+}
 
+// Pass 1 of one token by the whole block; every thread gets the result.
+template <class S, class Z, bool kTeacher>
+__device__ __forceinline__ RowSums sum_row(const SaltRows& rows, int64_t token, const Scales& k,
+                                           RowSums (&shared)[kMaxWarps]) {
+  RowSums row = RowSums::none();
+  for_each_vector<S, Z, kTeacher>(rows, token, [&](int, int, const float* s, const float* z) {
+    add_columns<kUnrollOf<S, Z> * kVector, kTeacher>(row, s, z, k);
+  });
   reduce_warp<kTeacher>(row, k);
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
   if (lane == 0) shared[warp] = row;
@@ -176,44 +184,26 @@ __device__ __forceinline__ RowSums sum_row(const SaltRows& rows, int64_t token, 
 template <class S, class Z, class G>
 __device__ __forceinline__ void write_gradient(const SaltRows& rows, int64_t token,
                                                const RowGradient& g, G* gradient, int width) {
+  const int count = int(rows.num_columns);
   int first_zero = 0;
   for_row_kind(g, [&](auto kind) {
     constexpr bool kCe = decltype(kind)::kCe, kKd = decltype(kind)::kKd;
-    const S* student = Typed<S, Z>{rows}.student(token);
-    const Z* teacher = kKd ? Typed<S, Z>{rows}.teacher(token) : nullptr;
-    constexpr int kUnroll = kUnrollOf<S, Z>;
-    const Groups groups = Groups::of(student, teacher, int(rows.num_columns));
-    const bool s_aligned = is_aligned(student + groups.first);
-    const bool z_aligned = kKd && is_aligned(teacher + groups.first);
-    const bool g_aligned = is_aligned(gradient + groups.first);
-    const int step = int(blockDim.x) * kVector;
     const int64_t label = local_label(rows, token);
-    first_zero = groups.count;
-    for (int column = groups.first + int(threadIdx.x) * kVector; column < groups.count;
-         column += kUnroll * step) {
-      Vector<S> s_raw[kUnroll];
-      Vector<Z> z_raw[kUnroll];
+    first_zero = count;
+    for_each_vector<S, Z, kKd>(rows, token, [&](int column, int step, const float* s,
+                                                const float* z) {
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        s_raw[u].load(student, column + u * step, groups.count, s_aligned);
-        if (kKd) z_raw[u].load(teacher, column + u * step, groups.count, z_aligned);
-      }
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        float s[kVector], z[kVector], out[kVector];
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) {
-          s[i] = to_float(s_raw[u].elements[i]);
-          z[i] = kKd ? to_float(z_raw[u].elements[i]) : 0.0f;
-        }
+      for (int u = 0; u < kUnrollOf<S, Z>; ++u) {
         const int start = column + u * step;
-        columns_gradient<kVector, kCe, kKd, decltype(kind)::kTempered>(out, s, z, label - start, g);
+        float out[kVector];
+        columns_gradient<kVector, kCe, kKd, decltype(kind)::kTempered>(
+            out, s + u * kVector, z + u * kVector, label - start, g);
         Vector<G> result;
 #pragma unroll
         for (int i = 0; i < kVector; ++i) from_float(out[i], result.elements[i]);
-        result.store(gradient, start, groups.count, g_aligned);
+        result.store(gradient, start, count, is_aligned(gradient + start));
       }
-    }
+    });
   });
   // Padding; and all of a row whose weights are 0, whose logits are not even read.
   for (int column = first_zero + int(threadIdx.x); column < width; column += int(blockDim.x))
