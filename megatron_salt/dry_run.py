@@ -52,10 +52,11 @@ class StageMemory:
     teacher: float
     hidden_states: float
     activations: float
+    loss: float
 
     @property
     def total(self) -> float:
-        return self.model_states + self.teacher + self.hidden_states + self.activations
+        return self.model_states + self.teacher + self.hidden_states + self.activations + self.loss
 
 
 def world_size_for(config: RunConfig, deepspeed_config: str) -> int:
@@ -110,6 +111,27 @@ def activation_bytes(config: RunConfig, settings: DeepSpeedSettings, layers: int
     if config.parallel.recompute_granularity == "full":
         per_layer = 2.0 / shared
     return unit * per_layer * layers * BYTES[settings.precision] / 2
+
+
+def loss_bytes(
+    config: RunConfig, settings: DeepSpeedSettings, vocab_size: int, *, teacher: bool
+) -> float:
+    """Bytes of the loss on a rank of the last stage: logits of one chunk of tokens, and what waits
+    for the backward, the gradients of the hidden states and, in fp32, of the head.
+
+    Source: `kernels.chunks.Heads.bytes_per_token`, without its scratch of some hidden states.
+    """
+    model, salt, width = config.model, config.salt, BYTES[settings.precision]
+    tp = config.parallel.tensor_model_parallel_size
+    columns = padded_vocab(model, vocab_size, tp) // tp
+    logits = 4 if salt.logits_dtype == "fp32" else width
+    per_token = columns * logits * (2 if teacher else 1)
+    if logits != width:  # the products want the logits' gradient in the model's precision
+        per_token += columns * width
+    tokens = config.data.seq_length * settings.micro_batch_size
+    chunk = min(salt.loss_chunk_mib << 20, tokens * per_token)
+    local_tokens = tokens // tp if config.parallel.sequence_parallel else tokens
+    return chunk + model.hidden_size * (4.0 * columns + width * local_tokens)
 
 
 def _stage_of(name: str, bounds: list[int]) -> int:
@@ -206,6 +228,9 @@ def stage_memory(
                 teacher=teacher_bytes,
                 hidden_states=hidden_bytes,
                 activations=activation_bytes(config, settings, layers) * in_flight,
+                loss=loss_bytes(config, settings, vocab_size, teacher=teacher is not None)
+                if last
+                else 0.0,
             )
         )
     return result
@@ -284,6 +309,7 @@ def _stage_lines(bounds: list[int], memory: list[StageMemory], costs: list[float
             f"  stage {stage}: layers [{start}, {stop}), {part.parameters:,} parameters a rank, "
             f"{cost / total_cost:.1%} of the work; model states {part.model_states / gib:.2f} + "
             f"teacher {part.teacher / gib:.2f} + its hidden states {part.hidden_states / gib:.2f} "
-            f"+ activations {part.activations / gib:.2f} = {part.total / gib:.2f}"
+            f"+ activations {part.activations / gib:.2f} + loss {part.loss / gib:.2f} = "
+            f"{part.total / gib:.2f}"
         )
     return lines
