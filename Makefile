@@ -35,6 +35,7 @@ $(STAMP): pyproject.toml setup.py
 	@# before the other packages' looser requirements can choose one.
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) "$(TORCH)"
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[dev]"
+	$(BIN)/python -m megatron_salt.kernels
 	@touch $@
 
 test: setup ## run the tests (TESTS=tests/unit TEST_ARGS="-k report" for some of them)

@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"impl = 'auto' on {device} ({kind}): {body.name}")
     missing = [name for name in arguments.require if isinstance(available[name], str)]
     if missing:
-        print(f"required but not available: {', '.join(missing)}", file=sys.stderr)
+        reasons = "; ".join(f"{name}: {available[name]}" for name in missing)
+        print(f"required but not available: {reasons}", file=sys.stderr)
     return 1 if missing else 0
 
 
@@ -52,8 +53,11 @@ def _native() -> compiled.CompiledBody | str:
 
 def _cuda() -> compiled.CompiledBody | str:
     if not torch.cuda.is_available():
-        built = torch.version.cuda or "no CUDA"
-        return f"torch {torch.__version__} (built with {built}) sees no CUDA device"
+        installed = build.INSTALLED / build.library_name("cuda")
+        reason = f"torch {torch.__version__} sees no CUDA device"
+        if torch.version.cuda is None:
+            reason += "; it is a build without CUDA"
+        return f"{reason}\n(installed: {installed})" if installed.exists() else reason
     return load_for(torch.device("cuda", torch.cuda.current_device()))
 
 

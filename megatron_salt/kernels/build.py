@@ -7,8 +7,8 @@ of everything that it was made from and for, so a stale or foreign build is neve
 sources, other flags, another processor (the CPU library uses all of its instructions) or C library
 lead to another name.
 
-Environment: CXX, CUDA_HOME, and MEGATRON_SALT_CACHE, the folder for builds at first use (default
-~/.cache/megatron_salt).
+Environment: CXX, CUDA_HOME or CUDA_PATH, and MEGATRON_SALT_CACHE, the folder for builds at first
+use (default megatron_salt in XDG_CACHE_HOME or ~/.cache).
 """
 
 from __future__ import annotations
@@ -81,16 +81,22 @@ def compile_command(
     """
     if kind == "native":
         compiler = find_cxx()
+        if compiler is None and os.environ.get("CXX"):
+            raise BuildError(
+                f"CXX={os.environ['CXX']} is no program on this machine: correct or unset it"
+            )
         if compiler is None:
             raise BuildError(
-                "no C++ compiler found ($CXX, g++, c++); on Debian and Ubuntu: apt-get install g++"
+                "no C++ compiler found (g++, c++ or CXX); on Debian and Ubuntu: apt-get install g++"
             )
         return [compiler, *CXX_FLAGS, str(SOURCES / "kd_loss.cpp"), "-o", str(output)]
     compiler = find_nvcc()
     if compiler is None:
+        home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+        where = f"{home}/bin" if home else "nvcc on the path, /usr/local/cuda"
         raise BuildError(
-            "no CUDA compiler found ($CUDA_HOME/bin/nvcc, nvcc on the path, /usr/local/cuda); "
-            "install NVIDIA's CUDA toolkit"
+            f"no CUDA compiler found ({where}); install NVIDIA's CUDA toolkit, or point CUDA_HOME "
+            "to it"
         )
     host = find_cxx()
     return [

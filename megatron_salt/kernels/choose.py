@@ -47,7 +47,7 @@ def choose_body(
             return body
         if impl != "auto":
             raise RuntimeError(f"impl = {impl!r} is not available: {body}")
-        problem = body
+        problem = f"is not available: {body}"
     elif impl != "auto":
         raise ValueError(f"impl = {impl!r} {problem}; 'reference' does")
     _say_once(f"the loss uses the slow reference: {wanted} {problem}")

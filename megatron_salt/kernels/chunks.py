@@ -30,8 +30,9 @@ class Chunking:
     """
 
     chunk_bytes: int = DEFAULT_CHUNK_BYTES
-    """For everything that exists per token of a chunk: the logits of student and teacher, their
-    gradient, and under sequence parallelism the gathered hidden states."""
+    """For everything that is made for one chunk: the logits of student and teacher, the gradient of
+    the student's, operands converted to fp32 on the CPU, and under sequence parallelism the
+    gathered hidden states and gradients on their way."""
     logits_dtype: torch.dtype | None = torch.float32
     """None: that of the hidden states. Rounding logits to bf16 costs the gradient of a student near
     its teacher several per cent."""
@@ -119,7 +120,7 @@ class Heads:
     def logits_dtype(self) -> torch.dtype:
         hidden = self.student_hidden_TD.dtype
         wanted = self.chunking.logits_dtype or hidden
-        return torch.promote_types(wanted, hidden) if hidden == torch.float64 else wanted
+        return hidden if hidden == torch.float64 else wanted
 
     @property
     def gradient_dtype(self) -> torch.dtype:
@@ -142,10 +143,11 @@ class Heads:
 
     def tokens_per_chunk(self) -> int:
         """This rank's tokens per chunk."""
-        return tokens_per_chunk(
+        return even_chunk(
             self.student_hidden_TD.shape[0],
             self.bytes_per_token() * self.num_parts,
-            self.chunking.chunk_bytes - max(head.block_bytes for head in self._both()),
+            self.chunking.chunk_bytes,
+            fixed_bytes=max(head.block_bytes for head in self._both()),
         )
 
     def _both(self) -> list[Head]:
@@ -183,20 +185,23 @@ class Heads:
             yield Chunk(start, stop, hidden_ND, student_NW, teacher_NW)
 
 
-def tokens_per_chunk(num_tokens: int, bytes_per_token: int, budget_bytes: int) -> int:
-    """Size of the fewest chunks, nearly equal, that fit into the budget; at least 1.
+def even_chunk(
+    num_tokens: int, bytes_per_token: int, budget_bytes: int, *, fixed_bytes: int = 0
+) -> int:
+    """Tokens per chunk of the fewest chunks, nearly equal, that fit into the budget; at least 1.
 
     Rounded up to a multiple of 64 where the budget allows, for the matrix products.
     Args:
-        num_tokens: of this rank; bytes_per_token: for one of them on this rank, whose logits are
-            those of one token of every rank under sequence parallelism.
+        num_tokens: all of this rank's.
+        bytes_per_token: what one of them adds to a chunk.
+        fixed_bytes: what a chunk takes however few they are.
     Raises: ValueError if the budget holds no token.
     """
-    largest = budget_bytes // bytes_per_token
+    largest = (budget_bytes - fixed_bytes) // bytes_per_token
     if largest < 1:
         raise ValueError(
             f"chunk_bytes = {budget_bytes} cannot hold the smallest chunk of logits, which takes "
-            f"{bytes_per_token} bytes: raise it (salt.loss_chunk_mib)"
+            f"{bytes_per_token + fixed_bytes} bytes: raise it (salt.loss_chunk_mib)"
         )
     num_chunks = max(1, -(-num_tokens // largest))
     even = max(1, -(-num_tokens // num_chunks))

@@ -138,7 +138,7 @@ class CompiledBody:
     def _described(self, rows: Rows, options: Options):  # type: ignore[no-untyped-def]
         """The rows as the library wants them, with their device current while it is called."""
         student_TW, teacher_TW, labels_T, ce_weight_T, kd_weight_T = rows
-        # Weights are given for one token or for all; labels and weights are small.
+        # A single weight is an expanded view of stride 0, and labels may be strided.
         held = [tensor.contiguous() for tensor in (labels_T, ce_weight_T, kd_weight_T)]
         described = _SaltRows(
             student=student_TW.data_ptr(),

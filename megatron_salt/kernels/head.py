@@ -10,8 +10,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megatron_salt.kernels.rows import arithmetic_dtype
-
 
 class Head:
     """An output head's weight [W, D] and what is multiplied with it.
@@ -76,4 +74,4 @@ class Head:
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
         for start in range(0, len(self.weight_WD), self._rows_per_block):
             rows = slice(start, start + self._rows_per_block)
-            yield rows, self.weight_WD[rows].to(arithmetic_dtype(self.weight_WD))
+            yield rows, self.weight_WD[rows].float()

@@ -14,7 +14,14 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron_salt.kernels.choose import Impl, choose_body
-from megatron_salt.kernels.rows import Body, Divergence, Options, Rows, arithmetic_dtype
+from megatron_salt.kernels.rows import (
+    Body,
+    Divergence,
+    Options,
+    Rows,
+    arithmetic_dtype,
+    tp_size_of,
+)
 from megatron_salt.kernels.vocab import VocabShard
 
 
@@ -69,7 +76,7 @@ def kd_loss(
         vocab=vocab, teacher_temperature=float(teacher_temperature),
         student_temperature=float(student_temperature), divergence=divergence,
     )  # fmt: skip
-    check_options(options)
+    check_options(options, tp_group)
     rows = checked_rows(
         student_logits_TW, teacher_logits_TW, labels_T, ce_weight_T, kd_weight_T, vocab
     )
@@ -78,7 +85,8 @@ def kd_loss(
         impl, device=rows.student_TW.device, dtypes=frozenset(dtypes), divergence=divergence
     )
     if not body.checks_values:
-        check_values(rows, options)
+        has_teacher = rows.teacher_TW is not None
+        check_values(rows.labels_T, rows.kd_weight_T, vocab, has_teacher=has_teacher)
     loss, ce_T, kl_T = _KdLossFunction.apply(rows.student_TW, rows, options, tp_group, body)
     return KdLoss(loss=loss, ce_T=ce_T.detach(), kl_T=kl_T.detach())
 
@@ -143,7 +151,14 @@ def checked_rows(
     return Rows(student_TW, teacher_TW, labels_T, ce_weight_T, kd_weight_T)
 
 
-def check_options(options: Options) -> None:
+def check_options(options: Options, tp_group: ProcessGroup | None) -> None:
+    """Raises: ValueError."""
+    vocab = options.vocab
+    if tp_size_of(tp_group) == 1 and vocab.num_columns != vocab.size:
+        raise ValueError(
+            f"{vocab} is a part of the vocabulary, but there is no tp_group of several ranks whose "
+            "parts would be added to it"
+        )
     a, b = options.teacher_temperature, options.student_temperature
     if not (1e-6 <= a <= 1e6 and 1e-6 <= b <= 1e6):
         raise ValueError(
@@ -191,26 +206,27 @@ def as_weight(
     if weight.shape not in ((), (num_tokens,)):
         raise ValueError(f"{name} has shape {tuple(weight.shape)}, expected ({num_tokens},)")
     if weight.device != device:
-        raise ValueError(f"{name} is on {weight.device}, logits on {device}")
+        raise ValueError(f"{name} is on {weight.device}, the student's tensors on {device}")
     return weight.detach().to(dtype).expand(num_tokens)
 
 
-def check_values(rows: Rows, options: Options) -> None:
+def check_values(
+    labels_T: Tensor, kd_weight_T: Tensor, vocab: VocabShard, *, has_teacher: bool
+) -> None:
     """Labels inside the vocabulary, and no KD weight without a teacher.
 
     Host sync: none on CUDA, where the error comes from a device-side assertion.
     Raises: ValueError on the CPU.
     """
-    vocab, labels_T, kd_weight_T = options.vocab, rows.labels_T, rows.kd_weight_T
     inside = ((labels_T >= 0) & (labels_T < vocab.size)).all()
     if labels_T.is_cuda:
         torch._assert_async(inside, "kd_loss: a label lies outside the vocabulary")
     elif not inside:
         wrong = labels_T[(labels_T < 0) | (labels_T >= vocab.size)][0].item()
         raise ValueError(f"label {wrong} lies outside the vocabulary of {vocab.size} tokens")
-    if rows.teacher_TW is None:
+    if not has_teacher:
         # Plain training in place of the distillation that was asked for must not pass in silence.
-        message = "kd_weight_T is not 0 but there are no teacher_logits_TW to learn from"
+        message = "kd_weight_T is not 0 but there is no teacher to learn from"
         if kd_weight_T.is_cuda:
             torch._assert_async((kd_weight_T == 0).all(), f"kd_loss: {message}")
         elif kd_weight_T.any():

@@ -53,15 +53,16 @@ def linear_kd_loss(
 ) -> KdLoss:
     """`kd_loss` of logits = hidden @ weight.T, without ever holding [T, W].
 
-    Math: that of `kd_loss`.
+    Math: that of `kd_loss`; the result has its fields. Differentiable in the student's hidden
+        states and head; the teacher gets no gradient. The tp group is `chunking.tp_group`.
     Shapes: student hidden [T, D], or [T / tp, D] with `chunking.sequence_parallel`: then rank r
         holds tokens [r T / tp, (r + 1) T / tp). Weights [W, D] and [W, E]: this rank's rows,
         padding rows last. Teacher hidden [T, E], labels and weights [T]: all tokens, on every rank
         of tp.
-    Dtypes: hidden and weight alike, bf16, fp16 or fp32. Products accumulate in fp32. The weight's
-        gradient is summed over chunks in fp32 and rounded once; that of the hidden states is
-        rounded on each rank before tp adds it up, as in Megatron, and once more when what is
-        upstream of the loss is not a power of two.
+    Dtypes: hidden and weight alike, bf16, fp16 or fp32 (fp64 for tests). Products accumulate in
+        fp32. The weight's gradient is summed over chunks in fp32 and rounded once; that of the
+        hidden states is rounded on each rank before tp adds it up, as in Megatron, and once more
+        when what is upstream of the loss is not a power of two.
     Collectives: per chunk those of `kd_loss`, and over tp an all-reduce of N D numbers; under
         sequence parallelism an all-gather and a reduce-scatter of as many in its place. All in the
         forward, also where the loss is then not differentiated.
@@ -77,7 +78,7 @@ def linear_kd_loss(
         vocab=vocab, teacher_temperature=float(teacher_temperature),
         student_temperature=float(student_temperature), divergence=divergence,
     )  # fmt: skip
-    check_options(options)
+    check_options(options, chunking.tp_group)
     heads = Heads.of(
         student_hidden_TD, student_weight_WD, teacher_hidden_TE, teacher_weight_WE, vocab, chunking
     )
@@ -91,8 +92,7 @@ def linear_kd_loss(
     dtypes = frozenset({heads.logits_dtype} | {heads.gradient_dtype})
     body = choose_body(impl, device=device, dtypes=dtypes, divergence=divergence)
     if not body.checks_values:
-        rows = Rows(student_hidden_TD, teacher_hidden_TE, labels_T, *weights)
-        check_values(rows, options)
+        check_values(labels_T, weights[1], vocab, has_teacher=teacher_hidden_TE is not None)
     # Autocast would round operands of the products behind their backs.
     with torch.autocast(device.type, enabled=False):
         loss, ce_T, kl_T = _LinearKdLossFunction.apply(
@@ -116,7 +116,7 @@ class _LinearKdLossFunction(torch.autograd.Function):
         kd_weight_T: Tensor,
         options: Options,
         body: Body,
-        grad_enabled: bool,  # in here it never is
+        grad_enabled: bool,  # the caller's: in here gradients are always off
     ) -> tuple[Tensor, Tensor, Tensor]:
         wants_hidden, wants_weight = (grad_enabled and x for x in ctx.needs_input_grad[:2])
         tp_group = heads.chunking.tp_group

@@ -545,6 +545,7 @@ ERRORS: list[tuple[str, dict[str, Any], str]] = [
     ("one axis", dict(student_logits_TW=torch.zeros(8)), r"must be \[T, W\]"),
     ("whole numbers", dict(student_logits_TW=torch.zeros(8, 9, dtype=torch.int64)), "floating"),
     ("teacher's dtype", dict(teacher_logits_TW=torch.zeros(8, 9).long()), "teacher.*floating"),
+    ("part of a vocabulary", dict(vocab=VocabShard(size=10, start=0, stop=9)), "no tp_group"),
     ("empty shard", dict(student_logits_TW=torch.zeros(8, 0)), "student.*no columns.*padded_vocab"),
     ("narrow student", dict(student_logits_TW=torch.zeros(8, 8)), "student.*8 columns, fewer"),
     ("narrow teacher", dict(teacher_logits_TW=torch.zeros(8, 5)), "teacher.*5 columns, fewer"),

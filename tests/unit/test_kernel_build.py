@@ -209,14 +209,14 @@ def test_missing_and_failing_compilers_are_named(
     elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(build.BuildError, match=r"no C\+\+ compiler found \(\$CXX"):
+    with pytest.raises(build.BuildError, match="CXX=no-such-compiler is no program"):
         build.find_or_build("native")
     monkeypatch.setenv("CXX", "false")
     with pytest.raises(build.BuildError, match=r"kd_loss.cpp[^\n]*\nfailed \(1\)"):
         build.find_or_build("native")
     assert not list(elsewhere.glob("*.so"))
     monkeypatch.setenv("CUDA_HOME", "/no/such/folder")
-    with pytest.raises(build.BuildError, match=r"no CUDA compiler found \(\$CUDA_HOME"):
+    with pytest.raises(build.BuildError, match="no CUDA compiler found .*no/such/folder"):
         build.find_or_build("cuda")
 
 

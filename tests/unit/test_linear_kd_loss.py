@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_salt.kernels import Chunking, KdLoss, VocabShard, kd_loss, linear_kd_loss
-from megatron_salt.kernels.chunks import tokens_per_chunk
+from megatron_salt.kernels.chunks import even_chunk
 from megatron_salt.kernels.head import Head
 
 torch.set_num_threads(1)
@@ -395,15 +395,19 @@ def test_autocast_changes_nothing() -> None:
     num_tokens=st.integers(0, 10_000),
     bytes_per_token=st.integers(1, 5_000),
     budget=st.integers(1, 10**7),
+    fixed=st.integers(0, 1000),
 )
 def test_chunks_fill_the_budget_and_never_exceed_it(
-    num_tokens: int, bytes_per_token: int, budget: int
+    num_tokens: int, bytes_per_token: int, budget: int, fixed: int
 ) -> None:
+    chunk_bytes, budget = budget, budget - fixed
     if budget < bytes_per_token:
-        with pytest.raises(ValueError, match=r"cannot hold.*loss_chunk_mib"):
-            tokens_per_chunk(num_tokens, bytes_per_token, budget)
+        with pytest.raises(
+            ValueError, match=f"chunk_bytes = {chunk_bytes} cannot hold.*loss_chunk_mib"
+        ):
+            even_chunk(num_tokens, bytes_per_token, chunk_bytes, fixed_bytes=fixed)
         return
-    size = tokens_per_chunk(num_tokens, bytes_per_token, budget)
+    size = even_chunk(num_tokens, bytes_per_token, chunk_bytes, fixed_bytes=fixed)
     assert size >= 1 and size * bytes_per_token <= budget
     fewest = -(-num_tokens // (budget // bytes_per_token))
     assert -(-num_tokens // size) <= max(fewest, 1), "no more chunks than needed"
@@ -426,6 +430,7 @@ ERRORS: list[tuple[str, dict[str, Any], str]] = [
     ("weights", dict(kd_weight_T=torch.ones(3)), r"kd_weight_T has shape \(3,\)"),
     ("temperature", dict(teacher_temperature=0.0), "temperatures must be above 0"),
     ("impl", dict(impl="cuda"), "impl = 'cuda' cannot serve"),
+    ("part of a vocabulary", dict(vocab=VocabShard(size=V + 1, start=0, stop=V)), "is a part of"),
     ("other logits", dict(chunking=Chunking(logits_dtype=HALF)), "logits_dtype = torch.bfloat16"),
     ("budget", dict(chunking=Chunking(chunk_bytes=100)), "cannot hold the smallest chunk"),
     ("no teacher", dict(teacher_hidden_TE=None, teacher_weight_WE=None), "kd_weight_T.*no teacher"),

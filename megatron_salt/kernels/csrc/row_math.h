@@ -20,7 +20,7 @@
 // are equal, and a student that equals its teacher would not be at rest.
 //
 // inf and nan: z = -inf has no probability and contributes nothing. A maximum ignores nan, the sums
-// do not, so the row's CE and KL become nan.
+// do not, so what uses that row's logits becomes nan.
 
 #pragma once
 

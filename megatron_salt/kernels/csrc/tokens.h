@@ -26,6 +26,16 @@ SALT_FN void check_token(const SaltRows& rows, int64_t token) {
 #endif
 }
 
+// The label's column on this rank; outside [0, num_columns) where another rank has it.
+SALT_FN int64_t local_label(const SaltRows& rows, int64_t token) {
+  return rows.labels[token] - rows.vocab_start;
+}
+
+SALT_FN bool owns_label(const SaltRows& rows, int64_t token) {
+  const int64_t local = local_label(rows, token);
+  return local >= 0 && local < rows.num_columns;
+}
+
 // A call with types in place of dtypes.
 template <class S, class Z>
 struct Typed {
@@ -39,24 +49,11 @@ struct Typed {
   }
 
   // s_y - s_max where this rank has the label's column, else 0.
-  SALT_FN float label(int64_t token, float s_max) const;
+  SALT_FN float label(int64_t token, float s_max) const {
+    if (!owns_label(rows, token)) return 0.0f;
+    return to_float(student(token)[local_label(rows, token)]) - s_max;
+  }
 };
-
-// The label's column on this rank; outside [0, num_columns) where another rank has it.
-SALT_FN int64_t local_label(const SaltRows& rows, int64_t token) {
-  return rows.labels[token] - rows.vocab_start;
-}
-
-SALT_FN bool owns_label(const SaltRows& rows, int64_t token) {
-  const int64_t local = local_label(rows, token);
-  return local >= 0 && local < rows.num_columns;
-}
-
-template <class S, class Z>
-SALT_FN float Typed<S, Z>::label(int64_t token, float s_max) const {
-  if (!owns_label(rows, token)) return 0.0f;
-  return to_float(student(token)[local_label(rows, token)]) - s_max;
-}
 
 // `maxima` and `sums` as kd_loss.h lays them out.
 template <bool kTeacher>
