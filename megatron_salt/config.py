@@ -156,8 +156,8 @@ class SaltConfig:
     """Precision of the logits: fp32, or the model's (the DeepSpeed JSON's), which is faster and
     rounds away small differences between student and teacher."""
     loss_chunk_mib: int = 1024
-    """MiB for what is made for a chunk of tokens, logits and their gradient above all; it decides how
-    many tokens are scored at a time."""
+    """MiB for what is made for one chunk of tokens, logits and their gradient above all. It decides
+    how many tokens are scored at a time."""
     loss_impl: Literal["auto", "reference", "native", "cuda"] = "auto"
     """Code of the loss: auto takes the compiled one of the device. See python -m
     megatron_salt.kernels."""
