@@ -94,6 +94,13 @@ class Heads:
             chunking=chunking,
         )
         if teacher_hidden_TE is not None:
+            # A product gives its operands' dtype, or fp32 from 16-bit operands; nothing else.
+            dtype, wanted = teacher_hidden_TE.dtype, heads.logits_dtype
+            if dtype != wanted and (wanted != torch.float32 or dtype.itemsize > 2):
+                raise ValueError(
+                    f"teacher_hidden_TE is {dtype}, from which no logits in {wanted} are made: "
+                    "convert the teacher, or set logits_dtype to torch.float32"
+                )
             if teacher_hidden_TE.shape[0] != heads.num_tokens:
                 raise ValueError(
                     f"teacher_hidden_TE has {teacher_hidden_TE.shape[0]} tokens, the student "

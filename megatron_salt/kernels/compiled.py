@@ -121,7 +121,7 @@ class CompiledBody:
         upstream: Tensor,
         out_TW: Tensor,
     ) -> Scores:
-        """See `Body.scores_and_gradient_`. One launch on one rank: the row stays in the cache."""
+        """See `Body.scores_and_gradient_`. One launch on one rank, row by row."""
         if tp_size_of(tp_group) > 1:
             scores = self.scores(rows, options, tp_group)
             self.gradient_(rows, options, scores.saved, upstream, out_TW)

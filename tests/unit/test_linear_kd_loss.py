@@ -173,6 +173,25 @@ def test_chunks_change_nothing_per_token(body: str) -> None:
         assert torch.allclose(cut.weight_grad_WD, whole.weight_grad_WD, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("body", BODIES)
+def test_teacher_may_be_in_16_bits_beside_an_fp32_student(body: str) -> None:
+    case = make_case()
+    assert case.teacher_hidden_TE is not None and case.teacher_weight_WE is not None
+    teacher = [case.teacher_hidden_TE.to(HALF), case.teacher_weight_WE.to(HALF)]
+    exact = unfused(
+        replace(case, teacher_hidden_TE=teacher[0].double(), teacher_weight_WE=teacher[1].double())
+    )
+    changes = {"teacher_hidden_TE": teacher[0], "teacher_weight_WE": teacher[1]}
+    got = fused(body, case, torch.float32, **changes)
+    for name in ("loss", "kl_T", "hidden_grad_TD", "weight_grad_WD"):
+        assert error(getattr(got, name), getattr(exact, name)) < 2e-6, name
+    with pytest.raises(ValueError, match=r"teacher_hidden_TE is torch.float32.*torch.bfloat16"):
+        call(
+            case, HALF, teacher_hidden_TE=teacher[0].float(), teacher_weight_WE=teacher[1].float(),
+            chunking=Chunking(logits_dtype=None),
+        )  # fmt: skip
+
+
 def test_fp32_logits_keep_what_bf16_logits_round_away() -> None:
     """Near its teacher the student's gradient is a small difference of probabilities."""
     case = make_case(near=True)
@@ -431,6 +450,8 @@ ERRORS: list[tuple[str, dict[str, Any], str]] = [
     ("temperature", dict(teacher_temperature=0.0), "temperatures must be above 0"),
     ("impl", dict(impl="cuda"), "impl = 'cuda' cannot serve"),
     ("part of a vocabulary", dict(vocab=VocabShard(size=V + 1, start=0, stop=V)), "is a part of"),
+    ("precise teacher", dict(teacher_hidden_TE=torch.zeros(T, E).double(),
+     teacher_weight_WE=torch.zeros(W, E).double()), "teacher_hidden_TE is torch.float64"),
     ("other logits", dict(chunking=Chunking(logits_dtype=HALF)), "logits_dtype = torch.bfloat16"),
     ("budget", dict(chunking=Chunking(chunk_bytes=100)), "cannot hold the smallest chunk"),
     ("no teacher", dict(teacher_hidden_TE=None, teacher_weight_WE=None), "kd_weight_T.*no teacher"),

@@ -4,12 +4,14 @@
 //   pass 2  reads 2 logits, writes 1 gradient  gradient_kernel; no reduction, no collective
 //
 // 10 bytes of device memory per (token, column) in bf16, which is the floor of two passes; with
-// `both_passes_kernel` the second read comes from the cache. Columns are read 16 bytes at a time
-// where their address allows; a row that starts elsewhere (odd W) has a ragged first and last group.
+// `both_passes_kernel` the second read comes from the cache, as far as the rows in flight fit.
+// Columns are read 16 bytes at a time where their address allows; a row that starts elsewhere
+// (odd W) has a ragged first and last group.
 // Results do not depend on scheduling: every sum has one order, and there are no atomics.
-// Nothing here waits for the device, allocates, or depends on a stream's identity.
+// Nothing here waits for the device or allocates; every launch is on the caller's stream.
 //
 // Compile alone: nvcc -std=c++17 -O3 -fmad=false -arch=sm_90 -cubin kd_loss.cu
+//
 // Letters: T tokens, W columns of the caller's tensors, C <= W real columns of this rank.
 
 #include "kd_loss.h"

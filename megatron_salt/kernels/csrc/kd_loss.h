@@ -2,7 +2,7 @@
 // needs no header of PyTorch and no rebuild for another version of it. Called from compiled.py,
 // which has checked shapes, strides, dtypes and devices.
 //
-// Letters: T tokens, W vocabulary columns in the caller's tensors, C <= W real columns of this rank.
+// Letters: T tokens, W vocabulary columns of the caller's tensors, C <= W real ones of this rank.
 // Pointers are to the library's device. The CPU library ignores `stream` and uses `num_threads`.
 
 #pragma once
@@ -52,7 +52,7 @@ int salt_finish(const SaltRows* rows, const float* maxima, const float* sums, fl
 int salt_gradient(const SaltRows* rows, const float* maxima, const float* sums,
                   const float* upstream, void* gradient, int64_t gradient_stride, int64_t width,
                   int32_t gradient_dtype);
-// Both passes of one rank alone, row by row: the second one reads the row from the cache.
+// Both passes of one rank alone, row by row: the second one finds the row in the cache, if it fits.
 int salt_values_and_gradient(const SaltRows* rows, float* values, const float* upstream,
                              void* gradient, int64_t gradient_stride, int64_t width,
                              int32_t gradient_dtype);

@@ -49,7 +49,7 @@ SALT_FN float mad(float a, float b, float c) {
 #endif
 }
 
-// 2^x for x <= 0 (0 below -126), nan for nan, exactly 1 for 0; error about 1 unit in the last place.
+// 2^x for x <= 0 (0 below -126), nan for nan, exactly 1 for 0; to about the last place.
 SALT_FN float exp2_of(float x) {
 #if defined(__CUDACC__)
   float y;

@@ -1,5 +1,5 @@
-// One token of a call: where its numbers lie, and what happens to them between the passes. Shared by
-// both compilers, like row_math.h. Letters: T tokens.
+// One token of a call: where its numbers lie, and what happens to them between the passes. For both
+// compilers, like row_math.h. Letters: T tokens.
 
 #pragma once
 
