@@ -8,6 +8,7 @@ Each epoch leaves out its last tokens that do not fill a sequence.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -43,17 +44,12 @@ class Batch:
     mask_RS: Tensor
     """1 where the position counts, fp32."""
 
-    def rows(self, start: int, stop: int) -> Batch:
-        return Batch(
-            tokens_RS=self.tokens_RS[start:stop],
-            labels_RS=self.labels_RS[start:stop],
-            mask_RS=self.mask_RS[start:stop],
-        )
-
     def to(self, device: torch.device) -> Batch:
-        fields = (self.tokens_RS, self.labels_RS, self.mask_RS)
-        tokens, labels, mask = (field.to(device, non_blocking=True) for field in fields)
-        return Batch(tokens_RS=tokens, labels_RS=labels, mask_RS=mask)
+        moved: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            moved[field.name] = None if value is None else value.to(device, non_blocking=True)
+        return Batch(**moved)
 
 
 def find_tokenizer(data: DataConfig) -> Tokenizer:
