@@ -134,11 +134,13 @@ class Teacher:
         )
         for row in range(start, stop, self.micro_batch_size):
             end = min(row + self.micro_batch_size, stop)
-            mine_RSE[row - start : end - start] = self._forward(tokens_RS[row:end])
+            mine_RSE[row - start : end - start] = self.forward(tokens_RS[row:end])
         self._clock.stop()
         return self._collect(mine_RSE, num_rows)
 
-    def _forward(self, tokens_BS: Tensor) -> Tensor:
+    @torch.no_grad()
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        """Last hidden states [B, S, E] of these rows, on this rank alone; S at most seq_length."""
         hidden = tokens_BS
         for layer in self.body:
             hidden = layer(hidden)
