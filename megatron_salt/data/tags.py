@@ -155,7 +155,9 @@ class TagManifest:
     @property
     def fingerprint(self) -> str:
         """Identity of these tags: their content and how it came about."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+        hashes = {name: record.sha256 for name, record in sorted(self.files.items())}
+        text = json.dumps([self.origin.to_dict(), hashes])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def stored(self) -> tuple[str, ...]:
