@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -52,8 +53,9 @@ from megatron_salt.data.tags import (
 )
 from megatron_salt.data.text_files import atomic_path, fsync_path
 from megatron_salt.data.tokenizer import load_tokenizer
-from megatron_salt.kernels import Chunking, Heads, VocabShard, choose_body, kd_loss
+from megatron_salt.kernels import VocabShard, choose_body, token_scores
 from megatron_salt.kernels.choose import Impl
+from megatron_salt.kernels.token_scores import Wanted
 from megatron_salt.model.teacher import Teacher
 from megatron_salt.parallel.engine import DTYPES
 from megatron_salt.parallel.groups import Groups, from_rank_0, same_error_everywhere
@@ -152,6 +154,8 @@ def _check(request: TagRequest) -> tuple[TagOrigin, int]:
     tokenizer = load_tokenizer(folder / "tokenizer")
     verify_dataset(request.data, tokenizer)
     longest = manifest.config.data.seq_length
+    if request.window is not None and request.window < 1:
+        raise ValueError(f"--window {request.window}: must be at least 1")
     if request.window is not None:
         check_teacher_fits(folder, manifest, manifest.vocab_size, request.window)
     precision = request.precision or manifest.precision
@@ -242,34 +246,22 @@ class Scorer:
     def batch(self, batch: Batch) -> torch.Tensor:
         """Loss, 1 where kept, and entropy if it is asked for: [2 or 3, B * S], filling included.
 
-        Kept means that fewer than top_k tokens have a larger logit.
+        Kept means that fewer than top_k tokens have a larger logit than the label.
         """
         device = self.groups.device
         inputs_BS = torch.from_numpy(batch.inputs_BS).to(device, non_blocking=True)
         labels_T = torch.from_numpy(batch.labels_BS).to(device, non_blocking=True).flatten()
         hidden_TE = self.model.forward(inputs_BS).flatten(0, 1)
         assert self.model.head_WE is not None  # one stage: every rank has the head
-        heads = Heads.of(hidden_TE, self.model.head_WE, None, None, self.vocab, Chunking())
-        found = []
-        for chunk in heads.chunks():
-            logits_NV, labels_N = chunk.student_logits_NW, labels_T[chunk.start : chunk.stop]
-            scored = self._kd_loss(logits_NV, None, labels_N)
-            own_N1 = logits_NV.gather(1, labels_N[:, None])
-            likelier_N = torch.count_nonzero(logits_NV > own_N1, dim=1)
-            values = [scored.ce_T, (likelier_N < self.settings.top_k).float()]
-            if self.with_entropy:
-                # H(p) = log V - KL(p || uniform): the loss's own code has it in one pass.
-                uniform_NV = torch.zeros_like(logits_NV)
-                divergence = self._kd_loss(uniform_NV, logits_NV, labels_N).kl_T
-                values.append(np.log(self.vocab.size) - divergence)
-            found.append(torch.stack(values))
-        return torch.cat(found, dim=1)
-
-    def _kd_loss(self, logits: torch.Tensor, teacher: torch.Tensor | None, labels: Any) -> Any:
-        return kd_loss(
-            logits, teacher, labels, ce_weight_T=1.0, kd_weight_T=0.0, vocab=self.vocab,
-            impl=self.impl,
+        want: list[Wanted] = ["ce", "likelier"]
+        scores = token_scores(
+            hidden_TE, self.model.head_WE, labels_T, vocab=self.vocab, impl=self.impl,
+            want=[*want, "entropy"] if self.with_entropy else want,
         )  # fmt: skip
+        ce_T, likelier_T, entropy_T = scores
+        assert ce_T is not None and likelier_T is not None
+        values = [ce_T, (likelier_T < self.settings.top_k).float()]
+        return torch.stack(values if entropy_T is None else [*values, entropy_T])
 
 
 def _score_shards(
@@ -415,7 +407,7 @@ def _publish(request: TagRequest, origin: TagOrigin, folder: Path, num_shards: i
                 kept += int(shard["mask"].sum(dtype=np.int64))
                 names = [name for name in shard.files if name.startswith("table_")]
                 parts.append({name.removeprefix("table_"): shard[name] for name in names})
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error
     for kind, builder in builders.items():
         # As `IndexedDatasetBuilder.add_document` would have filled them.

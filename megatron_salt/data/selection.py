@@ -153,7 +153,8 @@ def read_table(path: str | Path) -> SequenceTable:
 
     again = "give a table of tools/tag_data.py or tools/select_data.py"
     try:
-        arrow = pyarrow.parquet.read_table(str(path))
+        # Without threads: ranks that were forked must not wait for a pool that was not.
+        arrow = pyarrow.parquet.read_table(str(path), use_threads=False)
         metadata = json.loads((arrow.schema.metadata or {})[METADATA_KEY])
         if metadata["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format {metadata['format_version']}, expected {FORMAT_VERSION}")
