@@ -57,13 +57,15 @@ def token_scores(
     """
     chunking = chunking or Chunking()
     heads = Heads.of(hidden_TE, weight_WE, None, None, vocab, chunking)
-    found = {name: labels_T.new_empty(len(labels_T), dtype=torch.float32) for name in want}
+    # Last what overwrites the logits.
+    names = sorted(want, key=lambda name: name == "likelier")
+    found = {name: labels_T.new_empty(len(labels_T), dtype=torch.float32) for name in names}
     for chunk in heads.chunks():
         logits_NW = chunk.student_logits_NW
         labels_N = heads.of_all_parts(labels_T, chunk.start, chunk.stop)
         for name, value_T in found.items():
             if name == "likelier":
-                value_N = _count_likelier(logits_NW, labels_N, vocab, chunking.tp_group)
+                value_N = _count_likelier_(logits_NW, labels_N, vocab, chunking.tp_group)
             else:
                 uniform_NW = torch.zeros_like(logits_NW) if name == "entropy" else None
                 result = kd_loss(
@@ -78,17 +80,19 @@ def token_scores(
     return TokenScores(**{f"{name}_T": value_T for name, value_T in found.items()})
 
 
-def _count_likelier(
+def _count_likelier_(
     logits_NW: Tensor, labels_N: Tensor, vocab: VocabShard, group: ProcessGroup | None
 ) -> Tensor:
-    """Columns of the real vocabulary, over all ranks, whose logit is larger than the label's."""
+    """Columns of the real vocabulary, over all ranks, whose logit is larger than the label's.
+
+    Mutates: logits_NW, which saves an array of truth values and its slow sum.
+    """
     real_NW = logits_NW[:, : vocab.num_columns]
     mine_N = (labels_N >= vocab.start) & (labels_N < vocab.stop)
+    own_N = torch.zeros_like(labels_N, dtype=logits_NW.dtype)
     if vocab.num_columns:
         column_N = torch.where(mine_N, labels_N - vocab.start, 0)
-        own_N = real_NW.gather(1, column_N[:, None])[:, 0].float()
-    else:
-        own_N = torch.zeros_like(labels_N, dtype=torch.float32)
-    own_N = all_reduce(torch.where(mine_N, own_N, 0.0), dist.ReduceOp.SUM, group)
-    larger_N = torch.count_nonzero(real_NW > own_N[:, None], dim=1).float()
+        own_N = torch.where(mine_N, real_NW.gather(1, column_N[:, None])[:, 0], 0.0)
+    own_N = all_reduce(own_N, dist.ReduceOp.SUM, group)
+    larger_N = real_NW.gt_(own_N[:, None]).sum(dim=1, dtype=torch.float32)
     return all_reduce(larger_N, dist.ReduceOp.SUM, group)

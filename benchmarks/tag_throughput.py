@@ -1,0 +1,166 @@
+"""How fast is tagging against the bare forward pass of the model that tags?
+
+    python benchmarks/tag_throughput.py
+
+Real text (the standard library of the running Python), a vocabulary learnt from it, an SLM of the
+size below. In one process, in turn: the shards of the dataset as `tools/tag_data.py` scores and
+writes them, and the same batches through the model's layers and output head alone, whose logits are
+made and dropped. The ratio is of the medians of the rounds. Documents are shorter than a row, so
+the filling of rows counts on both sides; windows have none. Writes results/tag_throughput.json with
+machine and versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_salt import tagging
+from megatron_salt.data.sequences import Sequences, batches_of, rows_of
+from megatron_salt.data.tags import read_stream, sequence_lengths
+from megatron_salt.kernels import Chunking, Heads
+from megatron_salt.parallel.groups import initialize
+from megatron_salt.report.markdown import describe_machine
+
+REPO = Path(__file__).parents[1]
+VOCAB_SIZE = 16384
+MODEL = {"num_layers": 4, "hidden_size": 512, "num_attention_heads": 8, "ffn_hidden_size": 1408}
+SEQ_LENGTH = 512
+CASES: dict[str, dict[str, Any]] = {
+    "documents: mask and scores": {},
+    "windows: mask and scores": {"window": SEQ_LENGTH},
+    "windows: mask, scores and losses": {"window": SEQ_LENGTH, "store": ("loss",)},
+    "windows: mask, scores, losses and entropies": {
+        "window": SEQ_LENGTH, "store": ("loss", "entropy"),
+    },
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=32_768, help="of a round")
+    parser.add_argument(
+        "--output", type=Path, default=REPO / "benchmarks/results/tag_throughput.json"
+    )
+    arguments = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prefix, slm = make_data(folder), folder / "slm"
+        train(folder, prefix, slm)
+        groups = initialize(1, 1, 30.0)
+        results = []
+        for case, settings in CASES.items():
+            request = tagging.TagRequest(
+                data=str(prefix), teacher=str(slm), output_prefix=str(folder / "tags"), **settings
+            )
+            result = {"case": case, **measure(request, groups, arguments, folder)}
+            results.append(result)
+            print(
+                f"{case}: {result['ratio']:.3f} of the bare forward pass's tokens/s "
+                f"({result['lowest']:.3f} to {result['highest']:.3f} by round)",
+                flush=True,
+            )
+    report = {
+        "machine": describe_machine(), "threads": torch.get_num_threads(), "model": MODEL,
+        "vocab_size": VOCAB_SIZE, "seq_length": SEQ_LENGTH, "tokens": arguments.tokens,
+        "rounds": arguments.rounds, "results": results,
+    }  # fmt: skip
+    arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def make_data(folder: Path) -> Path:
+    def tool(name: str, *words: object) -> None:
+        command = [sys.executable, str(REPO / "tools" / name), *map(str, words)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    text, tokenizer = folder / "text.jsonl", folder / "tokenizer.json"
+    tool("make_corpus.py", "--output", text)
+    tool("train_tokenizer.py", "--input", text, "--output", tokenizer, "--vocab-size", VOCAB_SIZE)
+    tool("preprocess_data.py", "--input", text, "--tokenizer", tokenizer, "--output-prefix",
+         folder / "data")  # fmt: skip
+    return folder / "data_text_document"
+
+
+def train(folder: Path, prefix: Path, output: Path) -> None:
+    """One step: what the model has learnt does not change what it costs."""
+    run = {
+        "model": MODEL,
+        "data": {"train_data_path": [str(prefix)], "split": "95,5", "seq_length": SEQ_LENGTH},
+        "train": {"steps": 1, "output_dir": str(output), "eval_samples": 1, "tensorboard": False},
+    }
+    deepspeed = {
+        "train_batch_size": 1, "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+    }  # fmt: skip
+    files = []
+    for name, values in (("run.json", run), ("deepspeed.json", deepspeed)):
+        files.append(folder / name)
+        files[-1].write_text(json.dumps(values), encoding="utf-8")
+    command = [sys.executable, "-m", "megatron_salt.pretrain", "--config", str(files[0]),
+               "--deepspeed_config", str(files[1])]  # fmt: skip
+    subprocess.run(command, check=True, cwd=REPO, stderr=subprocess.DEVNULL)
+
+
+def measure(
+    request: tagging.TagRequest, groups: Any, arguments: argparse.Namespace, folder: Path
+) -> dict[str, float]:
+    """Ratio of tokens per second, tagging over bare, medians of alternating rounds."""
+    origin, eod = tagging._check(request)
+    scorer = tagging.Scorer(request, origin, eod, groups)
+    sequences = Sequences.of(sequence_lengths(request.data), request.window)
+    shards = sequences.shards(arguments.tokens)[: arguments.rounds + 1]
+    shard_folder = folder / "shards"
+    shard_folder.mkdir(exist_ok=True)
+    bare_s, tag_s = [], []
+    for index, (first, last) in enumerate(shards):
+        started = time.perf_counter()
+        bare_forward(scorer, sequences, first, last)
+        middle = time.perf_counter()
+        scores = scorer.shard(sequences, first, last, lambda count: None)
+        path = tagging._shard_path(shard_folder, index)
+        tagging._write_shard(path, sequences, first, last, scores, scorer.settings)
+        finished = time.perf_counter()
+        if index:  # the first round warms up
+            bare_s.append(middle - started)
+            tag_s.append(finished - middle)
+    ratios = [bare / tagged for bare, tagged in zip(bare_s, tag_s, strict=True)]
+    ratio = statistics.median(bare_s) / statistics.median(tag_s)
+    return {"ratio": ratio, "lowest": min(ratios), "highest": max(ratios)}
+
+
+@torch.no_grad()
+def bare_forward(scorer: tagging.Scorer, sequences: Sequences, first: int, last: int) -> None:
+    """The same batches through layers and head; nothing is read off the logits."""
+    max_length = scorer.settings.max_length
+    rows = rows_of(sequences, first, last, max_length)
+    offset = max(int(sequences.bounds[first]) - 1, 0)
+    stream = read_stream(scorer.data, offset, int(sequences.bounds[last]))
+    for batch in batches_of(
+        stream, offset, rows, max_length=max_length, num_rows=scorer.num_rows, eod=scorer.eod
+    ):
+        inputs_BS = torch.from_numpy(batch.inputs_BS).to(scorer.groups.device)
+        hidden_TE = scorer.model.forward(inputs_BS).flatten(0, 1)
+        head_WE = scorer.model.head_WE
+        assert head_WE is not None
+        for _ in Heads.of(hidden_TE, head_WE, None, None, scorer.vocab, Chunking()).chunks():
+            pass
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
