@@ -46,6 +46,7 @@ def plot_scores(tables: Mapping[str, SequenceTable], score: str) -> Figure:
             below += counts
         missing = int(np.count_nonzero(np.isnan(scores)))
         ax.set_title(f"{name}: {len(table)} sequences, {missing} of them without a score")
+        ax.set_axisbelow(True)  # the grid behind the bars
         ax.set_ylabel("sequences")
         ax.legend()
     panels[-1].set_xlabel(f"{score} (nats)" + ("; the outermost bars hold the rest" if cut else ""))
