@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def test_tokens_stand_out_with_colour_and_without() -> None:
     assert [text for *_, text in painted] == ["a", " b", "⏎", "c", "d"]
     assert "⏎\x1b[0m\n" in coloured  # colour ends before the line
     letters, backgrounds = ([int(part[i]) for part in painted] for i in (0, 1))
-    assert all(one != two for one, two in zip(letters, letters[1:], strict=False))
+    assert all(one != two for one, two in pairwise(letters))
     assert len(set(backgrounds)) == 5  # of two colours, by loss
     assert backgrounds[0] != backgrounds[4]  # the same loss, kept and not
     flat = TokenTags(kept=kept)
@@ -132,7 +133,6 @@ def test_document_is_shown_with_its_tags(data: Path, tagged: Path, capsys: Captu
     assert re.sub("[⟦⟧¦]", "", plain) == expected
     kept = read_stream(open_indexed(f"{tagged}_mask"), start, stop)
     assert text.count("⟦") == np.sum(kept == 0)
-    assert text.count("⟦") + len(re.findall("[⟧¦]|\n|▶", text)) >= len(ids)
     loss = read_stream(open_indexed(f"{tagged}_loss"), start, stop).view(np.float16)
     assert (
         f"document 7 of {data.name}: {len(ids)} tokens, [{start}, {stop}), kept "
@@ -259,6 +259,7 @@ def test_manifest_that_miscounts_is_found(data: Path, tmp_path: Path, capsys: Ca
         ({"kept_tokens": manifest.kept_tokens + 1}, "kept tokens in"),
         ({"sequences": manifest.sequences + 1}, "kept tokens in"),
         ({"format_version": 2}, "format 2, expected 1"),
+        ({"files": []}, "is not a manifest of tags"),
     ):
         text = dataclasses.replace(manifest, **changed).to_json()
         manifest_path(tmp_path / "slm").write_text(text)
@@ -369,17 +370,15 @@ def test_selections_of_several_sources_are_verified(
     rules = []
     for name in ("one", "two"):
         path = Path(f"{output}_{name}.parquet")
-        out = shown(
-            capsys, data, "--verify", "--tags", tmp_path / name, "--selection", path
-        )  # fmt: skip
+        out = shown(capsys, data, "--verify", "--tags", tmp_path / name, "--selection", path)
         rules.append(read_table(path).rule)
         selection = out[out.index(f"{path}: ") :]
         again = (
             "other sources competed: one, two" if "sources" in rules[-1] else "selected again by"
         )
         assert again in selection
-    joint = sum(word.startswith("0.") for word in words) == 1
-    assert all(("sources" in rule) == joint for rule in rules)
+    joint = words[0] != "--score-range" and sum(word.startswith("0.") for word in words) == 1
+    assert [("sources" in rule) for rule in rules] == [joint, joint]
 
 
 def test_real_tags_are_shown_verified_and_selected_from(
@@ -421,4 +420,4 @@ def _tag(dataset: str, teacher: str, output_prefix: str) -> None:
         data=dataset, teacher=teacher, output_prefix=output_prefix, window=16, top_k=20,
         store=("loss", "entropy"), rule=Rule(fraction=0.5),
     )  # fmt: skip
-    tag(request, initialize(1, 1))
+    tag(request, initialize(1, 1, timeout_minutes=2.0))
