@@ -22,11 +22,12 @@ from megatron_salt.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 FIRST, LAST, BETWEEN, PART = "▶", "◀", "¦", "·"
 SHOWN = {"\n": "⏎\n", "\r": "␍", "\t": "⇥   "}
-LOSS_STEPS = (0.5, 1.0, 2.0, 4.0)
+LOSS_STEPS = (0.5, 1.5, 3.0, 6.0)
 """Nats at which the next stronger shade begins."""
-# Backgrounds of the 256-colour palette, weakest first: kept tokens green, the others red.
-KEPT_SHADES = (194, 157, 120, 83, 40)
-OTHER_SHADES = (224, 217, 210, 203, 197)
+# Backgrounds of the 256-colour palette, weakest first: kept tokens green, the others red. All
+# are light enough for dark letters.
+KEPT_SHADES = (194, 157, 120, 114, 78)
+OTHER_SHADES = (230, 223, 216, 210, 203)
 PLAIN_SHADE = 254
 FLAT = 1  # the shade where no losses are stored
 # Neighbours differ in the colour of their letters, or the border between them would be lost.
