@@ -191,7 +191,7 @@ def read_tag_manifest(prefix: str | Path) -> TagManifest:
         )
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; give the --output-prefix of tag_data.py") from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is not a manifest of tags ({error!r}); {AGAIN}") from error
 
 

@@ -1,0 +1,105 @@
+"""Shows a document of a dataset token by token, with its tags, or checks every byte of both.
+
+    python tools/inspect_data.py data/corpus_text_document --document 12 --tags data/corpus_slm
+
+    python tools/inspect_data.py data/corpus_text_document --tags data/corpus_slm --verify
+
+shows tokens that the model has among its k most likely ones in green and the others in red, the
+stronger the larger their loss; without colour the others stand in brackets. See docs/data.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Sequence
+
+from megatron_salt.noise import silence_known_warnings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parse(argv)
+    silence_known_warnings()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Text of any script must not end the program on a terminal that lacks its letters.
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        if args.verify:
+            _verify(args)
+        else:
+            _show(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # `| head` has seen enough; Python's own flush at exit must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        print(f"inspect_data: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _show(args: argparse.Namespace) -> None:
+    # megatron-core takes seconds to import: --help does not wait for it
+    from megatron_salt.data import inspection, token_view
+
+    opened = inspection.open_all(args.prefix, args.tags, args.selection, args.tokenizer)
+    if args.document is not None:
+        span = opened.document(args.document)
+    else:
+        span = opened.sequence(args.sequence)
+    texts = token_view.texts_of(span.ids, token_view.token_bytes(opened.tokenizer))
+    if args.list:
+        print("\n".join(token_view.listing(span.ids, texts, span.tags, span.start)))
+    else:
+        colour = args.colour == "always" or (args.colour == "auto" and sys.stdout.isatty())
+        top_k = opened.manifest.origin.settings.top_k if opened.manifest else None
+        print(token_view.render(texts, span.tags, colour=colour))
+        print(f"\n{token_view.legend(span.tags, top_k, colour=colour)}")
+    print("\n".join(inspection.summary(opened, span)))
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from megatron_salt.data.inspection import verify_all
+
+    for line in verify_all(args.prefix, args.tags, args.selection, args.tokenizer):
+        print(line, flush=True)
+    print("all of it verified")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("prefix", metavar="PREFIX", help="the dataset, without .bin/.idx")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--document", type=int, metavar="N", help="show this document, from 0 on")
+    what.add_argument(
+        "--sequence",
+        type=int,
+        metavar="N",
+        help="show this sequence (document or window) of a table",
+    )
+    what.add_argument(
+        "--verify", action="store_true", help="check every byte; exit status 1 if one is wrong"
+    )
+    parser.add_argument("--tags", metavar="PREFIX", help="--output-prefix of tag_data.py")
+    parser.add_argument(
+        "--selection", metavar="TABLE", help="a .parquet of select_data.py (default: the tags')"
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="PATH", help="for data of other tools (default: PREFIX.tokenizer)"
+    )
+    parser.add_argument(
+        "--colour", choices=["auto", "always", "never"], default="auto",
+        help="auto: where the output is a terminal (default: auto)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--list", action="store_true", help="a line for every token, with id, loss and entropy"
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
