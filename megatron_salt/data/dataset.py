@@ -26,6 +26,7 @@ from torch import Tensor
 
 from megatron_salt.config import DataConfig, parse_blend
 from megatron_salt.data.manifest import read_manifest, verify_dataset
+from megatron_salt.data.objective import Mixture, make_mixture
 from megatron_salt.data.order import epoch_and_offset, epoch_seed, evaluation_rows
 from megatron_salt.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -43,12 +44,16 @@ class Batch:
     """The token after each input, int64."""
     mask_RS: Tensor
     """1 where the position counts, fp32."""
+    prefix_R: Tensor | None = None
+    """How many of a row's first tokens see each other in both directions, int64, always on the CPU:
+    it decides which attention runs. None where every row is causal."""
 
     def to(self, device: torch.device) -> Batch:
         moved: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            moved[field.name] = None if value is None else value.to(device, non_blocking=True)
+            stays = value is None or field.name == "prefix_R"
+            moved[field.name] = value if stays else value.to(device, non_blocking=True)
         return Batch(**moved)
 
 
@@ -127,8 +132,10 @@ class DataSource:
         self.valid = self._held_out(prefixes)
         self.parts: list[EpochedDataset] = []
         self.train: Any = None
+        self.mixture: Mixture | None = None
         if held_out_only:
             return
+        self.mixture = make_mixture(data, tokenizer, seed)
         # Greedy blending never strays from the share by more than one sample per dataset.
         needed = [int(np.ceil(share * num_samples)) + len(prefixes) for share in shares]
         if len(prefixes) == 1:
@@ -218,8 +225,9 @@ class DataSource:
         return found
 
     def read(self, rows: Sequence[int]) -> Batch:
-        """Training rows of the endless order."""
-        return _stack([self.train[row] for row in rows])
+        """Training rows of the endless order, each with its objective."""
+        batch = _stack([self.train[row] for row in rows])
+        return batch if self.mixture is None else _apply(self.mixture, batch, rows)
 
     def num_held_out(self) -> int:
         return min(len(valid) for valid in self.valid) * len(self.valid)
@@ -281,6 +289,19 @@ def _stack(samples: Sequence[dict[str, Tensor]]) -> Batch:
         tokens_RS=torch.stack([sample["tokens"] for sample in samples]),
         labels_RS=torch.stack([sample["labels"] for sample in samples]),
         mask_RS=torch.stack([sample["loss_mask"] for sample in samples]).float(),
+    )
+
+
+def _apply(mixture: Mixture, batch: Batch, rows: Sequence[int]) -> Batch:
+    """Give every row of a causal batch the objective that the mixture draws for it."""
+    text_RS = torch.cat([batch.tokens_RS, batch.labels_RS[:, -1:]], dim=1).numpy()
+    samples = [mixture.sample(text_S, row) for text_S, row in zip(text_RS, rows, strict=True)]
+    return dataclasses.replace(
+        batch,
+        tokens_RS=torch.from_numpy(np.stack([sample.tokens_S for sample in samples])),
+        labels_RS=torch.from_numpy(np.stack([sample.labels_S for sample in samples])),
+        mask_RS=torch.from_numpy(np.stack([sample.mask_S for sample in samples])),
+        prefix_R=torch.tensor([sample.prefix for sample in samples]),
     )
 
 
