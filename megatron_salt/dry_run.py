@@ -14,6 +14,7 @@ from megatron_salt import checkpoint as ckpt
 from megatron_salt.config import RunConfig, parse_blend
 from megatron_salt.data.dataset import find_tokenizer, verify_all
 from megatron_salt.data.manifest import read_manifest
+from megatron_salt.data.objective import check_sentinels
 from megatron_salt.deepspeed_config import (
     DeepSpeedSettings,
     check_against_run,
@@ -37,7 +38,7 @@ from megatron_salt.parallel.layout import (
     layout_for_world,
     split_rows,
 )
-from megatron_salt.resume import check_start, find_teacher
+from megatron_salt.resume import check_start, find_teacher, unseen_objectives
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -173,6 +174,7 @@ def describe(config: RunConfig, deepspeed_config: str) -> str:
     check_against_run(settings, config)
     tokenizer = find_tokenizer(config.data)
     verify_all(config.data, tokenizer)
+    check_sentinels(config.data, tokenizer)
     fingerprint = tokenizer.fingerprint
     resume, warnings = ckpt.find_resume(config.train.output_dir, config.train.resume)
     resumed = ckpt.read_manifest(resume) if resume else None
@@ -180,7 +182,8 @@ def describe(config: RunConfig, deepspeed_config: str) -> str:
     teacher = None
     if config.teacher.checkpoint is not None:
         path, seq_length = config.teacher.checkpoint, config.data.seq_length
-        teacher = find_teacher(path, tokenizer, seq_length, resumed)[1]
+        folder, teacher = find_teacher(path, tokenizer, seq_length, resumed)
+        warnings = [*warnings, *unseen_objectives(folder, teacher, config)]
     costs = layer_costs(config.model, tokenizer.vocab_size, config.data.seq_length)
     bounds = balanced_stages(costs, layout.pp_size)
     memory = stage_memory(config, settings, layout, tokenizer.vocab_size, bounds, teacher)
