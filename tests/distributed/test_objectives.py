@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tiny import (
     without_times,
 )
 
+from megatron_salt.checkpoint import list_checkpoints, read_manifest
 from megatron_salt.config import OBJECTIVES, DataConfig, RunConfig, Word
 from megatron_salt.data.dataset import Batch, DataSource, find_tokenizer
 from megatron_salt.data.objective import make_mixture, original_text
@@ -35,6 +37,7 @@ from megatron_salt.dry_run import describe
 from megatron_salt.model.student import OutputLayer
 from megatron_salt.model.weights import initial_weight, weight_table
 from megatron_salt.parallel.groups import initialize
+from megatron_salt.resume import unseen_objectives
 from megatron_salt.trainer import prepare
 
 VOCAB_SIZE = 509
@@ -347,6 +350,21 @@ def test_causal_alone_changes_nothing(sentinel_dataset: Path, tmp_path: Path) ->
     assert any((results[2][name] != weight).any() for name, weight in results[0].items())
 
 
+def test_student_that_equals_its_teacher_learns_nothing(
+    sentinel_dataset: Path, tmp_path: Path
+) -> None:
+    """Only if the teacher reads the same prefixes as the student is the KL exactly 0."""
+    still = make_deepspeed(tmp_path, optimizer={"type": "SGD", "params": {"lr": 0.0}})
+    teacher = make_config(sentinel_dataset, tmp_path / "teacher", train__steps=1, **MIXTURE)
+    run_ranks(1, _train, teacher, still)
+    config = make_config(
+        sentinel_dataset, tmp_path / "student", train__steps=2, salt__kd_steps=2,
+        salt__kd_weight=1.0, teacher__checkpoint=str(tmp_path / "teacher"), **MIXTURE,
+    )  # fmt: skip
+    run_ranks(1, _train, config, still)
+    assert [record["kl_nats"] for record in metrics_of(tmp_path / "student")[1:]] == [0.0, 0.0]
+
+
 def _prepare(config: RunConfig, deepspeed_config: str) -> None:
     prepare(config, deepspeed_config)
 
@@ -403,7 +421,13 @@ def test_teacher_that_never_read_a_prefix_is_warned_of(
     assert f"WARNING teacher {causal_teacher}" in describe(config, deepspeed_config)
     causal = make_config(sentinel_dataset, tmp_path / "causal", **teaching)
     assert "WARNING" not in describe(causal, deepspeed_config)
-    # The student of the mixture teaches the mixture, and one who saw no sentinels is told apart.
     taught = {**teaching, "teacher__checkpoint": str(tmp_path / "run")}
-    config = make_config(sentinel_dataset, tmp_path / "next", **taught, **MIXTURE)
-    assert "WARNING" not in describe(config, deepspeed_config)
+    of_mixture = make_config(sentinel_dataset, tmp_path / "next", **taught, **MIXTURE)
+    assert "WARNING" not in describe(of_mixture, deepspeed_config)
+    manifest = read_manifest(list_checkpoints(tmp_path / "run")[-1])
+    prefix_only = dataclasses.replace(config.data, objective=[Word("prefix")])
+    saw_none = dataclasses.replace(
+        manifest, config=dataclasses.replace(manifest.config, data=prefix_only)
+    )
+    assert "never saw sentinels" in unseen_objectives(tmp_path, saw_none, config)[0]
+    assert unseen_objectives(tmp_path, saw_none, saw_none.config) == []
