@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_salt import checkpoint as ckpt
-from megatron_salt.config import RunConfig, parse_blend
+from megatron_salt.config import RunConfig, parse_blend, parse_objective
 from megatron_salt.data.dataset import find_tokenizer, verify_all
 from megatron_salt.data.manifest import read_manifest
-from megatron_salt.data.objective import check_sentinels
+from megatron_salt.data.objective import check_sentinels, fit_spans
 from megatron_salt.deepspeed_config import (
     DeepSpeedSettings,
     check_against_run,
@@ -273,6 +273,17 @@ def _token_lines(config: RunConfig, settings: DeepSpeedSettings, resume: Path | 
         lines.append(
             f"  {prefix}: {share:.1%} of the samples, {manifest.tokens:,} tokens "
             f"(held-out part included), about {epochs:.2f} epochs"
+        )
+    shares = parse_objective(config.data.objective)
+    if list(shares) != ["causal"]:
+        mixture = ", ".join(f"{share:.1%} {name}" for name, share in shares.items())
+        lines.append(f"objective: {mixture}")
+    if "span_corruption" in shares:
+        length, rate = config.data.seq_length, config.data.span_corruption_rate
+        counts = fit_spans(length + 1, rate, config.data.span_mean_length)
+        lines.append(
+            f"  a row of span_corruption reads {counts.num_tokens} of its {length + 1} tokens and "
+            f"predicts {counts.num_noise} of them in {counts.num_spans} spans"
         )
     lines.append(f"start: {'new run' if resume is None else f'resume {resume}'}")
     return lines

@@ -11,6 +11,7 @@ released teacher's tensors alive.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -105,7 +106,7 @@ class SdpaCoreAttention(nn.Module):
 
     Shapes: query [S, B, H, C], key and value [S, B, G, C] with this rank's heads and groups and
     C channels; result [S, B, H * C]. Without a mask the causal flag picks flash attention; a mask
-    [B, 1, S, S], True where a row may attend to a column, takes its place.
+    [B, 1, S, S], which is added to the scores, takes its place.
     """
 
     def __init__(self, config: TransformerConfig, **_: Any) -> None:
@@ -137,10 +138,11 @@ class PrefixMasks:
     them, and every stage runs its forward passes in the order of the micro-batches.
     """
 
-    def __init__(self, seq_length: int) -> None:
+    def __init__(self, seq_length: int, dtype: torch.dtype) -> None:
         self.mask_B1SS: Tensor | None = None
-        """True where a row may attend to a column; None: causal."""
-        self._seq_length = seq_length
+        """0 where a row may attend to a column, else -inf, in the model's precision; None: causal.
+        Of a boolean mask SDPA would make this in every layer, and keep each for the backward."""
+        self._seq_length, self._dtype = seq_length, dtype
         self._waiting: deque[Tensor | None] | None = None
 
     @contextlib.contextmanager
@@ -165,7 +167,9 @@ class PrefixMasks:
             column_S = torch.arange(self._seq_length, device=device)
             causal_SS = column_S <= column_S[:, None]
             inside_BS = column_S < prefix_B.to(device, non_blocking=True)[:, None]
-            self.mask_B1SS = (causal_SS | inside_BS[:, None, :])[:, None]
+            barred_BSS = ~(causal_SS | inside_BS[:, None, :])
+            mask_BSS = torch.zeros(barred_BSS.shape, dtype=self._dtype, device=device)
+            self.mask_B1SS = mask_BSS.masked_fill_(barred_BSS, -math.inf)[:, None]
 
 
 def layer_submodules() -> TransformerLayerSubmodules:
@@ -249,7 +253,7 @@ class ModelParts:
         self.position_rows = position_rows
         uses_rope = model.position_embedding_type == "rope"
         self.rotary = RotaryTable(model, seq_length, groups.cp) if uses_rope else None
-        self.prefix_masks = PrefixMasks(seq_length)
+        self.prefix_masks = PrefixMasks(seq_length, dtype)
 
     @property
     def vocab(self) -> VocabShard:

@@ -404,7 +404,9 @@ def test_tokenizer_without_sentinels_is_refused_before_the_start(
         assert "needs 4 sentinels" in message and "has 0" in message
         assert "tokenizer.model" in message and "--sentinels 4" in message
     assert not (tmp_path / "run" / "index_cache").exists()
-    describe(make_config(sentinel_dataset, tmp_path / "run", **MIXTURE), deepspeed_config)
+    lines = describe(make_config(sentinel_dataset, tmp_path / "run", **MIXTURE), deepspeed_config)
+    assert "objective: 30.0% causal, 40.0% prefix, 30.0% span_corruption" in lines
+    assert "reads 10 of its 17 tokens and predicts 4 of them in 3 spans" in lines
 
 
 def test_teacher_that_never_read_a_prefix_is_warned_of(
