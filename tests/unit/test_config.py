@@ -77,6 +77,14 @@ def test_command_line_overrides_yaml_overrides_defaults(files: list[str]) -> Non
     assert command.deepspeed_config == files[3] and not command.dry_run
 
 
+def test_objectives_are_read_like_data_prefixes(files: list[str]) -> None:
+    assert parse_command_line(files).config.data.objective == ["causal"]
+    for given, read in (("[0.6,causal,0.4,prefix]", ["0.6", "causal", "0.4", "prefix"]),
+                        ("[prefix]", ["prefix"])):  # fmt: skip
+        config = parse_command_line([*files, "--data.objective", given]).config
+        assert config.data.objective == read
+
+
 def test_later_yaml_overrides_earlier_key_by_key(files: list[str], tmp_path: Path) -> None:
     (tmp_path / "more.yaml").write_text("train: {steps: 50}\nsalt: {}\n")
     config = parse_command_line([*files, "--config", str(tmp_path / "more.yaml")]).config
