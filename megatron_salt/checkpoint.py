@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,10 @@ class CheckpointManifest:
     versions: dict[str, str]
     files: dict[str, dict[str, Any]]
     """Relative path -> {"bytes": …, "sha256": …} of every file but this one."""
+    tags: list[str] = field(default_factory=list)
+    """Fingerprint of the tags of every training dataset, if the run reads tags."""
+    selection: list[str] = field(default_factory=list)
+    """Fingerprint of the selected sequences of every training dataset, if the run selects."""
     format_version: int = FORMAT_VERSION
 
 

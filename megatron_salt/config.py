@@ -114,6 +114,8 @@ class DataConfig:
     """Shares of documents for training and held-out when valid_data_path is empty."""
     tokenizer: str | None = None
     """Tokenizer file or directory; null: the copy that preprocess_data.py put beside the data."""
+    tags: list[str] = field(default_factory=list)
+    """Tags of tools/tag_data.py, one --output-prefix per training dataset, in their order."""
     seq_length: int = 2048
     """Tokens per training sequence (S)."""
     eod_mask_loss: bool = False
@@ -166,6 +168,22 @@ class SaltConfig:
     logits_dtype: Literal["fp32", "model"] = "fp32"
     """Precision of the logits: fp32, or the model's (the DeepSpeed JSON's), which is faster and
     rounds away small differences between student and teacher."""
+    selection: list[str] = field(default_factory=list)
+    """Tables of tools/tag_data.py or select_data.py, one per training dataset: the KD phase reads
+    their selected sequences only, the LM phase everything."""
+    kd_tokens: Literal["all", "tagged", "untagged", "low_entropy", "high_entropy",
+                       "teacher_better"] = "all"  # fmt: skip
+    """Tokens that are taught: by the mask of data.tags, by the teacher's entropy (kd_token_share of
+    each sequence), or where the teacher's loss is below the student's."""
+    kd_token_share: float = 1.0
+    """Share of a sequence's tokens taken by low_entropy or high_entropy."""
+    untaught_ce: Literal["full", "mixed"] = "full"
+    """CE weight of tokens that kd_tokens leaves out: full, 1; mixed, 1 - w as the taught ones."""
+    ce_tokens: Literal["all", "tagged", "untagged", "excess_loss"] = "all"
+    """Tokens whose CE counts in the KD phase: by the mask, or the ce_token_share of each sequence
+    with the largest student loss - reference loss (the teacher's, or that of data.tags)."""
+    ce_token_share: float = 1.0
+    """Share of a sequence's tokens taken by excess_loss."""
     loss_chunk_mib: int = 1024
     """MiB for what is made for one chunk of tokens, logits and their gradient above all. It decides
     how many tokens are scored at a time."""
@@ -447,9 +465,10 @@ def check_config(config: RunConfig) -> None:
         "choose a kd_weight below 1 or linear_decay",
     )
     _require(
-        salt.kd_steps == 0 or config.teacher.checkpoint is not None,
+        salt.kd_steps == 0 or config.teacher.checkpoint is not None or salt.kd_weight == 0.0,
         f"salt.kd_steps = {salt.kd_steps} but teacher.checkpoint is not set: name the teacher's "
-        "checkpoint, or set salt.kd_steps to 0 for plain training",
+        "checkpoint, set salt.kd_steps to 0 for plain training, or salt.kd_weight to 0 for a "
+        "KD phase that only selects data",
     )
     _require(
         config.teacher.checkpoint is None or salt.kd_steps > 0,
@@ -474,8 +493,61 @@ def check_config(config: RunConfig) -> None:
         0.0 <= train.min_lr_ratio <= 1.0,
         f"train.min_lr_ratio = {train.min_lr_ratio}: must be in [0, 1]",
     )
+    check_tags(config)
     _require(train.eval_samples > 0 and train.log_interval > 0, "train.eval_samples and "
              "train.log_interval must be at least 1")  # fmt: skip
+
+
+def check_tags(config: RunConfig) -> None:
+    """The part of `check_config` that concerns tags, selection and the routing of tokens."""
+    salt, data = config.salt, config.data
+    for name, paths in (("data.tags", data.tags), ("salt.selection", salt.selection)):
+        if paths:
+            num_datasets = len(parse_blend(data.train_data_path, "data.train_data_path")[0])
+            _require(
+                len(paths) == num_datasets,
+                f"{name} names {len(paths)}, data.train_data_path {num_datasets} datasets: give "
+                "one for each, in the same order",
+            )
+    routed = {
+        "salt.selection": bool(salt.selection),
+        f"salt.kd_tokens = {salt.kd_tokens}": salt.kd_tokens != "all",
+        f"salt.ce_tokens = {salt.ce_tokens}": salt.ce_tokens != "all",
+    }
+    for name, used in routed.items():
+        _require(
+            not used or salt.kd_steps > 0,
+            f"{name} has no effect without a KD phase: set salt.kd_steps (with salt.kd_weight 0 "
+            "there is selection without a teacher)",
+        )
+    for name in ("kd_tokens", "ce_tokens"):
+        _require(
+            "tagged" not in getattr(salt, name) or bool(data.tags),
+            f"salt.{name} = {getattr(salt, name)} needs data.tags",
+        )
+    _require(
+        salt.kd_tokens == "all" or salt.kd_weight > 0,
+        f"salt.kd_tokens = {salt.kd_tokens} has no effect at salt.kd_weight 0",
+    )
+    _require(
+        salt.ce_tokens != "excess_loss" or bool(data.tags) or config.teacher.checkpoint is not None,
+        "salt.ce_tokens = excess_loss compares with a reference loss: set teacher.checkpoint, or "
+        "data.tags made with --store loss",
+    )
+    for share, choice, needing in (
+        ("kd_token_share", salt.kd_tokens, ("low_entropy", "high_entropy")),
+        ("ce_token_share", salt.ce_tokens, ("excess_loss",)),
+    ):
+        value = getattr(salt, share)
+        _require(0.0 < value <= 1.0, f"salt.{share} = {value}: must be above 0, at most 1")
+        _require(
+            value == 1.0 or choice in needing,
+            f"salt.{share} = {value} has no effect; it belongs to {' and '.join(needing)}",
+        )
+        _require(
+            value < 1.0 or choice not in needing,
+            f"salt.{share} is 1: {choice} would take every token; set it below 1",
+        )
 
 
 def parse_blend(paths: Sequence[str], option: str) -> tuple[list[str], list[float]]:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 from megatron_salt import checkpoint as ckpt
 from megatron_salt.config import RunConfig, parse_blend, parse_objective
-from megatron_salt.data.dataset import find_tokenizer, verify_all
+from megatron_salt.data.dataset import Choice, find_tokenizer, load_choice, verify_all
 from megatron_salt.data.manifest import read_manifest
 from megatron_salt.data.objective import check_sentinels, fit_spans
 from megatron_salt.deepspeed_config import (
@@ -38,7 +37,12 @@ from megatron_salt.parallel.layout import (
     layout_for_world,
     split_rows,
 )
-from megatron_salt.resume import check_start, find_teacher, unseen_objectives
+from megatron_salt.resume import (
+    check_same_choice,
+    check_start,
+    find_teacher,
+    unseen_objectives,
+)
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -175,10 +179,13 @@ def describe(config: RunConfig, deepspeed_config: str) -> str:
     tokenizer = find_tokenizer(config.data)
     verify_all(config.data, tokenizer)
     check_sentinels(config.data, tokenizer)
+    choice = load_choice(config, tokenizer)
     fingerprint = tokenizer.fingerprint
     resume, warnings = ckpt.find_resume(config.train.output_dir, config.train.resume)
     resumed = ckpt.read_manifest(resume) if resume else None
     check_start(config, layout, settings, fingerprint, resume, resumed)
+    if resumed is not None:
+        check_same_choice(config, resumed, choice)
     teacher = None
     if config.teacher.checkpoint is not None:
         path, seq_length = config.teacher.checkpoint, config.data.seq_length
@@ -190,7 +197,8 @@ def describe(config: RunConfig, deepspeed_config: str) -> str:
     lines = [
         *(f"WARNING {warning}" for warning in warnings),
         *_layout_lines(layout, settings, config),
-        *_token_lines(config, settings, resume),
+        *_token_lines(config, settings, choice),
+        f"start: {'new run' if resume is None else f'resume {resume}'}",
         *_teacher_lines(teacher, config, settings, layout),
         *_stage_lines(bounds, memory, costs),
     ]
@@ -255,17 +263,26 @@ def _layout_lines(layout: Layout, settings: DeepSpeedSettings, config: RunConfig
     return lines
 
 
-def _token_lines(config: RunConfig, settings: DeepSpeedSettings, resume: Path | None) -> list[str]:
+def _token_lines(config: RunConfig, settings: DeepSpeedSettings, choice: Choice) -> list[str]:
     per_step = settings.global_batch_size * config.data.seq_length
     total = per_step * config.train.steps
     lines = [
         f"tokens: {per_step:,} a step x {config.train.steps:,} steps = {total:,} "
-        f"({per_step * config.salt.kd_steps:,} of them with the teacher)"
+        f"({per_step * config.salt.kd_steps:,} of them in the KD phase)"
     ]
+    if choice.selections:
+        total -= per_step * config.salt.kd_steps
     prefixes, weights = parse_blend(config.data.train_data_path, "data.train_data_path")
-    for prefix, weight in zip(prefixes, weights, strict=True):
+    for which, (prefix, weight) in enumerate(zip(prefixes, weights, strict=True)):
         manifest = read_manifest(prefix)
         share = weight / sum(weights)
+        if choice.selections:
+            chosen = choice.selections[which]
+            epochs = per_step * config.salt.kd_steps * share / chosen.tokens
+            lines.append(
+                f"  {prefix}, KD phase: {len(chosen.sequences):,} selected sequences of "
+                f"{chosen.tokens:,} tokens (held-out part included), about {epochs:.2f} epochs"
+            )
         if manifest is None:
             lines.append(f"  {prefix}: {share:.1%} of the samples; no manifest")
             continue
@@ -285,7 +302,6 @@ def _token_lines(config: RunConfig, settings: DeepSpeedSettings, resume: Path | 
             f"  a row of span_corruption reads {counts.num_tokens} of its {length + 1} tokens and "
             f"predicts {counts.num_noise} of them in {counts.num_spans} spans"
         )
-    lines.append(f"start: {'new run' if resume is None else f'resume {resume}'}")
     return lines
 
 

@@ -26,6 +26,7 @@ from megatron_salt.config import (
     parse_blend,
     parse_objective,
 )
+from megatron_salt.data.dataset import Choice
 from megatron_salt.data.tokenizer import Tokenizer, check_same_tokens, load_tokenizer
 from megatron_salt.deepspeed_config import DeepSpeedSettings, read_json
 from megatron_salt.parallel.layout import Layout
@@ -263,6 +264,25 @@ def _objective(data: DataConfig) -> str:
             f"data.span_mean_length = {data.span_mean_length})"
         )
     return text
+
+
+def check_same_choice(config: RunConfig, resumed: CheckpointManifest, choice: Choice) -> None:
+    """Raise ValueError if the rest of the KD phase would read other sequences or other tags.
+
+    Once the KD phase is over neither is read, and both may be left out.
+    """
+    if resumed.step >= config.salt.kd_steps:
+        return
+    tags, selection = choice.fingerprints()
+    for name, before, now in (
+        ("data.tags", resumed.tags, tags),
+        ("salt.selection", resumed.selection, selection),
+    ):
+        if before != now:
+            raise ValueError(
+                f"{name}: the KD phase of this run began with {before or 'none'}, now it would go "
+                f"on with {now or 'none'} (fingerprints): give the same files, or start a new run"
+            )
 
 
 def _check_deepspeed(before: Mapping[str, Any], settings: DeepSpeedSettings) -> None:

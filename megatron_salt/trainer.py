@@ -21,7 +21,15 @@ from tqdm import tqdm
 
 from megatron_salt import checkpoint as ckpt
 from megatron_salt.config import RunConfig, write_config
-from megatron_salt.data.dataset import Batch, DataSource, find_tokenizer, verify_all
+from megatron_salt.data.dataset import (
+    Batch,
+    Choice,
+    DataSource,
+    find_tokenizer,
+    load_choice,
+    reads_reference_loss,
+    verify_all,
+)
 from megatron_salt.data.objective import check_sentinels
 from megatron_salt.data.order import rows_of_rank
 from megatron_salt.deepspeed_config import (
@@ -43,6 +51,7 @@ from megatron_salt.parallel.groups import (
 from megatron_salt.resume import (
     changed_deepspeed,
     changed_settings,
+    check_same_choice,
     decide_start,
     find_teacher,
     lock_output_dir,
@@ -86,15 +95,19 @@ class Run:
         self.output_dir = Path(config.train.output_dir)
         with same_error_everywhere("checking data and checkpoint"):
             self.tokenizer = find_tokenizer(config.data)
-            start = None
+            start = choice = None
             if groups.rank == 0:
                 verify_all(config.data, self.tokenizer)
                 check_sentinels(config.data, self.tokenizer)
+                choice = load_choice(config, self.tokenizer)
                 self.lock = lock_output_dir(config.train.output_dir)
                 fingerprint = self.tokenizer.fingerprint
                 start = decide_start(config, groups.layout, settings, fingerprint)
+                if start[1] is not None:
+                    check_same_choice(config, start[1], choice)
         # One rank looks and decides: shared file systems show different ranks different folders.
         resume_from, resumed, warnings = from_rank_0(start)
+        self.choice: Choice = from_rank_0(choice)
         for warning in warnings:
             self.say(f"WARNING {warning}")
         with same_error_everywhere("verifying the checkpoint to resume from"):
@@ -110,10 +123,14 @@ class Run:
             num_samples=config.train.steps * settings.global_batch_size,
             seed=config.train.seed,
             cache_path=Path(config.data.cache_path or self.output_dir / "index_cache"),
+            num_selected=config.salt.kd_steps * settings.global_batch_size,
+            choice=self.choice,
+            with_reference_loss=reads_reference_loss(config),
         )
-        needed = self.data.epochs_needed(config.train.steps * settings.global_batch_size)
-        for prefix, epochs in needed.items():
-            self.say(f"data: {prefix}, {epochs:.2f} epochs over the run")
+        for line in self.data.epochs_needed():
+            self.say(f"data: {line}")
+        for line in self.choice.describe():
+            self.say(f"data: {line}")
         if resumed and resumed.data != self.data.fingerprints():
             raise ValueError(
                 f"{resume_from}: was trained on other data than data.train_data_path now names; "
@@ -144,7 +161,7 @@ class Run:
         if resumed and config.teacher.checkpoint is not None:
             self.teacher_valid_ce = resumed.teacher_valid_ce_nats
         self.teacher_fingerprint = resumed.teacher_fingerprint if resumed else None
-        if phase(config.salt, self.first_step) == "kd":
+        if config.teacher.checkpoint and phase(config.salt, self.first_step) == "kd":
             self._bring_teacher(resumed)
         elif self.first_step == 0:
             self._log_start(self._score_held_out(with_teacher=False))
@@ -250,7 +267,7 @@ class Run:
             rows = rows_of_rank(
                 step, settings.global_batch_size, groups.dp_rank, groups.layout.dp_size
             )
-            return self.data.read(rows)
+            return self.data.read(rows, phase(self.config.salt, step))
 
         with ThreadPoolExecutor(max_workers=1) as reader:
             pending = reader.submit(read, self.first_step)
@@ -271,7 +288,7 @@ class Run:
         hidden_RSE = None
         if self.teacher:
             hidden_RSE = self.teacher.hidden_states(batch.tokens_RS, batch.prefix_R)
-        micro_batches = self.student.micro_batches(batch, weight, hidden_RSE)
+        micro_batches = self.student.micro_batches(batch, weight, hidden_RSE, phase(salt, step))
         lr = learning_rate(train, self.settings.learning_rate, step)
         self.student.train_step(micro_batches, lr)
         del hidden_RSE, micro_batches
@@ -318,6 +335,8 @@ class Run:
             "ce_nats": sums.ce_nats / count,
             "kl_nats": sums.kl_nats / count if teaching else None,
             "kd_weight": weight,
+            "taught_share": sums.taught / count,
+            "ce_share": sums.ce_counted / count,
             "loss": sums.loss,
             "lr": lr,
             "grad_norm": self.student.grad_norm(),
@@ -441,6 +460,7 @@ class Run:
 
     def _manifest(self, done: int, files: dict[str, dict[str, Any]]) -> ckpt.CheckpointManifest:
         layout = self.groups.layout
+        tags, selection = self.choice.fingerprints()
         return ckpt.CheckpointManifest(
             step=done,
             phase=phase(self.config.salt, done),
@@ -458,6 +478,8 @@ class Run:
             evaluation=self.evaluation,
             teacher_valid_ce_nats=self.teacher_valid_ce,
             teacher_fingerprint=self.teacher_fingerprint,
+            tags=tags,
+            selection=selection,
             versions=ckpt.installed_versions(),
             files=dict(sorted(files.items())),
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,18 @@ import torch.distributed as dist
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.utils import Split
 from torch import Tensor
 
-from megatron_salt.config import DataConfig, parse_blend
+from megatron_salt.config import DataConfig, RunConfig, parse_blend
+from megatron_salt.data.epochs import Epoch, EpochedDataset, TaggedDataset, Tags, WindowDataset
 from megatron_salt.data.manifest import read_manifest, verify_dataset
 from megatron_salt.data.objective import Mixture, make_mixture
-from megatron_salt.data.order import epoch_and_offset, epoch_seed, evaluation_rows
+from megatron_salt.data.order import epoch_seed, evaluation_rows
+from megatron_salt.data.selection import Selection, check_same_origin, load_selection
+from megatron_salt.data.tags import TagManifest, manifest_path, verify_tags
 from megatron_salt.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_salt.salt import Phase
 
 # Held-out samples are drawn with this seed whatever train.seed is, so runs score the same text.
 EVALUATION_SEED = 1234
@@ -44,6 +49,10 @@ class Batch:
     """The token after each input, int64."""
     mask_RS: Tensor
     """1 where the position counts, fp32."""
+    tag_RS: Tensor | None = None
+    """With data.tags: 1 where the label is among the tagging model's most likely tokens, fp32."""
+    reference_loss_RS: Tensor | None = None
+    """The tagging model's loss on the label, nats, fp32; where a run reads it."""
     prefix_R: Tensor | None = None
     """How many of a row's first tokens see each other in both directions, int64, always on the CPU:
     it decides which attention runs. None where every row is causal."""
@@ -84,33 +93,76 @@ def verify_all(data: DataConfig, tokenizer: Tokenizer) -> None:
         verify_dataset(prefix, tokenizer)
 
 
-class EpochedDataset(torch.utils.data.Dataset):
-    """An endless order over one prefix: epoch after epoch of `GPTDataset`, each shuffled anew."""
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The tags and selections of a run's training datasets, verified; empty where it has none."""
 
-    def __init__(self, epochs: Sequence[GPTDataset]) -> None:
-        self.epochs = list(epochs)
-        self.samples_per_epoch = len(self.epochs[0])
-        # What `BlendedDataset` asks of its parts.
-        self.index_split = self.epochs[0].index_split
-        self.unique_identifiers = {
-            "class": type(self).__name__,
-            "epochs": [epoch.unique_identifiers for epoch in self.epochs],
-        }
+    tags: tuple[TagManifest, ...] = ()
+    selections: tuple[Selection, ...] = ()
 
-    def __len__(self) -> int:
-        return self.samples_per_epoch * len(self.epochs)
+    def fingerprints(self) -> tuple[list[str], list[str]]:
+        """Identities of tags and selections, to notice at a resume that they changed."""
+        return [x.fingerprint for x in self.tags], [x.fingerprint for x in self.selections]
 
-    def __getitem__(self, row: int) -> dict[str, Tensor]:
-        epoch, offset = epoch_and_offset(int(row), self.samples_per_epoch)
-        return self.epochs[epoch][offset]
+    def describe(self) -> list[str]:
+        """Who tagged and by which rule was selected, as lines for people."""
+        lines = []
+        for manifest in self.tags:
+            model = manifest.origin.model
+            lines.append(f"tags of {manifest.origin.data.name} by {model.name}, step {model.step}")
+        for selection in self.selections:
+            rule = ", ".join(f"{k} {v}" for k, v in selection.rule.items() if v is not None)
+            lines.append(f"selection {selection.path}: {rule}")
+        return lines
+
+
+def load_choice(config: RunConfig, tokenizer: Tokenizer) -> Choice:
+    """Read and check what config.data.tags and config.salt.selection name.
+
+    Raises: ValueError naming the files that do not belong together, and the remedy.
+    """
+    data, salt = config.data, config.salt
+    prefixes = parse_blend(data.train_data_path, "data.train_data_path")[0]
+    tags, selections = [], []
+    for prefix, tagged in zip(prefixes, data.tags, strict=False):
+        tags.append(verify_tags(tagged, prefix, tokenizer.fingerprint))
+        if reads_reference_loss(config) and "loss" not in tags[-1].stored:
+            raise ValueError(
+                f"salt.ce_tokens = excess_loss without a teacher reads the losses of {tagged}, "
+                "which has none: tag with --store loss"
+            )
+    for prefix, path in zip(prefixes, salt.selection, strict=False):
+        selection = load_selection(path, prefix, tokenizer.fingerprint)
+        if selection.window not in (None, data.seq_length):
+            raise ValueError(
+                f"{path} selects windows of {selection.window} tokens, data.seq_length is "
+                f"{data.seq_length}: the sequences that were scored are those to train on; make "
+                "the two equal, or tag documents"
+            )
+        selections.append(selection)
+    if tags and selections:
+        for tagged, manifest, selection in zip(data.tags, tags, selections, strict=True):
+            check_same_origin(selection, manifest.origin, manifest_path(tagged))
+    return Choice(tags=tuple(tags), selections=tuple(selections))
+
+
+def reads_reference_loss(config: RunConfig) -> bool:
+    """Whether losses of the tags are read: a teacher in memory computes its own."""
+    return config.salt.ce_tokens == "excess_loss" and config.teacher.checkpoint is None
 
 
 class DataSource:
     """Reads the rows of a step or of an evaluation. Every rank can read any row.
 
+    There are two endless orders: of all training data, and, with a selection, of the selected
+    sequences, which the KD phase reads. A row means the same in both: step times global batch size.
+
     Args:
         num_samples: rows the run needs in all; decides how many epochs are indexed, not the order.
+        num_selected: rows of the KD phase, the first ones.
         cache_path: folder for index files, shared by all ranks; rank 0 writes, the others map.
+        choice: tags and selections, if the run has any.
+        with_reference_loss: read the losses of the tags.
         held_out_only: index no training data.
     """
 
@@ -122,6 +174,9 @@ class DataSource:
         num_samples: int,
         seed: int,
         cache_path: Path,
+        num_selected: int = 0,
+        choice: Choice | None = None,
+        with_reference_loss: bool = False,
         held_out_only: bool = False,
     ) -> None:
         self.data, self.tokenizer, self.seed = data, tokenizer, seed
@@ -130,31 +185,53 @@ class DataSource:
         shares = np.asarray(weights) / sum(weights)
         self.prefixes, self.shares = prefixes, shares.tolist()
         self.valid = self._held_out(prefixes)
+        self.num_samples, self.num_selected = num_samples, num_selected
+        self.selections = () if choice is None else choice.selections
+        self.tags: list[Tags | None] = [None] * len(prefixes)
         self.parts: list[EpochedDataset] = []
+        self.selected_parts: list[EpochedDataset] = []
         self.train: Any = None
+        self.selected: Any = None
         self.mixture: Mixture | None = None
         if held_out_only:
             return
         self.mixture = make_mixture(data, tokenizer, seed)
-        # Greedy blending never strays from the share by more than one sample per dataset.
-        needed = [int(np.ceil(share * num_samples)) + len(prefixes) for share in shares]
-        if len(prefixes) == 1:
-            needed = [num_samples]
-        self.parts = [
-            self._epochs(prefix, count) for prefix, count in zip(prefixes, needed, strict=True)
-        ]
-        self.train = self.parts[0]
-        if len(prefixes) > 1:
-            config = self._config(prefixes[0], seed, held_out=False)
-            config.path_to_cache = str(self.cache_path / "blend")
-            self.train = self._blend(num_samples, config)
+        if choice is not None and choice.tags:
+            self.tags = [Tags(path, with_loss=with_reference_loss) for path in data.tags]
+        self.train = self._order(num_samples, self.parts, self._all_epoch)
+        if self.selections:
+            self.selected = self._order(num_selected, self.selected_parts, self._selected_epoch)
 
-    def _blend(self, num_samples: int, config: GPTDatasetConfig) -> BlendedDataset:
+    def _order(
+        self,
+        num_samples: int,
+        parts: list[EpochedDataset],
+        build_epoch: Callable[[int, int], Epoch],
+    ) -> EpochedDataset | BlendedDataset:
+        """An endless order long enough for so many rows. Mutates: parts, its datasets."""
+        # Greedy blending never strays from the share by more than one sample per dataset.
+        needed = [int(np.ceil(share * num_samples)) + len(self.prefixes) for share in self.shares]
+        if len(self.prefixes) == 1:
+            needed = [num_samples]
+        for which, count in enumerate(needed):
+            epochs: list[Epoch] = []
+            while not epochs or len(epochs) * len(epochs[0]) < count:
+                epochs.append(build_epoch(which, epoch_seed(self.seed, len(epochs))))
+            parts.append(EpochedDataset(epochs))
+        if len(parts) == 1:
+            return parts[0]
+        config = self._config(self.prefixes[0], self.seed, held_out=False)
+        config.path_to_cache = str(self.cache_path / "blend")
+        return self._blend(parts, num_samples, config)
+
+    def _blend(
+        self, parts: Sequence[EpochedDataset], num_samples: int, config: GPTDatasetConfig
+    ) -> BlendedDataset:
         """The blend's index; rank 0 writes it before the others map it."""
         first = not dist.is_initialized() or dist.get_rank() == 0
         if not first:
             dist.barrier()
-        blended = BlendedDataset(self.parts, list(self.shares), num_samples, config)
+        blended = BlendedDataset(list(parts), list(self.shares), num_samples, config)
         if first and dist.is_initialized():
             dist.barrier()
         return blended
@@ -198,18 +275,57 @@ class DataSource:
                 f"({error}); if an earlier start was killed while writing it, delete the folder"
             ) from error
 
-    def _epochs(self, prefix: str, num_samples: int) -> EpochedDataset:
-        epochs: list[GPTDataset] = []
-        while not epochs or len(epochs) * len(epochs[0]) < num_samples:
-            config = self._config(prefix, epoch_seed(self.seed, len(epochs)), held_out=False)
-            train = self._build(config)[0]
-            if train is None or len(train) == 0:
-                raise ValueError(
-                    f"{prefix}: the training part holds no sequence of data.seq_length = "
-                    f"{self.data.seq_length} tokens; use more text or shorter sequences"
-                )
-            epochs.append(train)
-        return EpochedDataset(epochs)
+    def _gpt_epoch(self, which: int, seed: int) -> GPTDataset:
+        """All training documents of a dataset, once."""
+        prefix = self.prefixes[which]
+        train = self._build(self._config(prefix, seed, held_out=False))[0]
+        if train is None or len(train) == 0:
+            raise ValueError(
+                f"{prefix}: the training part holds no sequence of data.seq_length = "
+                f"{self.data.seq_length} tokens; use more text or shorter sequences"
+            )
+        return train
+
+    def _all_epoch(self, which: int, seed: int) -> Epoch:
+        epoch, tags = self._gpt_epoch(which, seed), self.tags[which]
+        return epoch if tags is None else TaggedDataset(epoch, tags)
+
+    def _selected_epoch(self, which: int, seed: int) -> Epoch:
+        """The selected sequences of a dataset's training part, once."""
+        selection, prefix = self.selections[which], self.prefixes[which]
+        whole = self.parts[which].epochs[0]
+        gpt: GPTDataset = whole.epoch if isinstance(whole, TaggedDataset) else whole
+        if selection.window is not None:
+            # The training part is the first documents of the file, so the first tokens.
+            lengths = gpt.dataset.sequence_lengths
+            num_tokens = int(lengths[: len(gpt.indices)].sum(dtype=np.int64))
+            windows = selection.sequences
+            whole_ones = windows[(windows + 1) * selection.window <= num_tokens]
+            self._check_some(len(whole_ones), selection)
+            return WindowDataset(
+                gpt.dataset, whole_ones, window=selection.window, seed=seed,
+                eod=self.tokenizer.eod, eod_mask_loss=self.data.eod_mask_loss,
+                tags=self.tags[which], identity=selection.fingerprint,
+            )  # fmt: skip
+        documents = np.intersect1d(gpt.indices, selection.sequences).astype(gpt.indices.dtype)
+        tokens = int(gpt.dataset.sequence_lengths[documents].sum(dtype=np.int64))
+        self._check_some(max(0, tokens - 1) // self.data.seq_length, selection)
+        config = self._config(prefix, seed, held_out=False)
+        # megatron-core's cache key does not hold which documents it indexes.
+        config.path_to_cache = f"{config.path_to_cache}-{selection.fingerprint}"
+        epoch = BlendedMegatronDatasetBuilder.build_generic_dataset(
+            GPTDataset, lambda: True, True, gpt.dataset, prefix, documents, None, Split.train,
+            config,
+        )  # fmt: skip
+        tags = self.tags[which]
+        return epoch if tags is None else TaggedDataset(epoch, tags)
+
+    def _check_some(self, samples: int, selection: Selection) -> None:
+        if samples == 0:
+            raise ValueError(
+                f"{selection.path}: the selected sequences in the training part of the data do not "
+                f"fill one sample of data.seq_length = {self.data.seq_length} tokens; select more"
+            )
 
     def _held_out(self, train_prefixes: Sequence[str]) -> list[GPTDataset]:
         found = []
@@ -224,10 +340,13 @@ class DataSource:
             found.append(valid)
         return found
 
-    def read(self, rows: Sequence[int]) -> Batch:
-        """Training rows of the endless order, each with its objective."""
-        batch = _stack([self.train[row] for row in rows])
-        return batch if self.mixture is None else _apply(self.mixture, batch, rows)
+    def read(self, rows: Sequence[int], phase: Phase = "lm") -> Batch:
+        """Rows of a step, each with its objective: of the selected sequences in the KD phase, if
+        there is a selection."""
+        chosen = phase == "kd" and self.selected is not None
+        order = self.selected if chosen else self.train
+        batch = _stack([order[row] for row in rows])
+        return batch if self.mixture is None else _apply(self.mixture, batch, rows, int(chosen))
 
     def num_held_out(self) -> int:
         return min(len(valid) for valid in self.valid) * len(self.valid)
@@ -264,12 +383,24 @@ class DataSource:
         text = repr((parts, held_out, self.data.seq_length, self.data.eod_mask_loss, total))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def epochs_needed(self, num_samples: int) -> dict[str, float]:
-        """How often each prefix is read over `num_samples` rows."""
-        return {
-            prefix: share * num_samples / part.samples_per_epoch
-            for prefix, share, part in zip(self.prefixes, self.shares, self.parts, strict=True)
-        }
+    def epochs_needed(self) -> list[str]:
+        """How often each dataset is read over the run, as lines for people."""
+        num_samples, num_selected = self.num_samples, self.num_selected
+        lines = []
+        for which, (prefix, share) in enumerate(zip(self.prefixes, self.shares, strict=True)):
+            per_epoch = self.parts[which].samples_per_epoch
+            if not self.selections:
+                lines.append(f"{prefix}, {share * num_samples / per_epoch:.2f} epochs over the run")
+                continue
+            chosen = self.selected_parts[which].samples_per_epoch
+            later = share * (num_samples - num_selected) / per_epoch
+            lines.append(
+                f"{prefix}, KD phase: {len(self.selections[which].sequences)} selected sequences "
+                f"make {chosen} samples ({per_epoch} in all), "
+                f"{share * num_selected / chosen:.2f} epochs; LM phase: {later:.2f} epochs of "
+                "everything"
+            )
+        return lines
 
 
 def dataset_fingerprint(prefix: str) -> str:
@@ -285,17 +416,25 @@ def dataset_fingerprint(prefix: str) -> str:
 
 def _stack(samples: Sequence[dict[str, Tensor]]) -> Batch:
     """torch.stack copies, so nobody can write into the dataset's cached masks."""
+
+    def stacked(name: str) -> Tensor | None:
+        return torch.stack([x[name] for x in samples]) if name in samples[0] else None
+
     return Batch(
         tokens_RS=torch.stack([sample["tokens"] for sample in samples]),
         labels_RS=torch.stack([sample["labels"] for sample in samples]),
         mask_RS=torch.stack([sample["loss_mask"] for sample in samples]).float(),
+        tag_RS=stacked("tag"),
+        reference_loss_RS=stacked("reference_loss"),
     )
 
 
-def _apply(mixture: Mixture, batch: Batch, rows: Sequence[int]) -> Batch:
+def _apply(mixture: Mixture, batch: Batch, rows: Sequence[int], order: int) -> Batch:
     """Give every row of a causal batch the objective that the mixture draws for it."""
     text_RS = torch.cat([batch.tokens_RS, batch.labels_RS[:, -1:]], dim=1).numpy()
-    samples = [mixture.sample(text_S, row) for text_S, row in zip(text_RS, rows, strict=True)]
+    samples = [
+        mixture.sample(text_S, row, order) for text_S, row in zip(text_RS, rows, strict=True)
+    ]
     return dataclasses.replace(
         batch,
         tokens_RS=torch.from_numpy(np.stack([sample.tokens_S for sample in samples])),

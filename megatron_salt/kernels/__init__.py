@@ -1,4 +1,4 @@
-"""The distillation loss over vocabulary shards: two public functions, interchangeable bodies."""
+"""The distillation loss over vocabulary shards: public functions, interchangeable bodies."""
 
 from megatron_salt.kernels.choose import choose_body
 from megatron_salt.kernels.chunks import Chunking, Heads
@@ -6,6 +6,7 @@ from megatron_salt.kernels.kd_loss import KdLoss, kd_loss
 from megatron_salt.kernels.linear_kd_loss import linear_kd_loss
 from megatron_salt.kernels.reference import vocab_parallel_argmax
 from megatron_salt.kernels.rows import Body
+from megatron_salt.kernels.token_scores import TokenScores, token_scores
 from megatron_salt.kernels.vocab import VocabShard, padded_vocab_size
 
 __all__ = [
@@ -13,10 +14,12 @@ __all__ = [
     "Chunking",
     "Heads",
     "KdLoss",
+    "TokenScores",
     "VocabShard",
     "choose_body",
     "kd_loss",
     "linear_kd_loss",
     "padded_vocab_size",
+    "token_scores",
     "vocab_parallel_argmax",
 ]

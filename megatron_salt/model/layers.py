@@ -213,10 +213,11 @@ class RotaryTable:
         )
         self._angles = rotary.get_emb(seq_length)
 
-    def angles(self, device: torch.device) -> Tensor:
+    def angles(self, length: int, device: torch.device) -> Tensor:
+        """Of the first `length` positions."""
         if self._angles.device != device:
             self._angles = self._angles.to(device)
-        return self._angles
+        return self._angles[:length]
 
 
 class ModelParts:
@@ -315,6 +316,7 @@ class DecoderLayer(TransformerLayer):
         self.canonical_name = f"layers.{index}"
         self.rotary = parts.rotary
         self.prefix_masks = parts.prefix_masks
+        self.sequence_parts = parts.tp_size if parts.sequence_parallel else 1
         self.recompute = parts.recompute
 
     def forward(self, hidden_SBD: Tensor) -> Tensor:  # type: ignore[override]
@@ -326,7 +328,8 @@ class DecoderLayer(TransformerLayer):
         return self._layer(hidden_SBD, mask_B1SS)
 
     def _layer(self, hidden_SBD: Tensor, mask_B1SS: Tensor | None) -> Tensor:
-        angles = self.rotary.angles(hidden_SBD.device) if self.rotary else None
+        length = hidden_SBD.shape[0] * self.sequence_parts
+        angles = self.rotary.angles(length, hidden_SBD.device) if self.rotary else None
         output_SBD, _ = super().forward(hidden_SBD, attention_mask=mask_B1SS, rotary_pos_emb=angles)
         return output_SBD
 

@@ -6,6 +6,7 @@ W vocabulary columns on this rank.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
 
@@ -23,8 +24,11 @@ from megatron_salt.kernels import (
     choose_body,
     kd_loss,
     linear_kd_loss,
+    token_scores,
     vocab_parallel_argmax,
 )
+from megatron_salt.kernels.token_scores import Wanted
+from megatron_salt.model.routing import keep_taught, share_of_sequences
 
 
 class Targets(NamedTuple):
@@ -38,6 +42,8 @@ class Targets(NamedTuple):
     """Weight of each token's cross-entropy in the loss, fp32, normaliser included."""
     kd_weight_BS: Tensor
     """Weight of each token's KL in the loss, fp32, normaliser included."""
+    reference_loss_BS: Tensor
+    """Loss of the tagging model on each label, nats, fp32; empty [0] where no route reads it."""
     teacher_hidden_BSE: Tensor | None = None
     """The teacher's last hidden state; None in the LM phase."""
 
@@ -52,6 +58,10 @@ class LossSums:
     tokens: float
     correct: float
     teacher_ce_nats: float
+    taught: float
+    """Tokens with a KD weight."""
+    ce_counted: float
+    """Tokens with a CE weight."""
 
     def __add__(self, other: LossSums) -> LossSums:
         mine, theirs = astuple(self), astuple(other)
@@ -61,6 +71,11 @@ class LossSums:
 def _counted_sum(values_T: Tensor, mask_T: Tensor) -> Tensor:
     """Sum over the counted tokens; an inf or nan where the mask is 0 does not spoil it."""
     return torch.where(mask_T > 0, values_T * mask_T, 0.0).sum()
+
+
+def _in_order_of_tokens(values_BS: Tensor) -> Tensor:
+    """[B, S] to [T], sequence positions outermost as in the student's hidden states."""
+    return values_BS.transpose(0, 1).reshape(-1)
 
 
 class Tokens(NamedTuple):
@@ -74,8 +89,10 @@ class Tokens(NamedTuple):
     mask_T: Tensor
     ce_weight_T: Tensor
     kd_weight_T: Tensor
+    reference_loss_T: Tensor | None
 
 
+NUM_SUMS = len(dataclasses.fields(LossSums))
 LOGITS_DTYPES = {"fp32": torch.float32, "model": None}
 
 
@@ -122,21 +139,26 @@ class LossFunction:
         )
         self.teacher_head_WE: Tensor | None = None
         self.evaluating = False
-        self._sums = torch.zeros(6, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=device)
 
     def __call__(self, hidden_SBD: Tensor, head_WD: Tensor, targets: Targets) -> Tensor:
         """Scalar loss of one micro-batch: sum over its tokens of ce_weight CE + kd_weight KL.
 
         Collectives: those of `linear_kd_loss` over tp.
         """
+        reference_BS = targets.reference_loss_BS
+        has_reference = reference_BS.numel() > 0
+        labels_T, mask_T, ce_weight_T, kd_weight_T = map(_in_order_of_tokens, targets[:4])
         tokens = Tokens(
-            hidden_SBD.flatten(0, 1),
-            head_WD,
-            self._teacher_hidden(targets.teacher_hidden_BSE),
-            *(field.transpose(0, 1).reshape(-1) for field in targets[:4]),
-        )
+            hidden_SBD.flatten(0, 1), head_WD, self._teacher_hidden(targets.teacher_hidden_BSE),
+            labels_T, mask_T, ce_weight_T, kd_weight_T,
+            _in_order_of_tokens(reference_BS) if has_reference else None,
+        )  # fmt: skip
         if self.evaluating:
             return self._evaluate(tokens)
+        # In the LM phase there is neither a teacher nor a reference, and nothing is routed.
+        if self._routes_by_model and (tokens.teacher_hidden_TE is not None or has_reference):
+            tokens = self._routed(tokens, targets.labels_BS.shape)
         result = linear_kd_loss(
             tokens.hidden_TD,
             tokens.head_WD,
@@ -148,8 +170,83 @@ class LossFunction:
             chunking=self.chunking,
             **self._options,
         )
-        self._add(tokens.mask_T, result)
+        self._add(tokens, result)
         return result.loss
+
+    @property
+    def _routes_by_model(self) -> bool:
+        """Whether weights depend on what the models say about a token."""
+        salt = self.salt
+        by_model = ("low_entropy", "high_entropy", "teacher_better")
+        return salt.kd_tokens in by_model or salt.ce_tokens == "excess_loss"
+
+    @torch.no_grad()
+    def _routed(self, tokens: Tokens, shape_BS: torch.Size) -> Tokens:
+        """The weights after the routes that need losses or entropies (see `routing`).
+
+        A token's weight must be known before its gradient is made, so the heads that are asked are
+        evaluated once more.
+        Collectives: those of `token_scores` over tp.
+        """
+        salt, (num_rows, length) = self.salt, shape_BS
+
+        def by_row(values_T: Tensor) -> Tensor:
+            return values_T.view(length, num_rows).transpose(0, 1)
+
+        counted_BS = by_row(tokens.mask_T)
+        ce_weight_BS, kd_weight_BS = by_row(tokens.ce_weight_T), by_row(tokens.kd_weight_T)
+        better = salt.kd_tokens == "teacher_better"
+        gap_BS = None  # student loss - teacher's
+        if better or salt.ce_tokens == "excess_loss":
+            gap_BS = by_row(self._student_ce(tokens) - self._teacher_ce(tokens))
+        taught_BS = None
+        if better:
+            assert gap_BS is not None
+            taught_BS = (gap_BS > 0).float()
+        elif salt.kd_tokens in ("low_entropy", "high_entropy"):
+            sign = 1.0 if salt.kd_tokens == "high_entropy" else -1.0
+            entropy_BS = by_row(self._teacher_scores(tokens, "entropy")) * sign
+            taught_BS = share_of_sequences(entropy_BS, counted_BS, salt.kd_token_share)
+        if taught_BS is not None:
+            ce_weight_BS, kd_weight_BS = keep_taught(
+                ce_weight_BS, kd_weight_BS, taught_BS, salt.untaught_ce
+            )
+        if salt.ce_tokens == "excess_loss":
+            assert gap_BS is not None
+            ce_weight_BS = ce_weight_BS * share_of_sequences(
+                gap_BS, counted_BS, salt.ce_token_share
+            )
+        return tokens._replace(
+            ce_weight_T=ce_weight_BS.transpose(0, 1).reshape(-1),
+            kd_weight_T=kd_weight_BS.transpose(0, 1).reshape(-1),
+        )
+
+    def _student_ce(self, tokens: Tokens) -> Tensor:
+        scores = token_scores(
+            tokens.hidden_TD, tokens.head_WD, tokens.labels_T, vocab=self.vocab,
+            chunking=self.chunking, impl=self.salt.loss_impl,
+        )  # fmt: skip
+        assert scores.ce_T is not None
+        return scores.ce_T
+
+    def _teacher_ce(self, tokens: Tokens) -> Tensor:
+        """Of the teacher in memory, else of the model that tagged the data."""
+        if tokens.teacher_hidden_TE is not None:
+            return self._teacher_scores(tokens, "ce")
+        assert tokens.reference_loss_T is not None  # `_route`
+        return tokens.reference_loss_T
+
+    def _teacher_scores(self, tokens: Tokens, want: Wanted) -> Tensor:
+        """ce or entropy. The teacher's states are whole on every rank, whatever the student's."""
+        assert tokens.teacher_hidden_TE is not None and self.teacher_head_WE is not None
+        scores = token_scores(
+            tokens.teacher_hidden_TE, self.teacher_head_WE, tokens.labels_T, vocab=self.vocab,
+            chunking=dataclasses.replace(self.chunking, sequence_parallel=False), want=(want,),
+            impl=self.salt.loss_impl,
+        )  # fmt: skip
+        found = scores.ce_T if want == "ce" else scores.entropy_T
+        assert found is not None
+        return found
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -180,12 +277,17 @@ class LossFunction:
         )  # fmt: skip
         loss = torch.zeros((), device=tokens.hidden_TD.device)
         for chunk in heads.chunks():
-            labels_N, mask_N, ce_weight_N, kd_weight_N = (
-                heads.of_all_parts(x, chunk.start, chunk.stop) for x in tokens[3:]
+            part = tokens._replace(
+                **{
+                    name: heads.of_all_parts(getattr(tokens, name), chunk.start, chunk.stop)
+                    for name in ("labels_T", "mask_T", "ce_weight_T", "kd_weight_T")
+                }
             )
+            labels_N, mask_N = part.labels_T, part.mask_T
             result = kd_loss(
                 chunk.student_logits_NW, chunk.teacher_logits_NW, labels_N,
-                ce_weight_T=ce_weight_N, kd_weight_T=kd_weight_N, tp_group=self.tp_group,
+                ce_weight_T=part.ce_weight_T, kd_weight_T=part.kd_weight_T,
+                tp_group=self.tp_group,
                 **self._options,
             )  # fmt: skip
             best_N = vocab_parallel_argmax(chunk.student_logits_NW, self.vocab, self.tp_group)
@@ -197,23 +299,25 @@ class LossFunction:
                     vocab=self.vocab, tp_group=self.tp_group, impl=self.salt.loss_impl,
                 )  # fmt: skip
                 teacher_ce = _counted_sum(scored.ce_T, mask_N)
-            self._add(mask_N, result, correct, teacher_ce)
+            self._add(part, result, correct, teacher_ce)
             loss += result.loss
         return loss
 
     @torch.no_grad()
     def _add(
         self,
-        mask_T: Tensor,
+        tokens: Tokens,
         result: KdLoss,
         correct: Tensor | None = None,
         teacher_ce: Tensor | None = None,
     ) -> None:
         zero = self._sums.new_zeros(())
+        mask_T = tokens.mask_T
         values = (
             result.loss, _counted_sum(result.ce_T, mask_T), _counted_sum(result.kl_T, mask_T),
             mask_T.sum(), zero if correct is None else correct,
             zero if teacher_ce is None else teacher_ce,
+            torch.count_nonzero(tokens.kd_weight_T), torch.count_nonzero(tokens.ce_weight_T),
         )  # fmt: skip
         self._sums += torch.stack([value.double() for value in values])
 

@@ -138,11 +138,13 @@ class Teacher:
         prefixes = [None if prefix_R is None else prefix_R[part] for part in parts]
         with self.parts.prefix_masks.of_step(prefixes):
             for part in parts:
-                mine_RSE[part.start - start : part.stop - start] = self._forward(tokens_RS[part])
+                mine_RSE[part.start - start : part.stop - start] = self.forward(tokens_RS[part])
         self._clock.stop()
         return self._collect(mine_RSE, num_rows)
 
-    def _forward(self, tokens_BS: Tensor) -> Tensor:
+    @torch.no_grad()
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        """Last hidden states [B, S, E] of these rows, on this rank alone; S at most seq_length."""
         self.parts.prefix_masks.advance(tokens_BS.device)
         hidden = tokens_BS
         for layer in self.body:

@@ -27,6 +27,7 @@ from megatron_salt.data.dataset import Batch
 from megatron_salt.deepspeed_config import DeepSpeedSettings, engine_config
 from megatron_salt.model.layers import ModelParts, canonical_parameters
 from megatron_salt.model.loss import LossFunction, LossSums, Targets
+from megatron_salt.model.routing import keep_taught
 from megatron_salt.model.student import (
     PipelineStudent,
     SingleStageStudent,
@@ -37,6 +38,7 @@ from megatron_salt.model.student import (
 )
 from megatron_salt.parallel.groups import Groups
 from megatron_salt.parallel.layout import balanced_stages, layer_costs
+from megatron_salt.salt import Phase
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -140,13 +142,18 @@ class StudentEngine:
             return SingleStageStudent(self.parts, self.loss_function).to(self.groups.device)
 
     def micro_batches(
-        self, batch: Batch, kd_weight: float, teacher_hidden_RSE: Tensor | None
+        self,
+        batch: Batch,
+        kd_weight: float,
+        teacher_hidden_RSE: Tensor | None,
+        phase: Phase = "kd",
     ) -> list[MicroBatch]:
         """Cut this rank's rows of a step into M micro-batches with the weights of their tokens.
 
         The loss is a sum over tokens divided once by the number N of counted tokens of the whole
         step, over all micro-batches and data-parallel ranks, for CE and KL alike. DeepSpeed divides
         by M and averages over ranks, so the weights carry M * dp. An empty step has weights of 0.
+        In the KD phase the weights are then routed by the tags; N stays as it is.
 
         Collectives: one all-reduce of one number over dp.
         """
@@ -156,6 +163,11 @@ class StudentEngine:
         scale = dp_size * num_micro / num_counted.clamp(min=1.0)
         ce_weight_RS = batch.mask_RS * ((1.0 - kd_weight) * scale)
         kd_weight_RS = batch.mask_RS * (kd_weight * scale)
+        reference_RS = batch.tokens_RS.new_empty((len(batch.tokens_RS), 0), dtype=torch.float32)
+        if phase == "kd":
+            ce_weight_RS, kd_weight_RS = self._routed_by_tags(batch, ce_weight_RS, kd_weight_RS)
+            if batch.reference_loss_RS is not None:
+                reference_RS = batch.reference_loss_RS
         size = self.settings.micro_batch_size
         result = []
         for start in range(0, size * num_micro, size):
@@ -164,17 +176,32 @@ class StudentEngine:
             prefix_B = None if batch.prefix_R is None else batch.prefix_R[rows]
             targets = Targets(
                 batch.labels_RS[rows], batch.mask_RS[rows], ce_weight_RS[rows], kd_weight_RS[rows],
-                hidden,
+                reference_RS[rows], hidden,
             )  # fmt: skip
             result.append(MicroBatch(batch.tokens_RS[rows], targets, prefix_B))
         return result
+
+    def _routed_by_tags(
+        self, batch: Batch, ce_weight_RS: Tensor, kd_weight_RS: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The weights after the routes that the masks of data.tags decide, as new tensors."""
+        salt, tag_RS = self.loss_function.salt, batch.tag_RS
+        masks = {} if tag_RS is None else {"tagged": tag_RS, "untagged": 1.0 - tag_RS}
+        if salt.kd_tokens in masks:
+            ce_weight_RS, kd_weight_RS = keep_taught(
+                ce_weight_RS, kd_weight_RS, masks[salt.kd_tokens], salt.untaught_ce
+            )
+        if salt.ce_tokens in masks:
+            ce_weight_RS = ce_weight_RS * masks[salt.ce_tokens]
+        return ce_weight_RS, kd_weight_RS
 
     def scoring_batch(self, batch: Batch, teacher_hidden_BSE: Tensor | None) -> MicroBatch:
         """A micro-batch to be evaluated: every counted token weighs 1 in the CE."""
         nothing = torch.zeros_like(batch.mask_RS)
         targets = Targets(
-            batch.labels_RS, batch.mask_RS, batch.mask_RS, nothing, teacher_hidden_BSE
-        )
+            batch.labels_RS, batch.mask_RS, batch.mask_RS, nothing, nothing[:, :0],
+            teacher_hidden_BSE,
+        )  # fmt: skip
         return MicroBatch(batch.tokens_RS, targets, batch.prefix_R)
 
     def train_step(self, micro_batches: Sequence[MicroBatch], learning_rate: float) -> None:
@@ -229,14 +256,14 @@ class StudentEngine:
     def reduce_sums(self) -> LossSums:
         """Take the loss function's sums, added over dp, known on every rank.
 
-        Collectives: one all-reduce of 6 numbers over all ranks. Host sync: one.
+        Collectives: one all-reduce of 8 numbers over all ranks. Host sync: one.
         """
         sums = self.loss_function.take_sums()
         # Only the last stage has seen losses, and its tp ranks hold the same numbers.
         if self.groups.tp_rank != 0:
             sums.zero_()
         dist.all_reduce(sums)
-        loss, ce, kl, tokens, correct, teacher_ce = sums.tolist()
+        loss, ce, kl, tokens, correct, teacher_ce, taught, ce_counted = sums.tolist()
         return LossSums(
             # The weights carried M * dp to undo DeepSpeed's means.
             loss=loss / (self.groups.layout.dp_size * self.settings.num_micro_batches),
@@ -245,6 +272,8 @@ class StudentEngine:
             tokens=tokens,
             correct=correct,
             teacher_ce_nats=teacher_ce,
+            taught=taught,
+            ce_counted=ce_counted,
         )
 
     def save(self, directory: Path) -> None:

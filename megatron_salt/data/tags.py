@@ -1,0 +1,292 @@
+"""Tags: what a small model said about every token of a dataset, in lockstep with the tokens.
+
+    PREFIX.tags.json                 manifest: of which data, by which model, how; hashes
+    PREFIX_mask.bin/.idx             uint8, 1: the token is among the model's k most likely ones
+    PREFIX_loss.bin/.idx             optional: -log p of the token, nats, fp16
+    PREFIX_entropy.bin/.idx          optional: entropy of the model's distribution there, nats, fp16
+    PREFIX_sequences.parquet         scores of the sequences, see `selection.py`
+
+The token files are Megatron indexed datasets with the lengths and documents of the data. The format
+has no fp16, so those two hold its bits as uint16. The tag at place i is of token i as the one to
+be predicted; in a batch it stands where token i is the *label*.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_salt.data.manifest import bin_path, idx_path, read_manifest
+from megatron_salt.data.text_files import sha256_of_file
+
+FORMAT_VERSION = 1
+AGAIN = "run tools/tag_data.py again"
+# Of a file too large to be read at every start: this many blocks, evenly spread.
+SAMPLED_BLOCKS = 1024
+BLOCK_BYTES = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataIdentity:
+    """Which dataset something was made of. Copying or renaming the dataset keeps it."""
+
+    name: str
+    """Base name of its prefix, for people."""
+    sequences: int
+    tokens: int
+    bin_bytes: int
+    bin_sampled_sha256: str
+    idx_sha256: str
+
+    @classmethod
+    def of(cls, prefix: str | Path) -> DataIdentity:
+        lengths = sequence_lengths(prefix)
+        return cls(
+            name=Path(prefix).name,
+            sequences=len(lengths),
+            tokens=int(lengths.sum(dtype=np.int64)),
+            bin_bytes=bin_path(prefix).stat().st_size,
+            bin_sampled_sha256=sampled_sha256(bin_path(prefix)),
+            idx_sha256=sha256_of_file(idx_path(prefix)),
+        )
+
+    def check(self, prefix: str | Path, source: str | Path) -> None:
+        """Raise ValueError, naming both files, unless the dataset at prefix is the one meant."""
+        now = DataIdentity.of(prefix)
+        for field in ("sequences", "tokens", "bin_bytes", "idx_sha256", "bin_sampled_sha256"):
+            mine, theirs = getattr(self, field), getattr(now, field)
+            if mine != theirs:
+                raise ValueError(
+                    f"{source} was made of the dataset {self.name}, and {bin_path(prefix)} is not "
+                    f"that one: {field} {theirs}, expected {mine}; name the data it was made of, "
+                    f"or {AGAIN}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelIdentity:
+    """Which model tagged."""
+
+    fingerprint: str
+    """Of its weights, see `checkpoint.weights_fingerprint`."""
+    step: int
+    name: str
+    """The checkpoint's directory and its run's, for people."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TagSettings:
+    """What decides the tags, besides data and model."""
+
+    window: int | None
+    """Tokens of a sequence; None: a sequence is a document."""
+    max_length: int
+    """Tokens of a row, the unit within which a token has context."""
+    top_k: int
+    store: tuple[str, ...]
+    """Of `loss` and `entropy`."""
+    precision: str
+    loss_impl: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TagOrigin:
+    """Of which data, by which model, how: what two files must share to be used together."""
+
+    data: DataIdentity
+    tokenizer_fingerprint: str
+    model: ModelIdentity
+    settings: TagSettings
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> TagOrigin:
+        """Raises: KeyError or TypeError for fields that are missing or unknown."""
+        settings = fields["settings"]
+        return cls(
+            data=DataIdentity(**fields["data"]),
+            tokenizer_fingerprint=fields["tokenizer_fingerprint"],
+            model=ModelIdentity(**fields["model"]),
+            settings=TagSettings(**{**settings, "store": tuple(settings["store"])}),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """A file as it was written."""
+
+    num_bytes: int
+    sha256: str
+    sampled_sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> FileRecord:
+        return cls(
+            num_bytes=path.stat().st_size,
+            sha256=sha256_of_file(path),
+            sampled_sha256=sampled_sha256(path),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TagManifest:
+    """What a set of tags is: everything that a reader must compare before believing it."""
+
+    origin: TagOrigin
+    sequences: int
+    kept_tokens: int
+    files: dict[str, FileRecord]
+    """By what follows the prefix, such as `_mask.bin`."""
+    versions: dict[str, str]
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of these tags: their content and how it came about."""
+        hashes = {name: record.sha256 for name, record in sorted(self.files.items())}
+        text = json.dumps([self.origin.to_dict(), hashes])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        return ("mask", *self.origin.settings.store)
+
+
+def manifest_path(prefix: str | Path) -> Path:
+    return Path(f"{prefix}.tags.json")
+
+
+def table_path(prefix: str | Path) -> Path:
+    return Path(f"{prefix}_sequences.parquet")
+
+
+def tag_prefix(prefix: str | Path, kind: str) -> str:
+    """Prefix of the indexed dataset that holds `mask`, `loss` or `entropy`."""
+    return f"{prefix}_{kind}"
+
+
+def read_tag_manifest(prefix: str | Path) -> TagManifest:
+    """Raises: ValueError if there is none or it cannot be read."""
+    path = manifest_path(prefix)
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if fields["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format {fields['format_version']}, expected {FORMAT_VERSION}")
+        return TagManifest(
+            origin=TagOrigin.from_dict(fields.pop("origin")),
+            files={name: FileRecord(**record) for name, record in fields.pop("files").items()},
+            **fields,
+        )
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; give the --output-prefix of tag_data.py") from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not a manifest of tags ({error!r}); {AGAIN}") from error
+
+
+def verify_tags(
+    prefix: str | Path,
+    data_prefix: str | Path,
+    tokenizer_fingerprint: str | None = None,
+    *,
+    hashes: bool = False,
+) -> TagManifest:
+    """Check tags against their manifest and against the data that they are used with.
+
+    Sizes and samples of the content always; with `hashes` every byte.
+    Raises: ValueError naming both files, what differs and what to do.
+    """
+    manifest = read_tag_manifest(prefix)
+    for suffix, record in manifest.files.items():
+        _check_file(Path(f"{prefix}{suffix}"), record, manifest_path(prefix), hashes=hashes)
+    origin = manifest.origin
+    origin.data.check(data_prefix, manifest_path(prefix))
+    if tokenizer_fingerprint not in (None, origin.tokenizer_fingerprint):
+        raise ValueError(
+            f"{manifest_path(prefix)}: made with a tokenizer of fingerprint "
+            f"{origin.tokenizer_fingerprint}, the tokenizer of {data_prefix} has "
+            f"{tokenizer_fingerprint}; {AGAIN}"
+        )
+    lengths = sequence_lengths(data_prefix)
+    for kind in manifest.stored:
+        if not np.array_equal(sequence_lengths(tag_prefix(prefix, kind)), lengths):
+            raise ValueError(
+                f"{idx_path(tag_prefix(prefix, kind))} and {idx_path(data_prefix)} have sequences "
+                f"of different lengths; {AGAIN}"
+            )
+    return manifest
+
+
+def _check_file(path: Path, record: FileRecord, source: Path, *, hashes: bool) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path}: missing, but {source} lists it; {AGAIN}")
+    size = path.stat().st_size
+    if size != record.num_bytes:
+        what = "truncated" if size < record.num_bytes else "overlong"
+        raise ValueError(f"{what}: {path} has {size} bytes, {source} says {record.num_bytes}; "
+                         f"{AGAIN}")  # fmt: skip
+    same = sampled_sha256(path) == record.sampled_sha256
+    if same and hashes:
+        same = sha256_of_file(path) == record.sha256
+    if not same:
+        raise ValueError(f"{path} is not the file that {source} was written with: its content "
+                         f"differs (damaged, or of other tags); {AGAIN}")  # fmt: skip
+
+
+def open_indexed(prefix: str | Path) -> Any:
+    """megatron-core's `IndexedDataset` at this prefix."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset  # takes seconds to import
+
+    return IndexedDataset(str(prefix))
+
+
+def sequence_lengths(prefix: str | Path) -> NDArray[np.int32]:
+    """Lengths of an indexed dataset's sequences.
+
+    A copy, made while the dataset lives: its own arrays are unmapped when it is deleted, and
+    reading them then is a segmentation fault.
+    """
+    dataset = open_indexed(prefix)
+    return np.array(dataset.sequence_lengths)
+
+
+def read_stream(dataset: Any, start: int, stop: int) -> NDArray[Any]:
+    """Items `[start, stop)` of an IndexedDataset's data, whatever sequences they are of."""
+    dtype = dataset.index.dtype
+    return np.array(dataset.bin_reader.read(dtype, stop - start, start * np.dtype(dtype).itemsize))
+
+
+def as_fp16(bits: NDArray[Any]) -> NDArray[np.float16]:
+    """Losses or entropies from what an indexed dataset holds of them."""
+    return bits.astype(np.uint16).view(np.float16)
+
+
+def data_tokenizer_fingerprint(prefix: str | Path) -> str | None:
+    """What the dataset's manifest says, if it has one."""
+    manifest = read_manifest(prefix)
+    return None if manifest is None else manifest.tokenizer_fingerprint
+
+
+def sampled_sha256(path: str | Path) -> str:
+    """sha256 of the size and of 1024 blocks of 4 KiB, evenly spread; of all up to 4 MiB."""
+    path = Path(path)
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    blocks = -(-size // BLOCK_BYTES)
+    chosen = np.rint(np.linspace(0, max(blocks - 1, 0), min(blocks, SAMPLED_BLOCKS)))
+    with path.open("rb") as file:
+        for block in chosen.astype(np.int64).tolist():
+            file.seek(block * BLOCK_BYTES)
+            digest.update(file.read(BLOCK_BYTES))
+    return digest.hexdigest()

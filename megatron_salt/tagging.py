@@ -1,0 +1,453 @@
+"""Tagging: one forward pass of a small model over a dataset, kept as masks, losses and scores.
+
+The stream is cut into shards of whole sequences. Each is scored by one rank, written as a file of
+its own, and not scored again by a run that continues a killed one; at the end rank 0 joins them.
+What a shard holds depends on data, model and settings, not on ranks: rows are padded to lengths of
+their own, and matrix products give each row the same bits whatever else is in the batch. (On CPU
+that is tested. A GPU library may choose other code for other batch sizes; keep
+--micro_batch_size where bits matter.)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from megatron_salt import checkpoint as ckpt
+from megatron_salt.data.manifest import bin_path, idx_path, verify_dataset
+from megatron_salt.data.scores import column, sequence_scores
+from megatron_salt.data.selection import Rule, SequenceTable, read_table, select, write_table
+from megatron_salt.data.sequences import Batch, Sequences, batches_of, rows_of
+from megatron_salt.data.tags import (
+    DataIdentity,
+    FileRecord,
+    ModelIdentity,
+    TagManifest,
+    TagOrigin,
+    TagSettings,
+    manifest_path,
+    open_indexed,
+    read_stream,
+    read_tag_manifest,
+    sequence_lengths,
+    table_path,
+    tag_prefix,
+    verify_tags,
+)
+from megatron_salt.data.text_files import atomic_path, fsync_path
+from megatron_salt.data.tokenizer import load_tokenizer
+from megatron_salt.kernels import Chunking, Heads, VocabShard, choose_body, kd_loss
+from megatron_salt.kernels.choose import Impl
+from megatron_salt.model.teacher import Teacher
+from megatron_salt.parallel.engine import DTYPES
+from megatron_salt.parallel.groups import Groups, from_rank_0, same_error_everywhere
+from megatron_salt.resume import check_teacher_fits
+
+STORED_DTYPES = {"mask": np.uint8, "loss": np.uint16, "entropy": np.uint16}
+DEFAULT_TOKENS_PER_SHARD = 1 << 22
+
+
+@dataclass(frozen=True, kw_only=True)
+class TagRequest:
+    """What `tools/tag_data.py` was asked for."""
+
+    data: str
+    teacher: str
+    output_prefix: str
+    window: int | None = None
+    top_k: int = 10
+    store: tuple[str, ...] = ()
+    rule: Rule = field(default_factory=Rule)
+    micro_batch_size: int = 8
+    precision: str | None = None
+    loss_impl: Impl = "auto"
+    tokens_per_shard: int = DEFAULT_TOKENS_PER_SHARD
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenScores:
+    """What the model says about predicted tokens, in their order. fp32, bool, fp32."""
+
+    loss_T: NDArray[np.float32]
+    kept_T: NDArray[np.bool_]
+    entropy_T: NDArray[np.float32] | None
+
+
+def tag(request: TagRequest, groups: Groups) -> TagManifest | None:
+    """Score a dataset and publish its tags; returns their manifest on rank 0.
+
+    Collectives: those of building the model, and barriers; ranks share nothing while they score.
+    Raises: ValueError or FileNotFoundError naming the file or option that is wrong.
+    """
+    with same_error_everywhere("checking data and teacher"):
+        origin, eod = _check(request)
+        finished = _finished(request, origin) if groups.rank == 0 else None
+    finished = from_rank_0(finished)
+    if finished is not None:
+        _say(groups, f"{manifest_path(request.output_prefix)}: these tags are complete already")
+        return finished if groups.rank == 0 else None
+    sequences = Sequences.of(sequence_lengths(request.data), origin.settings.window)
+    shards = sequences.shards(request.tokens_per_shard)
+    with _partial_directory(request, origin, groups) as folder:
+        done = from_rank_0([i for i in range(len(shards)) if _shard_path(folder, i).is_file()])
+        todo = sorted(set(range(len(shards))) - set(done))
+        _say(groups, f"{request.data}: {sequences.num_tokens} tokens, {len(sequences)} sequences, "
+                     f"{len(shards)} shards, {len(done)} of them done")  # fmt: skip
+        if todo:
+            scorer = Scorer(request, origin, eod, groups)
+            _score_shards(scorer, sequences, shards, todo, folder, groups)
+        dist.barrier()
+        manifest = None
+        with same_error_everywhere("joining the shards"):
+            if groups.rank == 0:
+                manifest = _publish(request, origin, folder, len(shards))
+        return manifest
+
+
+def _finished(request: TagRequest, origin: TagOrigin) -> TagManifest | None:
+    """The manifest of these very tags, if they are there: a requeued job has nothing to do.
+
+    Raises: ValueError if they were selected from by another rule.
+    """
+    if not manifest_path(request.output_prefix).is_file():
+        return None
+    manifest = read_tag_manifest(request.output_prefix)
+    if manifest.origin != origin:
+        return None
+    verify_tags(request.output_prefix, request.data, origin.tokenizer_fingerprint)
+    path = table_path(request.output_prefix)
+    if read_table(path).rule != vars(request.rule):
+        raise ValueError(
+            f"{request.output_prefix} is tagged already, with another selection: to select anew, "
+            f"tools/select_data.py --tags {request.output_prefix} takes seconds"
+        )
+    return manifest
+
+
+def _say(groups: Groups, text: str) -> None:
+    if groups.rank == 0:
+        tqdm.write(text, file=sys.stderr)
+
+
+def _check(request: TagRequest) -> tuple[TagOrigin, int]:
+    """What the tags will be of, and the end-of-document token. Reads no weights."""
+    folder = ckpt.resolve(request.teacher, what="--teacher")
+    manifest = ckpt.read_manifest(folder)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    verify_dataset(request.data, tokenizer)
+    longest = manifest.config.data.seq_length
+    if request.window is not None:
+        check_teacher_fits(folder, manifest, manifest.vocab_size, request.window)
+    precision = request.precision or manifest.precision
+    max_length = request.window or longest
+    cuda = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    body = choose_body(
+        request.loss_impl, device=cuda, dtypes=frozenset({torch.float32}), divergence="forward_kl"
+    )
+    settings = TagSettings(
+        window=request.window,
+        max_length=max_length,
+        top_k=request.top_k,
+        store=tuple(name for name in ("loss", "entropy") if name in request.store),
+        precision=precision,
+        loss_impl=body.name,
+    )
+    if not 1 <= request.top_k < manifest.vocab_size:
+        raise ValueError(
+            f"--top_k {request.top_k}: must lie between 1 and the vocabulary of "
+            f"{manifest.vocab_size} tokens"
+        )
+    if request.rule.score == "entropy" and "entropy" not in settings.store:
+        raise ValueError("--score entropy needs --store entropy")
+    origin = TagOrigin(
+        data=DataIdentity.of(request.data),
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        model=ModelIdentity(
+            fingerprint=ckpt.weights_fingerprint(manifest),
+            step=manifest.step,
+            name=f"{Path(manifest.config.train.output_dir).name}/{folder.name}",
+        ),
+        settings=settings,
+    )
+    return origin, tokenizer.eod
+
+
+class Scorer:
+    """The frozen model of this rank, and how it scores rows."""
+
+    def __init__(self, request: TagRequest, origin: TagOrigin, eod: int, groups: Groups) -> None:
+        folder = ckpt.resolve(request.teacher, what="--teacher")
+        manifest = ckpt.read_manifest(folder)
+        self.data = open_indexed(request.data)
+        self.settings, self.eod, self.groups = origin.settings, eod, groups
+        self.num_rows, self.impl = request.micro_batch_size, request.loss_impl
+        self.vocab = VocabShard(size=manifest.vocab_size, start=0, stop=manifest.vocab_size)
+        self.model = Teacher(
+            folder,
+            manifest,
+            groups,
+            vocab=self.vocab,
+            head_columns=manifest.vocab_size,
+            seq_length=self.settings.max_length,
+            micro_batch_size=self.num_rows,
+            dtype=DTYPES[self.settings.precision],
+        )
+
+    def shard(
+        self, sequences: Sequences, first: int, last: int, on_tokens: Callable[[int], Any]
+    ) -> TokenScores:
+        """Scores of every token of sequences `[first, last)`.
+
+        Host sync: one, at the end.
+        """
+        rows = rows_of(sequences, first, last, self.settings.max_length)
+        start, stop = int(sequences.bounds[first]), int(sequences.bounds[last])
+        offset = max(start - 1, 0)
+        stream = read_stream(self.data, offset, stop)
+        parts: list[tuple[Batch, torch.Tensor]] = []
+        batches = batches_of(
+            stream, offset, rows, max_length=self.settings.max_length, num_rows=self.num_rows,
+            eod=self.eod,
+        )  # fmt: skip
+        for batch in batches:
+            parts.append((batch, self.batch(batch)))
+            on_tokens(len(batch.places))
+        columns = np.empty((2 + self.with_entropy, stop - start), dtype=np.float32)
+        for batch, values in parts:
+            columns[:, batch.places] = values.cpu().numpy()[:, batch.predicts_BS.ravel()]
+        entropy = columns[2] if self.with_entropy else None
+        return TokenScores(loss_T=columns[0], kept_T=columns[1] > 0, entropy_T=entropy)
+
+    @property
+    def with_entropy(self) -> bool:
+        return "entropy" in self.settings.store
+
+    @torch.no_grad()
+    def batch(self, batch: Batch) -> torch.Tensor:
+        """Loss, 1 where kept, and entropy if it is asked for: [2 or 3, B * S], filling included.
+
+        Kept means that fewer than top_k tokens have a larger logit.
+        """
+        device = self.groups.device
+        inputs_BS = torch.from_numpy(batch.inputs_BS).to(device, non_blocking=True)
+        labels_T = torch.from_numpy(batch.labels_BS).to(device, non_blocking=True).flatten()
+        hidden_TE = self.model.forward(inputs_BS).flatten(0, 1)
+        assert self.model.head_WE is not None  # one stage: every rank has the head
+        heads = Heads.of(hidden_TE, self.model.head_WE, None, None, self.vocab, Chunking())
+        found = []
+        for chunk in heads.chunks():
+            logits_NV, labels_N = chunk.student_logits_NW, labels_T[chunk.start : chunk.stop]
+            scored = self._kd_loss(logits_NV, None, labels_N)
+            own_N1 = logits_NV.gather(1, labels_N[:, None])
+            likelier_N = torch.count_nonzero(logits_NV > own_N1, dim=1)
+            values = [scored.ce_T, (likelier_N < self.settings.top_k).float()]
+            if self.with_entropy:
+                # H(p) = log V - KL(p || uniform): the loss's own code has it in one pass.
+                uniform_NV = torch.zeros_like(logits_NV)
+                divergence = self._kd_loss(uniform_NV, logits_NV, labels_N).kl_T
+                values.append(np.log(self.vocab.size) - divergence)
+            found.append(torch.stack(values))
+        return torch.cat(found, dim=1)
+
+    def _kd_loss(self, logits: torch.Tensor, teacher: torch.Tensor | None, labels: Any) -> Any:
+        return kd_loss(
+            logits, teacher, labels, ce_weight_T=1.0, kd_weight_T=0.0, vocab=self.vocab,
+            impl=self.impl,
+        )  # fmt: skip
+
+
+def _score_shards(
+    scorer: Scorer,
+    sequences: Sequences,
+    shards: list[tuple[int, int]],
+    todo: list[int],
+    folder: Path,
+    groups: Groups,
+) -> None:
+    """Score this rank's part of the shards; a thread writes one while the next is computed."""
+    mine = todo[groups.rank :: groups.layout.world_size]
+    sizes = [int(sequences.bounds[b] - sequences.bounds[a]) for a, b in shards]
+    total = sum(sizes[index] for index in mine)
+    terminal = sys.stderr.isatty()
+    started = time.monotonic()
+    with (
+        tqdm(total=total, unit="token", unit_scale=True, disable=groups.rank != 0,
+             mininterval=0.5 if terminal else 30.0, desc="rank 0 of "
+             f"{groups.layout.world_size}", dynamic_ncols=terminal) as bar,
+        ThreadPoolExecutor(max_workers=1) as writer,
+    ):  # fmt: skip
+        pending: Any = None
+        for index in mine:
+            first, last = shards[index]
+            scores = scorer.shard(sequences, first, last, bar.update)
+            if pending is not None:
+                pending.result()
+            pending = writer.submit(
+                _write_shard, _shard_path(folder, index), sequences, first, last, scores,
+                scorer.settings,
+            )  # fmt: skip
+        if pending is not None:
+            pending.result()
+    seconds = time.monotonic() - started
+    _say(groups, f"rank 0: {total} tokens in {seconds:.1f} s, {total / max(seconds, 1e-9):,.0f} "
+                 "tokens/s")  # fmt: skip
+
+
+def _write_shard(
+    path: Path,
+    sequences: Sequences,
+    first: int,
+    last: int,
+    scores: TokenScores,
+    settings: TagSettings,
+) -> None:
+    bounds = sequences.bounds[first : last + 1]
+    lengths = np.diff(bounds)
+    bad = np.flatnonzero(~np.isfinite(scores.loss_T))
+    if len(bad):
+        raise ValueError(
+            f"the loss of token {bounds[0] + bad[0]} is {scores.loss_T[bad[0]]}: the teacher does "
+            f"not work in {settings.precision}; try --precision fp32"
+        )
+    arrays: dict[str, NDArray[Any]] = {"mask": scores.kept_T.astype(np.uint8)}
+    if "loss" in settings.store:
+        arrays["loss"] = scores.loss_T.astype(np.float16).view(np.uint16)
+    if scores.entropy_T is not None:
+        arrays["entropy"] = scores.entropy_T.astype(np.float16).view(np.uint16)
+    index = np.repeat(np.arange(len(lengths)), lengths)
+    table = {
+        "sequence": np.arange(first, last, dtype=np.int64),
+        "start": bounds[:-1],
+        "tokens": lengths,
+        "kept": np.bincount(index[scores.kept_T], minlength=len(lengths)).astype(np.int64),
+        **sequence_scores(scores.loss_T, scores.kept_T, scores.entropy_T, lengths),
+    }
+    arrays |= {f"table_{name}": value for name, value in table.items()}
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        np.savez(stream, **arrays)  # type: ignore[arg-type]
+
+
+def _shard_path(folder: Path, index: int) -> Path:
+    return folder / f"shard_{index:08d}.npz"
+
+
+@contextmanager
+def _partial_directory(request: TagRequest, origin: TagOrigin, groups: Groups) -> Iterator[Path]:
+    """The folder of finished shards; it outlives a kill and goes when the tags are published.
+
+    Raises: ValueError on all ranks if another run is at work in it, or if it is of a run with other
+        data, model or settings.
+    """
+    folder = Path(f"{request.output_prefix}.tags.partial")
+    identity = {**origin.to_dict(), "tokens_per_shard": request.tokens_per_shard}
+    lock = None
+    with same_error_everywhere("opening the folder of shards"):
+        if groups.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / "lock").open("w")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another run is writing {request.output_prefix}") from None
+            _check_identity(folder / "identity.json", identity)
+    complete = False
+    try:
+        yield folder
+        complete = True
+    finally:
+        if groups.rank == 0 and complete:
+            shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            lock.close()
+
+
+def _check_identity(path: Path, identity: dict[str, Any]) -> None:
+    identity = json.loads(json.dumps(identity))
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        differing = [
+            f"{section}.{name}" if isinstance(value, dict) else section
+            for section, value in identity.items()
+            for name in (value if isinstance(value, dict) else [""])
+            if (before[section][name] != value[name] if name else before[section] != value)
+        ]
+        if differing:
+            raise ValueError(
+                f"{path.parent} holds shards of a run that differs in {', '.join(differing)}: "
+                "give that run's arguments to continue it, or delete the folder to start anew"
+            )
+        return
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(identity, indent=2), encoding="utf-8")
+
+
+def _publish(request: TagRequest, origin: TagOrigin, folder: Path, num_shards: int) -> TagManifest:
+    """Join the shards, write table and manifest, and give all files their names, manifest last."""
+    final, built = Path(request.output_prefix), folder / "built" / "tags"
+    built.parent.mkdir(exist_ok=True)
+    data = open_indexed(request.data)
+    stored = ("mask", *origin.settings.store)
+    builders = {kind: _builder(built, kind) for kind in stored}
+    parts: list[dict[str, NDArray[Any]]] = []
+    kept = 0
+    for index in range(num_shards):
+        path = _shard_path(folder, index)
+        try:
+            with np.load(path) as shard:
+                for kind, builder in builders.items():
+                    builder.data_file.write(shard[kind].tobytes())
+                kept += int(shard["mask"].sum(dtype=np.int64))
+                names = [name for name in shard.files if name.startswith("table_")]
+                parts.append({name.removeprefix("table_"): shard[name] for name in names})
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error
+    for kind, builder in builders.items():
+        # As `IndexedDatasetBuilder.add_document` would have filled them.
+        builder.sequence_lengths = data.sequence_lengths.tolist()
+        builder.document_indices = data.document_indices.tolist()
+        builder.finalize(str(idx_path(tag_prefix(built, kind))))
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    scores = columns[column(request.rule.score, request.rule.masked)]
+    table = SequenceTable(origin=origin, columns=columns, rule={}).with_selection(
+        scores, select([scores], request.rule)[0], vars(request.rule)
+    )
+    write_table(table_path(built), table)
+    suffixes = [f"_{kind}{end}" for kind in stored for end in (".bin", ".idx")]
+    suffixes.append("_sequences.parquet")
+    manifest = TagManifest(
+        origin=origin,
+        sequences=len(table),
+        kept_tokens=kept,
+        files={suffix: FileRecord.of(Path(f"{built}{suffix}")) for suffix in suffixes},
+        versions=ckpt.installed_versions(),
+    )
+    final.parent.mkdir(parents=True, exist_ok=True)
+    manifest_path(final).unlink(missing_ok=True)
+    for suffix in suffixes:
+        fsync_path(f"{built}{suffix}")
+        os.replace(f"{built}{suffix}", f"{final}{suffix}")
+    with atomic_path(manifest_path(final)) as temporary:
+        temporary.write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def _builder(built: Path, kind: str) -> Any:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    return IndexedDatasetBuilder(str(bin_path(tag_prefix(built, kind))), dtype=STORED_DTYPES[kind])
