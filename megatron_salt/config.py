@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,9 @@ class Word(str):
 
 
 register_type(Word)
+
+# In this order whatever the order in data.objective, which then changes nothing.
+OBJECTIVES = ("causal", "prefix", "span_corruption")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +120,13 @@ class DataConfig:
     """Tokens per training sequence (S)."""
     eod_mask_loss: bool = False
     """Give no loss to positions whose input is the end-of-document token."""
+    objective: list[Word] = field(default_factory=lambda: [Word("causal")])
+    """What rows ask of the model: causal, prefix or span_corruption, or WEIGHT NAME WEIGHT NAME …
+    to mix them (UL2). Held-out samples are always causal."""
+    span_corruption_rate: float = 0.15
+    """Share of a row's tokens that span_corruption replaces by sentinels."""
+    span_mean_length: float = 3.0
+    """Mean length in tokens of the spans of span_corruption."""
     cache_path: str | None = None
     """Folder for megatron-core's index files; null: train.output_dir/index_cache."""
 
@@ -408,6 +419,7 @@ def check_config(config: RunConfig) -> None:
     _require(train.steps > 0, f"train.steps = {train.steps}: must be at least 1")
     _require(data.seq_length > 0, f"data.seq_length = {data.seq_length}: must be at least 1")
     _require(bool(data.train_data_path), "data.train_data_path is empty: give at least one prefix")
+    check_objective(data)
     _require(
         0 <= salt.kd_steps <= train.steps,
         f"salt.kd_steps = {salt.kd_steps}: must lie between 0 and train.steps = {train.steps}",
@@ -557,6 +569,51 @@ def parse_blend(paths: Sequence[str], option: str) -> tuple[list[str], list[floa
             f"{option} = {list(paths)}: expected WEIGHT PREFIX pairs with weights above 0"
         )
     return prefixes, weights
+
+
+def parse_objective(words: Sequence[str]) -> dict[str, float]:
+    """Share of each objective, in the order of `OBJECTIVES`, from `NAME` or `WEIGHT NAME …`.
+
+    Raises: ValueError naming data.objective for any other form, an unknown or a repeated name.
+    """
+    option = f"data.objective = {list(words)}"
+    words = ["1", *words] if len(words) == 1 else words
+    names = list(words[1::2])
+    for name in names:
+        _require(
+            name in OBJECTIVES,
+            f"{option}: {name!r} is no objective; expected NAME or WEIGHT NAME pairs of "
+            f"{list(OBJECTIVES)}.{nearest(name, OBJECTIVES)}",
+        )
+    _require(len(set(names)) == len(names), f"{option}: an objective is named twice")
+    try:
+        weights = [float(word) for word in words[0::2]]
+    except ValueError as error:
+        raise ValueError(f"{option}: several objectives need a weight before each name") from error
+    _require(
+        0 < len(names) == len(weights) and all(0 < weight < math.inf for weight in weights),
+        f"{option}: expected WEIGHT NAME pairs with weights above 0",
+    )
+    given = dict(zip(names, weights, strict=True))
+    return {name: given[name] / sum(weights) for name in OBJECTIVES if name in given}
+
+
+def check_objective(data: DataConfig) -> None:
+    """The part of `check_config` that concerns data.objective and its spans."""
+    shares = parse_objective(data.objective)
+    _require(
+        0.0 < data.span_corruption_rate < 1.0,
+        f"data.span_corruption_rate = {data.span_corruption_rate}: must lie between 0 and 1",
+    )
+    _require(
+        1.0 <= data.span_mean_length < math.inf,
+        f"data.span_mean_length = {data.span_mean_length}: must be at least 1",
+    )
+    # A token that stays, one that goes, and three sentinels.
+    _require(
+        "span_corruption" not in shares or data.seq_length >= 4,
+        f"data.seq_length = {data.seq_length} has no room for span_corruption: use at least 4",
+    )
 
 
 def effective_split(data: DataConfig) -> str:

@@ -10,9 +10,10 @@ import math
 from dataclasses import dataclass
 
 from megatron_salt import checkpoint as ckpt
-from megatron_salt.config import RunConfig, parse_blend
+from megatron_salt.config import RunConfig, parse_blend, parse_objective
 from megatron_salt.data.dataset import Choice, find_tokenizer, load_choice, verify_all
 from megatron_salt.data.manifest import read_manifest
+from megatron_salt.data.objective import check_sentinels, fit_spans
 from megatron_salt.deepspeed_config import (
     DeepSpeedSettings,
     check_against_run,
@@ -36,7 +37,12 @@ from megatron_salt.parallel.layout import (
     layout_for_world,
     split_rows,
 )
-from megatron_salt.resume import check_same_choice, check_start, find_teacher
+from megatron_salt.resume import (
+    check_same_choice,
+    check_start,
+    find_teacher,
+    unseen_objectives,
+)
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -172,6 +178,7 @@ def describe(config: RunConfig, deepspeed_config: str) -> str:
     check_against_run(settings, config)
     tokenizer = find_tokenizer(config.data)
     verify_all(config.data, tokenizer)
+    check_sentinels(config.data, tokenizer)
     choice = load_choice(config, tokenizer)
     fingerprint = tokenizer.fingerprint
     resume, warnings = ckpt.find_resume(config.train.output_dir, config.train.resume)
@@ -182,7 +189,8 @@ def describe(config: RunConfig, deepspeed_config: str) -> str:
     teacher = None
     if config.teacher.checkpoint is not None:
         path, seq_length = config.teacher.checkpoint, config.data.seq_length
-        teacher = find_teacher(path, tokenizer, seq_length, resumed)[1]
+        folder, teacher = find_teacher(path, tokenizer, seq_length, resumed)
+        warnings = [*warnings, *unseen_objectives(folder, teacher, config)]
     costs = layer_costs(config.model, tokenizer.vocab_size, config.data.seq_length)
     bounds = balanced_stages(costs, layout.pp_size)
     memory = stage_memory(config, settings, layout, tokenizer.vocab_size, bounds, teacher)
@@ -282,6 +290,17 @@ def _token_lines(config: RunConfig, settings: DeepSpeedSettings, choice: Choice)
         lines.append(
             f"  {prefix}: {share:.1%} of the samples, {manifest.tokens:,} tokens "
             f"(held-out part included), about {epochs:.2f} epochs"
+        )
+    shares = parse_objective(config.data.objective)
+    if list(shares) != ["causal"]:
+        mixture = ", ".join(f"{share:.1%} {name}" for name, share in shares.items())
+        lines.append(f"objective: {mixture}")
+    if "span_corruption" in shares:
+        length, rate = config.data.seq_length, config.data.span_corruption_rate
+        counts = fit_spans(length + 1, rate, config.data.span_mean_length)
+        lines.append(
+            f"  a row of span_corruption reads {counts.num_tokens} of its {length + 1} tokens and "
+            f"predicts {counts.num_noise} of them in {counts.num_spans} spans"
         )
     return lines
 

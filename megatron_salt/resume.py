@@ -19,7 +19,13 @@ from megatron_salt.checkpoint import (
     step_name,
     weights_fingerprint,
 )
-from megatron_salt.config import RunConfig, effective_split, parse_blend
+from megatron_salt.config import (
+    DataConfig,
+    RunConfig,
+    effective_split,
+    parse_blend,
+    parse_objective,
+)
 from megatron_salt.data.dataset import Choice
 from megatron_salt.data.tokenizer import Tokenizer, check_same_tokens, load_tokenizer
 from megatron_salt.deepspeed_config import DeepSpeedSettings, read_json
@@ -123,6 +129,22 @@ def check_teacher_fits(
         )
 
 
+def unseen_objectives(folder: Path, manifest: CheckpointManifest, config: RunConfig) -> list[str]:
+    """Warnings about objectives of the run that its teacher was not trained on."""
+    theirs = parse_objective(manifest.config.data.objective)
+    ours = parse_objective(config.data.objective)
+    if list(theirs) == ["causal"] and list(ours) != ["causal"]:
+        never = "read a prefix in both directions"
+    elif "span_corruption" in ours and "span_corruption" not in theirs:
+        never = "saw sentinels"
+    else:
+        return []
+    return [
+        f"teacher {folder} was trained on data.objective = {list(theirs)} and never {never}; on "
+        f"such rows of this run's {list(ours)} what it teaches may be worth little"
+    ]
+
+
 def check_start(
     config: RunConfig,
     layout: Layout,
@@ -210,6 +232,12 @@ def _check_same_order(
             f"data.eod_mask_loss = {config.data.eod_mask_loss}, the checkpoint's is "
             f"{resumed.config.data.eod_mask_loss}: other tokens would count"
         )
+    objectives = [_objective(c.data) for c in (resumed.config, config)]
+    if objectives[0] != objectives[1]:
+        raise ValueError(
+            f"data.objective: {objectives[1]}, the checkpoint's is {objectives[0]}: rows would ask "
+            "something else of the model; keep it, or start a new run"
+        )
     weights = [
         parse_blend(c.data.train_data_path, "data.train_data_path")[1]
         for c in (resumed.config, config)
@@ -224,6 +252,18 @@ def _check_same_order(
             f"train.seed = {config.train.seed}, the checkpoint's is {resumed.config.train.seed}: "
             "the order of the data would change"
         )
+
+
+def _objective(data: DataConfig) -> str:
+    """What decides what is made of a row, in words; spans only where there are any."""
+    shares = parse_objective(data.objective)
+    text = ", ".join(f"{share:.6g} {name}" for name, share in shares.items())
+    if "span_corruption" in shares:
+        text += (
+            f" (data.span_corruption_rate = {data.span_corruption_rate}, "
+            f"data.span_mean_length = {data.span_mean_length})"
+        )
+    return text
 
 
 def check_same_choice(config: RunConfig, resumed: CheckpointManifest, choice: Choice) -> None:

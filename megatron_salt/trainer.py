@@ -30,6 +30,7 @@ from megatron_salt.data.dataset import (
     reads_reference_loss,
     verify_all,
 )
+from megatron_salt.data.objective import check_sentinels
 from megatron_salt.data.order import rows_of_rank
 from megatron_salt.deepspeed_config import (
     DeepSpeedSettings,
@@ -54,6 +55,7 @@ from megatron_salt.resume import (
     decide_start,
     find_teacher,
     lock_output_dir,
+    unseen_objectives,
 )
 from megatron_salt.salt import kd_weight, learning_rate, phase
 
@@ -96,6 +98,7 @@ class Run:
             start = choice = None
             if groups.rank == 0:
                 verify_all(config.data, self.tokenizer)
+                check_sentinels(config.data, self.tokenizer)
                 choice = load_choice(config, self.tokenizer)
                 self.lock = lock_output_dir(config.train.output_dir)
                 fingerprint = self.tokenizer.fingerprint
@@ -219,6 +222,8 @@ class Run:
                 seq_length = self.config.data.seq_length
                 found = find_teacher(path, self.tokenizer, seq_length, resumed)
         folder, manifest = from_rank_0(found)
+        for warning in unseen_objectives(folder, manifest, self.config):
+            self.say(f"WARNING {warning}")
         self.teacher_fingerprint = ckpt.weights_fingerprint(manifest)
         self.teacher = Teacher(
             folder,
@@ -280,7 +285,9 @@ class Run:
         self.clock.start()
         batch = next(self.batches).to(self.groups.device)
         weight = kd_weight(salt, step)
-        hidden_RSE = self.teacher.hidden_states(batch.tokens_RS) if self.teacher else None
+        hidden_RSE = None
+        if self.teacher:
+            hidden_RSE = self.teacher.hidden_states(batch.tokens_RS, batch.prefix_R)
         micro_batches = self.student.micro_batches(batch, weight, hidden_RSE, phase(salt, step))
         lr = learning_rate(train, self.settings.learning_rate, step)
         self.student.train_step(micro_batches, lr)

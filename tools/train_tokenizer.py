@@ -33,6 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=8_000_000,
         help="train on a random sample of documents of this size (default: 8000000)",
     )
+    parser.add_argument(
+        "--sentinels",
+        type=int,
+        default=0,
+        help="how many of the tokens are <extra_id_0>, … for span_corruption (default: 0)",
+    )
     parser.add_argument("--json-key", default="text", help="(default: text)")
     args = parser.parse_args(argv)
     try:
@@ -41,7 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         if bad_lines:
             print(f"{len(bad_lines)} bad lines left out, first {bad_lines[0]}", file=sys.stderr)
-        train_tokenizer(texts, args.output, vocab_size=args.vocab_size, model_type=args.model_type)
+        train_tokenizer(
+            texts,
+            args.output,
+            vocab_size=args.vocab_size,
+            model_type=args.model_type,
+            num_sentinels=args.sentinels,
+        )
     except (ValueError, OSError) as error:
         print(f"train_tokenizer: error: {error}", file=sys.stderr)
         return 1

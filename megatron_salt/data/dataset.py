@@ -28,6 +28,7 @@ from torch import Tensor
 from megatron_salt.config import DataConfig, RunConfig, parse_blend
 from megatron_salt.data.epochs import Epoch, EpochedDataset, TaggedDataset, Tags, WindowDataset
 from megatron_salt.data.manifest import read_manifest, verify_dataset
+from megatron_salt.data.objective import Mixture, make_mixture
 from megatron_salt.data.order import epoch_seed, evaluation_rows
 from megatron_salt.data.selection import Selection, check_same_origin, load_selection
 from megatron_salt.data.tags import TagManifest, manifest_path, verify_tags
@@ -52,12 +53,16 @@ class Batch:
     """With data.tags: 1 where the label is among the tagging model's most likely tokens, fp32."""
     reference_loss_RS: Tensor | None = None
     """The tagging model's loss on the label, nats, fp32; where a run reads it."""
+    prefix_R: Tensor | None = None
+    """How many of a row's first tokens see each other in both directions, int64, always on the CPU:
+    it decides which attention runs. None where every row is causal."""
 
     def to(self, device: torch.device) -> Batch:
         moved: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            moved[field.name] = None if value is None else value.to(device, non_blocking=True)
+            stays = value is None or field.name == "prefix_R"
+            moved[field.name] = value if stays else value.to(device, non_blocking=True)
         return Batch(**moved)
 
 
@@ -187,8 +192,10 @@ class DataSource:
         self.selected_parts: list[EpochedDataset] = []
         self.train: Any = None
         self.selected: Any = None
+        self.mixture: Mixture | None = None
         if held_out_only:
             return
+        self.mixture = make_mixture(data, tokenizer, seed)
         if choice is not None and choice.tags:
             self.tags = [Tags(path, with_loss=with_reference_loss) for path in data.tags]
         self.train = self._order(num_samples, self.parts, self._all_epoch)
@@ -334,9 +341,12 @@ class DataSource:
         return found
 
     def read(self, rows: Sequence[int], phase: Phase = "lm") -> Batch:
-        """Rows of a step: of the selected sequences in the KD phase, if there is a selection."""
-        order = self.selected if phase == "kd" and self.selected is not None else self.train
-        return _stack([order[row] for row in rows])
+        """Rows of a step, each with its objective: of the selected sequences in the KD phase, if
+        there is a selection."""
+        chosen = phase == "kd" and self.selected is not None
+        order = self.selected if chosen else self.train
+        batch = _stack([order[row] for row in rows])
+        return batch if self.mixture is None else _apply(self.mixture, batch, rows, int(chosen))
 
     def num_held_out(self) -> int:
         return min(len(valid) for valid in self.valid) * len(self.valid)
@@ -416,6 +426,21 @@ def _stack(samples: Sequence[dict[str, Tensor]]) -> Batch:
         mask_RS=torch.stack([sample["loss_mask"] for sample in samples]).float(),
         tag_RS=stacked("tag"),
         reference_loss_RS=stacked("reference_loss"),
+    )
+
+
+def _apply(mixture: Mixture, batch: Batch, rows: Sequence[int], order: int) -> Batch:
+    """Give every row of a causal batch the objective that the mixture draws for it."""
+    text_RS = torch.cat([batch.tokens_RS, batch.labels_RS[:, -1:]], dim=1).numpy()
+    samples = [
+        mixture.sample(text_S, row, order) for text_S, row in zip(text_RS, rows, strict=True)
+    ]
+    return dataclasses.replace(
+        batch,
+        tokens_RS=torch.from_numpy(np.stack([sample.tokens_S for sample in samples])),
+        labels_RS=torch.from_numpy(np.stack([sample.labels_S for sample in samples])),
+        mask_RS=torch.from_numpy(np.stack([sample.mask_S for sample in samples])),
+        prefix_R=torch.tensor([sample.prefix for sample in samples]),
     )
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 SENTENCEPIECE_NAME = "tokenizer.model"
 HUGGING_FACE_NAME = "tokenizer.json"
+SENTINEL = "<extra_id_{}>"
 HUGGING_FACE_EOD_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
 SHOWN_DIFFERENCES = 5
 
@@ -201,6 +202,15 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         f"{path} is not a tokenizer: expected a sentencepiece *.model, a Hugging Face *.json or a"
         " directory with one"
     )
+
+
+def sentinel_ids(tokenizer: Tokenizer) -> list[int]:
+    """Ids of `<extra_id_0>`, `<extra_id_1>`, … as far as the tokenizer has them without a gap."""
+    by_token = {token: index for index, token in enumerate(tokenizer.tokens())}
+    found: list[int] = []
+    while SENTINEL.format(len(found)) in by_token:
+        found.append(by_token[SENTINEL.format(len(found))])
+    return found
 
 
 def check_same_tokens(

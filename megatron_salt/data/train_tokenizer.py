@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_salt.data.text_files import BadLine, atomic_path, iter_line_blocks, parse_documents
+from megatron_salt.data.tokenizer import SENTINEL
 
 END_OF_TEXT = "<|endoftext|>"
 # Whitespace that sentencepiece does not carry inside a piece: each is a piece of its own.
@@ -50,29 +51,40 @@ def _iter_texts(
 
 
 def train_tokenizer(
-    texts: Sequence[str], output: str | Path, *, vocab_size: int, model_type: str = "bpe"
+    texts: Sequence[str],
+    output: str | Path,
+    *,
+    vocab_size: int,
+    model_type: str = "bpe",
+    num_sentinels: int = 0,
 ) -> None:
     """Trains on `texts` and writes `output`: `.model` sentencepiece, `.json` Hugging Face.
+
+    `num_sentinels` of the `vocab_size` tokens are `<extra_id_0>`, `<extra_id_1>`, …, which no text
+    becomes.
 
     Raises: ValueError when the text is too small for `vocab_size`, or the name says no format.
     """
     if not any(texts):
         raise ValueError("no text to train a tokenizer on")
+    if num_sentinels < 0:
+        raise ValueError(f"--sentinels {num_sentinels}: must not be negative")
     output = Path(output)
+    sentinels = [SENTINEL.format(index) for index in range(num_sentinels)]
     if output.suffix == ".model":
-        _train_sentencepiece(texts, output, vocab_size, model_type)
+        _train_sentencepiece(texts, output, vocab_size, model_type, sentinels)
     elif output.suffix == ".json":
         if model_type != "bpe":
             raise ValueError(
                 f"a .json tokenizer is byte-level BPE; --model-type {model_type} is not"
             )
-        _train_hugging_face(texts, output, vocab_size)
+        _train_hugging_face(texts, output, vocab_size, sentinels)
     else:
         raise ValueError(f"--output {output} must end in .model (sentencepiece) or .json")
 
 
 def _train_sentencepiece(
-    texts: Sequence[str], output: Path, vocab_size: int, model_type: str
+    texts: Sequence[str], output: Path, vocab_size: int, model_type: str, sentinels: list[str]
 ) -> None:
     import sentencepiece
 
@@ -93,6 +105,8 @@ def _train_sentencepiece(
                     # Runs of spaces (indentation) become single pieces.
                     allow_whitespace_only_pieces=True,
                     user_defined_symbols=list(LINE_SYMBOLS),
+                    # Control symbols, unlike user-defined ones, are never found in text.
+                    control_symbols=sentinels,
                     split_digits=True,
                     character_coverage=0.9995,
                     # Threads change the order of float sums in unigram training.
@@ -114,7 +128,9 @@ def _iter_lines(texts: Sequence[str]) -> Iterator[str]:
             yield from (part for part in line.split("\t") if part)
 
 
-def _train_hugging_face(texts: Sequence[str], output: Path, vocab_size: int) -> None:
+def _train_hugging_face(
+    texts: Sequence[str], output: Path, vocab_size: int, sentinels: list[str]
+) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -122,7 +138,7 @@ def _train_hugging_face(texts: Sequence[str], output: Path, vocab_size: int) -> 
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[END_OF_TEXT, *sentinels],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

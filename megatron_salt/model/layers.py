@@ -10,6 +10,10 @@ released teacher's tensors alive.
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -101,7 +105,8 @@ class SdpaCoreAttention(nn.Module):
     """Causal attention through `torch.nn.functional.scaled_dot_product_attention`.
 
     Shapes: query [S, B, H, C], key and value [S, B, G, C] with this rank's heads and groups and
-    C channels; result [S, B, H * C]. No mask tensor exists: the causal flag picks flash attention.
+    C channels; result [S, B, H * C]. Without a mask the causal flag picks flash attention; a mask
+    [B, 1, S, S], which is added to the scores, takes its place.
     """
 
     def __init__(self, config: TransformerConfig, **_: Any) -> None:
@@ -110,14 +115,61 @@ class SdpaCoreAttention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
     ) -> Tensor:
-        if attention_mask is not None:
-            raise ValueError("SdpaCoreAttention is causal; it takes no attention mask")
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         grouped = query.shape[1] != key.shape[1]
-        context = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, enable_gqa=grouped
-        )
+        if attention_mask is None:
+            context = F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, enable_gqa=grouped
+            )
+        else:
+            if grouped:
+                # Of PyTorch's CUDA kernels only flash attention, which takes no mask, knows groups;
+                # with both, SDPA would fall back to the one that writes out all S * S scores.
+                repeats = query.shape[1] // key.shape[1]
+                key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+            context = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
         return context.permute(2, 0, 1, 3).flatten(2)
+
+
+class PrefixMasks:
+    """Who may attend to whom in the micro-batch at hand; causal unless a prefix says otherwise.
+
+    The prefixes of a step wait here instead of travelling through the pipeline: every rank has read
+    them, and every stage runs its forward passes in the order of the micro-batches.
+    """
+
+    def __init__(self, seq_length: int, dtype: torch.dtype) -> None:
+        self.mask_B1SS: Tensor | None = None
+        """0 where a row may attend to a column, else -inf, in the model's precision; None: causal.
+        Of a boolean mask SDPA would make this in every layer, and keep each for the backward."""
+        self._seq_length, self._dtype = seq_length, dtype
+        self._waiting: deque[Tensor | None] | None = None
+
+    @contextlib.contextmanager
+    def of_step(self, prefixes: Sequence[Tensor | None]) -> Iterator[None]:
+        """Within it each `advance` takes the next of these prefixes [B] (on the CPU); at its end
+        none may be left."""
+        self._waiting = deque(prefixes)
+        try:
+            yield
+            assert not self._waiting, f"{len(self._waiting)} micro-batches were not run"
+        finally:
+            self._waiting = self.mask_B1SS = None
+
+    def advance(self, device: torch.device) -> None:
+        """Start the forward pass of the next micro-batch. Outside of a step all is causal."""
+        if self._waiting is None:
+            return
+        assert self._waiting, "more forward passes than micro-batches"
+        prefix_B = self._waiting.popleft()
+        self.mask_B1SS = None
+        if prefix_B is not None and prefix_B.any():
+            column_S = torch.arange(self._seq_length, device=device)
+            causal_SS = column_S <= column_S[:, None]
+            inside_BS = column_S < prefix_B.to(device, non_blocking=True)[:, None]
+            barred_BSS = ~(causal_SS | inside_BS[:, None, :])
+            mask_BSS = torch.zeros(barred_BSS.shape, dtype=self._dtype, device=device)
+            self.mask_B1SS = mask_BSS.masked_fill_(barred_BSS, -math.inf)[:, None]
 
 
 def layer_submodules() -> TransformerLayerSubmodules:
@@ -169,7 +221,8 @@ class RotaryTable:
 
 
 class ModelParts:
-    """What the layers of one model share on this rank: config, groups, rotary table, vocabulary.
+    """What the layers of one model share on this rank: config, groups, rotary table, vocabulary,
+    and the attention mask of the micro-batch at hand.
 
     Args:
         groups: `tp` and `cp` process groups; the teacher's are this rank alone.
@@ -201,6 +254,7 @@ class ModelParts:
         self.position_rows = position_rows
         uses_rope = model.position_embedding_type == "rope"
         self.rotary = RotaryTable(model, seq_length, groups.cp) if uses_rope else None
+        self.prefix_masks = PrefixMasks(seq_length, dtype)
 
     @property
     def vocab(self) -> VocabShard:
@@ -261,18 +315,22 @@ class DecoderLayer(TransformerLayer):
         )
         self.canonical_name = f"layers.{index}"
         self.rotary = parts.rotary
+        self.prefix_masks = parts.prefix_masks
         self.sequence_parts = parts.tp_size if parts.sequence_parallel else 1
         self.recompute = parts.recompute
 
     def forward(self, hidden_SBD: Tensor) -> Tensor:  # type: ignore[override]
+        mask_B1SS = self.prefix_masks.mask_B1SS
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._layer, hidden_SBD, use_reentrant=False)
-        return self._layer(hidden_SBD)
+            # The mask is an argument: when the backward runs the layer again, later micro-batches
+            # have been forward and prefix_masks holds theirs.
+            return checkpoint(self._layer, hidden_SBD, mask_B1SS, use_reentrant=False)
+        return self._layer(hidden_SBD, mask_B1SS)
 
-    def _layer(self, hidden_SBD: Tensor) -> Tensor:
+    def _layer(self, hidden_SBD: Tensor, mask_B1SS: Tensor | None) -> Tensor:
         length = hidden_SBD.shape[0] * self.sequence_parts
         angles = self.rotary.angles(length, hidden_SBD.device) if self.rotary else None
-        output_SBD, _ = super().forward(hidden_SBD, attention_mask=None, rotary_pos_emb=angles)
+        output_SBD, _ = super().forward(hidden_SBD, attention_mask=mask_B1SS, rotary_pos_emb=angles)
         return output_SBD
 
 

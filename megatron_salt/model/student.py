@@ -70,6 +70,7 @@ class SingleStageStudent(nn.Module):
         self.output_layer = OutputLayer(parts, tied=tied)
         self.tied = tied
         self.loss_function = loss_function
+        self.prefix_masks = parts.prefix_masks
         if tied and hasattr(self.embedding.word_embeddings.weight, "ds_id"):
             deepspeed.zero.register_external_parameter(
                 self.output_layer, self.embedding.word_embeddings.weight
@@ -77,6 +78,7 @@ class SingleStageStudent(nn.Module):
 
     def forward(self, tokens_BS: Tensor, targets: Targets) -> Tensor:
         """Scalar loss of one micro-batch (see `LossFunction`)."""
+        self.prefix_masks.advance(tokens_BS.device)
         hidden_SBD = self.embedding(tokens_BS)
         for layer in self.body:
             hidden_SBD = layer(hidden_SBD)
@@ -100,6 +102,7 @@ class PipelineStudent(PipelineModule):
     ) -> None:
         self.tied = not parts.model.untie_embeddings_and_output_weights
         self.student_loss = loss_function
+        self.prefix_masks = parts.prefix_masks
         body = [LayerSpec(kind, *args) for kind, args in body_layers(parts)]
         if self.tied:
             attribute = ["word_embeddings.weight"]
@@ -124,6 +127,11 @@ class PipelineStudent(PipelineModule):
         """DeepSpeed's hook for the split, replaced: balanced by cost, head included."""
         self.parts = self._stage_parts
         self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
+
+    def forward(self, forward_input: Tensor) -> Tensor:
+        """This stage's layers on one micro-batch: tokens [B, S] or the hidden state before them."""
+        self.prefix_masks.advance(forward_input.device)
+        return super().forward(forward_input)
 
     def _loss(self, hidden_SBD: Tensor, targets: tuple[Tensor, ...]) -> Tensor:
         if self.tied:

@@ -116,11 +116,12 @@ class Teacher:
             raise RuntimeError(f"teacher {self.checkpoint}: no weight for {sorted(parameters)}")
 
     @torch.no_grad()
-    def hidden_states(self, tokens_RS: Tensor) -> Tensor | None:
+    def hidden_states(self, tokens_RS: Tensor, prefix_R: Tensor | None = None) -> Tensor | None:
         """Last hidden states of all R rows on the last stage's ranks, [R, S, E]; None elsewhere.
 
         Each of the tp * pp ranks of this replica runs its share of the rows, `micro_batch_size` at
-        a time.
+        a time; it reads the first `prefix_R` (on the CPU) tokens of a row in both directions, as
+        the student does.
         Collectives: a gather of R/(tp pp) rows over pp, an all-gather over tp on the last stage.
         Memory: R S E elements; up to 3 times that on the last stage while they are put in order.
         """
@@ -132,15 +133,19 @@ class Teacher:
         mine_RSE = torch.zeros(
             (longest, seq_length, width), dtype=self.dtype, device=tokens_RS.device
         )
-        for row in range(start, stop, self.micro_batch_size):
-            end = min(row + self.micro_batch_size, stop)
-            mine_RSE[row - start : end - start] = self.forward(tokens_RS[row:end])
+        size = self.micro_batch_size
+        parts = [slice(row, min(row + size, stop)) for row in range(start, stop, size)]
+        prefixes = [None if prefix_R is None else prefix_R[part] for part in parts]
+        with self.parts.prefix_masks.of_step(prefixes):
+            for part in parts:
+                mine_RSE[part.start - start : part.stop - start] = self.forward(tokens_RS[part])
         self._clock.stop()
         return self._collect(mine_RSE, num_rows)
 
     @torch.no_grad()
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """Last hidden states [B, S, E] of these rows, on this rank alone; S at most seq_length."""
+        self.parts.prefix_masks.advance(tokens_BS.device)
         hidden = tokens_BS
         for layer in self.body:
             hidden = layer(hidden)

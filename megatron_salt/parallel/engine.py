@@ -7,12 +7,13 @@ per step.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -40,7 +41,15 @@ from megatron_salt.parallel.layout import balanced_stages, layer_costs
 from megatron_salt.salt import Phase
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MicroBatch = tuple[Tensor, Targets]
+
+
+class MicroBatch(NamedTuple):
+    """What one forward pass takes."""
+
+    tokens_BS: Tensor
+    targets: Targets
+    prefix_B: Tensor | None = None
+    """Tokens of each row that are read in both directions, on the CPU; None: causal."""
 
 
 class ModelParallelUnit:
@@ -164,11 +173,12 @@ class StudentEngine:
         for start in range(0, size * num_micro, size):
             rows = slice(start, start + size)
             hidden = None if teacher_hidden_RSE is None else teacher_hidden_RSE[rows]
+            prefix_B = None if batch.prefix_R is None else batch.prefix_R[rows]
             targets = Targets(
                 batch.labels_RS[rows], batch.mask_RS[rows], ce_weight_RS[rows], kd_weight_RS[rows],
                 reference_RS[rows], hidden,
             )  # fmt: skip
-            result.append((batch.tokens_RS[rows], targets))
+            result.append(MicroBatch(batch.tokens_RS[rows], targets, prefix_B))
         return result
 
     def _routed_by_tags(
@@ -192,7 +202,7 @@ class StudentEngine:
             batch.labels_RS, batch.mask_RS, batch.mask_RS, nothing, nothing[:, :0],
             teacher_hidden_BSE,
         )  # fmt: skip
-        return batch.tokens_RS, targets
+        return MicroBatch(batch.tokens_RS, targets, batch.prefix_R)
 
     def train_step(self, micro_batches: Sequence[MicroBatch], learning_rate: float) -> None:
         """Forward, backward and optimiser step over M micro-batches.
@@ -201,34 +211,42 @@ class StudentEngine:
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        if self.is_pipeline:
-            self.engine.train_batch(data_iter=iter(_pipeline_form(micro_batches)))
-            # DeepSpeed keeps the last labels, and with them the step's teacher states, until they
-            # are overwritten: through the next step's teacher forward.
-            self.drop_buffers()
-            return
-        self.engine.train()
-        for tokens_BS, targets in micro_batches:
-            loss = self.engine(tokens_BS, targets)
-            self.engine.backward(loss)
-            self.engine.step()
+        with self._prefix_masks(micro_batches):
+            if self.is_pipeline:
+                self.engine.train_batch(data_iter=iter(_pipeline_form(micro_batches)))
+                # DeepSpeed keeps the last labels, and with them the step's teacher states, until
+                # they are overwritten: through the next step's teacher forward.
+                self.drop_buffers()
+                return
+            self.engine.train()
+            for tokens_BS, targets, _ in micro_batches:
+                loss = self.engine(tokens_BS, targets)
+                self.engine.backward(loss)
+                self.engine.step()
+
+    def _prefix_masks(
+        self, micro_batches: Sequence[MicroBatch]
+    ) -> contextlib.AbstractContextManager[None]:
+        """The masks of these micro-batches, for as long as they run."""
+        return self.parts.prefix_masks.of_step([one.prefix_B for one in micro_batches])
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> LossSums:
         """Score micro-batches without gradients; sums over all ranks."""
         self.loss_function.evaluating = True
         held_back = self.loss_function.take_sums()
         try:
-            if self.is_pipeline:
-                self.engine.eval_batch(
-                    iter(_pipeline_form(micro_batches)),
-                    bcast_loss=False,
-                    num_micro_batches=len(micro_batches),
-                )
-            else:
-                self.engine.eval()
-                with torch.no_grad():
-                    for tokens_BS, targets in micro_batches:
-                        self.engine(tokens_BS, targets)
+            with self._prefix_masks(micro_batches):
+                if self.is_pipeline:
+                    self.engine.eval_batch(
+                        iter(_pipeline_form(micro_batches)),
+                        bcast_loss=False,
+                        num_micro_batches=len(micro_batches),
+                    )
+                else:
+                    self.engine.eval()
+                    with torch.no_grad():
+                        for tokens_BS, targets, _ in micro_batches:
+                            self.engine(tokens_BS, targets)
             sums = self.reduce_sums()
         finally:
             self.loss_function.evaluating = False
@@ -332,5 +350,5 @@ def _pipeline_form(micro_batches: Sequence[MicroBatch]) -> list[tuple[Tensor, tu
     """DeepSpeed's pipeline takes (inputs, labels) with labels a plain tuple of tensors."""
     return [
         (tokens, tuple(field for field in targets if field is not None))
-        for tokens, targets in micro_batches
+        for tokens, targets, _ in micro_batches
     ]

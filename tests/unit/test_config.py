@@ -77,6 +77,14 @@ def test_command_line_overrides_yaml_overrides_defaults(files: list[str]) -> Non
     assert command.deepspeed_config == files[3] and not command.dry_run
 
 
+def test_objectives_are_read_like_data_prefixes(files: list[str]) -> None:
+    assert parse_command_line(files).config.data.objective == ["causal"]
+    for given, read in (("[0.6,causal,0.4,prefix]", ["0.6", "causal", "0.4", "prefix"]),
+                        ("[prefix]", ["prefix"])):  # fmt: skip
+        config = parse_command_line([*files, "--data.objective", given]).config
+        assert config.data.objective == read
+
+
 def test_later_yaml_overrides_earlier_key_by_key(files: list[str], tmp_path: Path) -> None:
     (tmp_path / "more.yaml").write_text("train: {steps: 50}\nsalt: {}\n")
     config = parse_command_line([*files, "--config", str(tmp_path / "more.yaml")]).config
@@ -185,6 +193,18 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"train.steps": 0}, "train.steps = 0"),
     ({"data.seq_length": 0}, "data.seq_length = 0"),
     ({"data.train_data_path": []}, "data.train_data_path is empty"),
+    ({"data.objective": []}, r"data.objective = \[\]: expected WEIGHT NAME"),
+    ({"data.objective": ["casual"]}, "'casual' is no objective.*Did you mean 'causal'"),
+    ({"data.objective": ["0.6", "causal", "0.4", "prefx"]}, "'prefx' is no.*mean 'prefix'"),
+    ({"data.objective": ["causal", "prefix"]}, "several objectives need a weight before each"),
+    ({"data.objective": ["1", "causal", "2"]}, "expected WEIGHT NAME pairs"),
+    ({"data.objective": ["1", "causal", "0", "prefix"]}, "weights above 0"),
+    ({"data.objective": ["1", "causal", "nan", "prefix"]}, "weights above 0"),
+    ({"data.objective": ["1", "causal", "1", "causal"]}, "an objective is named twice"),
+    ({"data.span_corruption_rate": 0.0}, "data.span_corruption_rate = 0.0"),
+    ({"data.span_corruption_rate": 1.0}, "data.span_corruption_rate = 1.0"),
+    ({"data.span_mean_length": 0.9}, "data.span_mean_length = 0.9"),
+    ({"data.objective": ["span_corruption"], "data.seq_length": 3}, "seq_length = 3 has no room"),
     ({"salt.kd_steps": 101}, "salt.kd_steps = 101.*train.steps = 100"),
     ({"salt.kd_steps": -1}, "salt.kd_steps = -1"),
     ({"salt.kd_weight": 1.1}, "salt.kd_weight = 1.1"),
@@ -265,6 +285,8 @@ def test_contradiction_is_refused(settings: dict[str, Any], message: str, good: 
         {"parallel.tensor_model_parallel_size": 4, "parallel.sequence_parallel": True},
         {"parallel.pipeline_model_parallel_size": 4},
         {"model.max_position_embeddings": 16},  # rope needs no table
+        {"data.objective": ["0.6", "causal", "0.2", "prefix", "0.2", "span_corruption"]},
+        {"data.objective": ["prefix"], "data.seq_length": 3},
     ],
     ids=str,
 )

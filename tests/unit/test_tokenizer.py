@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 import tokenizers
 
-from megatron_salt.data.tokenizer import Tokenizer, check_same_tokens, load_tokenizer
+from megatron_salt.data.tokenizer import (
+    Tokenizer,
+    check_same_tokens,
+    load_tokenizer,
+    sentinel_ids,
+)
 from megatron_salt.data.train_tokenizer import sample_documents, train_tokenizer
 from tools import train_tokenizer as train_tool
 
@@ -262,3 +267,38 @@ def test_training_tool(corpus_path: Path, tmp_path: Path, capsys: pytest.Capture
     assert "could not train a vocabulary of 300000" in capsys.readouterr().err
     assert kept.read_bytes() == output.read_bytes()  # a failure leaves what was there
     assert sorted(p.name for p in tmp_path.iterdir()) == ["kept.model", "new"]
+
+
+@pytest.mark.parametrize("name", ["t.model", "t.json"])
+def test_no_text_becomes_a_sentinel(
+    name: str, corpus_path: Path, corpus_texts: list[str], tmp_path: Path
+) -> None:
+    arguments = ["--input", str(corpus_path), "--sample-bytes", "300000", "--vocab-size", "400"]
+    assert train_tool.main([*arguments, "--sentinels", "12", "--output", str(tmp_path / name)]) == 0
+    tokenizer = load_tokenizer(tmp_path / name)
+    sentinels = sentinel_ids(tokenizer)
+    assert tokenizer.vocab_size == 400 and len(set(sentinels)) == 12
+    assert [tokenizer.tokens()[index] for index in sentinels] == [
+        f"<extra_id_{number}>" for number in range(12)
+    ]
+    text = "".join(f"<extra_id_{number}>" for number in range(12)) + " <extra_id_3>x<extra_id_11>"
+    (ids,) = tokenizer.encode_batch([text])
+    assert tokenizer.decode(ids) == text and not {*sentinels, tokenizer.eod} & set(ids)
+    flat, _ = tokenizer.encode_flat([text, *corpus_texts[:20]])
+    assert not set(sentinels) & set(flat.tolist())
+
+
+def test_sentinels_are_made_only_where_asked_for(
+    tokenizer: Tokenizer, corpus_texts: list[str], tmp_path: Path
+) -> None:
+    assert sentinel_ids(tokenizer) == []
+    assert b"extra_id" not in tokenizer.path.read_bytes()
+    with pytest.raises(ValueError, match="--sentinels -1"):
+        train_tokenizer(corpus_texts[:4], tmp_path / "t.json", vocab_size=400, num_sentinels=-1)
+
+
+def test_sentinels_count_up_to_the_first_gap(hugging_face_path: Path, tmp_path: Path) -> None:
+    library = tokenizers.Tokenizer.from_file(str(hugging_face_path))
+    library.add_special_tokens(["<extra_id_3>", "<extra_id_1>", "<extra_id_0>"])
+    library.save(str(tmp_path / "t.json"))
+    assert sentinel_ids(load_tokenizer(tmp_path / "t.json")) == [514, 513]
