@@ -509,6 +509,11 @@ def check_tags(config: RunConfig) -> None:
                 f"{name} names {len(paths)}, data.train_data_path {num_datasets} datasets: give "
                 "one for each, in the same order",
             )
+    _require(
+        not data.tags or "span_corruption" not in parse_objective(data.objective),
+        "data.tags: span_corruption in data.objective moves tokens to other positions, where their "
+        "tags would be another token's; leave one of the two out (salt.selection works with both)",
+    )
     routed = {
         "salt.selection": bool(salt.selection),
         f"salt.kd_tokens = {salt.kd_tokens}": salt.kd_tokens != "all",

@@ -53,7 +53,7 @@ from megatron_salt.data.tags import (
 )
 from megatron_salt.data.text_files import atomic_path, fsync_path
 from megatron_salt.data.tokenizer import load_tokenizer
-from megatron_salt.kernels import VocabShard, choose_body, token_scores
+from megatron_salt.kernels import Chunking, VocabShard, choose_body, token_scores
 from megatron_salt.kernels.choose import Impl
 from megatron_salt.kernels.token_scores import Wanted
 from megatron_salt.model.teacher import Teacher
@@ -63,6 +63,8 @@ from megatron_salt.resume import check_teacher_fits
 
 STORED_DTYPES = {"mask": np.uint8, "loss": np.uint16, "entropy": np.uint16}
 DEFAULT_TOKENS_PER_SHARD = 1 << 22
+# Logits of a chunk on a CPU: few enough to be read again from its caches, enough for its products.
+CPU_CHUNK_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +203,8 @@ class Scorer:
         self.data = open_indexed(request.data)
         self.settings, self.eod, self.groups = origin.settings, eod, groups
         self.num_rows, self.impl = request.micro_batch_size, request.loss_impl
+        on_cpu = groups.device.type == "cpu"
+        self.chunking = Chunking(chunk_bytes=CPU_CHUNK_BYTES) if on_cpu else Chunking()
         self.vocab = VocabShard(size=manifest.vocab_size, start=0, stop=manifest.vocab_size)
         self.model = Teacher(
             folder,
@@ -256,6 +260,7 @@ class Scorer:
         want: list[Wanted] = ["ce", "likelier"]
         scores = token_scores(
             hidden_TE, self.model.head_WE, labels_T, vocab=self.vocab, impl=self.impl,
+            chunking=self.chunking,
             want=[*want, "entropy"] if self.with_entropy else want,
         )  # fmt: skip
         ce_T, likelier_T, entropy_T = scores
@@ -431,6 +436,9 @@ def _publish(request: TagRequest, origin: TagOrigin, folder: Path, num_shards: i
     )
     final.parent.mkdir(parents=True, exist_ok=True)
     manifest_path(final).unlink(missing_ok=True)
+    for kind in STORED_DTYPES:  # what earlier tags had and these do not
+        for path in (bin_path(tag_prefix(final, kind)), idx_path(tag_prefix(final, kind))):
+            path.unlink(missing_ok=True)
     for suffix in suffixes:
         fsync_path(f"{built}{suffix}")
         os.replace(f"{built}{suffix}", f"{final}{suffix}")

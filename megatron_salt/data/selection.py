@@ -143,7 +143,15 @@ def write_table(path: Path, table: SequenceTable) -> None:
     arrow = pyarrow.table(table.columns)
     arrow = arrow.replace_schema_metadata({METADATA_KEY: json.dumps(metadata).encode()})
     with atomic_path(path) as temporary:
-        pyarrow.parquet.write_table(arrow, temporary, compression="zstd")
+        pyarrow.parquet.write_table(
+            arrow,
+            temporary,
+            compression="zstd",
+            # No manifest holds a selection's hash: its pages carry their own checksums. Scores
+            # hardly repeat, so a dictionary would only make the file larger.
+            write_page_checksum=True,
+            use_dictionary=False,
+        )
 
 
 def read_table(path: str | Path) -> SequenceTable:
@@ -154,7 +162,9 @@ def read_table(path: str | Path) -> SequenceTable:
     again = "give a table of tools/tag_data.py or tools/select_data.py"
     try:
         # Without threads: ranks that were forked must not wait for a pool that was not.
-        arrow = pyarrow.parquet.read_table(str(path), use_threads=False)
+        arrow = pyarrow.parquet.read_table(
+            str(path), use_threads=False, page_checksum_verification=True
+        )
         metadata = json.loads((arrow.schema.metadata or {})[METADATA_KEY])
         if metadata["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format {metadata['format_version']}, expected {FORMAT_VERSION}")

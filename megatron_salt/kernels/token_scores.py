@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_salt.kernels.choose import Impl
 from megatron_salt.kernels.chunks import Chunking, Heads
-from megatron_salt.kernels.kd_loss import kd_loss
+from megatron_salt.kernels.kd_loss import KdLoss, kd_loss
 from megatron_salt.kernels.rows import all_reduce
 from megatron_salt.kernels.vocab import VocabShard
 
@@ -53,6 +53,7 @@ def token_scores(
         [T], global ids; results [T].
     Collectives: those of `kd_loss` over chunking.tp_group, once for ce and once for entropy; for
         likelier two SUMs of 1 float a token; under sequence parallelism an all-gather per chunk.
+    Memory: a chunk's logits; for entropy as much again.
     Raises: ValueError as `linear_kd_loss` does.
     """
     chunking = chunking or Chunking()
@@ -60,24 +61,35 @@ def token_scores(
     # Last what overwrites the logits.
     names = sorted(want, key=lambda name: name == "likelier")
     found = {name: labels_T.new_empty(len(labels_T), dtype=torch.float32) for name in names}
+    uniform_NW: Tensor | None = None
     for chunk in heads.chunks():
         logits_NW = chunk.student_logits_NW
         labels_N = heads.of_all_parts(labels_T, chunk.start, chunk.stop)
+        if "entropy" in names and uniform_NW is None:  # the first chunk is the largest
+            uniform_NW = torch.zeros_like(logits_NW)
         for name, value_T in found.items():
             if name == "likelier":
                 value_N = _count_likelier_(logits_NW, labels_N, vocab, chunking.tp_group)
+            elif name == "ce":
+                value_N = _kd_loss(logits_NW, None, labels_N, vocab, chunking, impl).ce_T
             else:
-                uniform_NW = torch.zeros_like(logits_NW) if name == "entropy" else None
-                result = kd_loss(
-                    logits_NW if uniform_NW is None else uniform_NW,
-                    None if uniform_NW is None else logits_NW,
-                    labels_N, ce_weight_T=1.0, kd_weight_T=0.0, vocab=vocab,
-                    tp_group=chunking.tp_group, impl=impl,
-                )  # fmt: skip
-                value_N = result.ce_T if name == "ce" else math.log(vocab.size) - result.kl_T
+                assert uniform_NW is not None
+                uniform = uniform_NW[: len(logits_NW)]
+                divergence_N = _kd_loss(uniform, logits_NW, labels_N, vocab, chunking, impl).kl_T
+                value_N = math.log(vocab.size) - divergence_N
             parts = value_T.unflatten(0, (heads.num_parts, -1))
             parts[:, chunk.start : chunk.stop] = value_N.unflatten(0, (heads.num_parts, -1))
     return TokenScores(**{f"{name}_T": value_T for name, value_T in found.items()})
+
+
+def _kd_loss(
+    student_NW: Tensor, teacher_NW: Tensor | None, labels_N: Tensor, vocab: VocabShard,
+    chunking: Chunking, impl: Impl,
+) -> KdLoss:  # fmt: skip
+    return kd_loss(
+        student_NW, teacher_NW, labels_N, ce_weight_T=1.0, kd_weight_T=0.0, vocab=vocab,
+        tp_group=chunking.tp_group, impl=impl,
+    )  # fmt: skip
 
 
 def _count_likelier_(

@@ -30,7 +30,7 @@ from megatron_salt.data.tags import (
     verify_tags,
 )
 from megatron_salt.data.tokenizer import load_tokenizer
-from megatron_salt.kernels import VocabShard
+from megatron_salt.kernels import Chunking, VocabShard
 from megatron_salt.model.teacher import Teacher
 from megatron_salt.parallel.groups import initialize
 from megatron_salt.tagging import TagRequest, tag
@@ -231,6 +231,7 @@ def _scored_by_hand(folder: Path, window: int | None) -> list[int]:
     )  # fmt: skip
     scorer.data, scorer.eod, scorer.num_rows = open_indexed(folder / "hand"), EOD, 2
     scorer.impl, scorer.vocab = "reference", VocabShard(size=5, start=0, stop=5)
+    scorer.chunking = Chunking()
     scorer.groups, scorer.model = initialize(1, 1, 5.0), BigramTeacher()  # type: ignore[assignment]
     sequences = Sequences.of(sequence_lengths(folder / "hand"), window)
     kept: list[int] = []

@@ -217,14 +217,22 @@ def _train(config: RunConfig, deepspeed_config: str) -> dict[str, np.ndarray]:
 def test_killed_and_resumed_around_the_switch_of_data(
     dataset: Path, teacher: Path, tags: Path, tmp_path: Path, kind: str
 ) -> None:
-    """tp 2, pp 2: resumed two steps before the switch, at it and after it; all bit-equal."""
+    """tp 2, pp 2: resumed two steps before the switch, at it and after it; all bit-equal.
+
+    With windows some rows are prefix language modelling, drawn apart in each order of rows.
+    """
     settings = {**TP2_PP2, "teacher__checkpoint": str(teacher)}
+    if kind == "windows":
+        settings["data__objective"] = [0.5, "causal", 0.5, "prefix"]
     deepspeed_config = make_deepspeed(tmp_path, zero_optimization={"stage": 1})
     whole = tagged_config(dataset, tags, tmp_path / "whole", kind, **settings)
     expected = run_ranks(4, _train, whole, deepspeed_config)
     records = without_times(metrics_of(tmp_path / "whole"))
-    assert [round(r["taught_share"], 2) for r in records[1:]] == [0.5] * KD_STEPS + [0.0] * 3
-    assert [r["ce_share"] for r in records[1:]] == [0.75] * KD_STEPS + [1.0] * 3
+    for record in records[1:]:
+        in_kd = record["step"] <= KD_STEPS
+        # Shares are rounded up in each sequence, and prefix rows have few counted tokens.
+        assert record["taught_share"] == pytest.approx(0.5 * in_kd, abs=0.07)
+        assert record["ce_share"] == pytest.approx(0.75 if in_kd else 1.0, abs=0.07)
     for resume_at in (KD_STEPS - 2, KD_STEPS, KD_STEPS + 1):
         config = tagged_config(dataset, tags, tmp_path / f"run{resume_at}", kind, **settings)
         with pytest.raises(RankError, match="exit code -9"):
