@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = Path("examples/configs")
 DEEPSPEED = Path("examples/deepspeed/tiny.json")
 VOCAB_SIZE = 2048
-CORPUS_BYTES = 16_000_000
+CORPUS_BYTES = 10_000_000
 
 
 class Steps:
@@ -57,7 +57,7 @@ def main() -> None:
     (target / "data").mkdir(parents=True)
     # One process; the matrix products use all cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
-    steps = Steps(total=8 - bool(arguments.text))
+    steps = Steps(total=12 - bool(arguments.text))
     data = output / "data"
     corpus = arguments.text.resolve() if arguments.text else data / "corpus.jsonl"
     if not arguments.text:
@@ -77,16 +77,17 @@ def main() -> None:
          "--output-prefix", str(data / "corpus")],
     )  # fmt: skip
     train_all(steps, output, data / "corpus_text_document")
-    runs = [output / name for name in ("slm", "baseline", "salt")]
+    runs = [output / name for name in ("slm", "baseline", "salt", "salt_ds", "selection")]
     steps.run(
-        "evaluation of the three models on the held-out text",
+        "evaluation of the models on the held-out text",
         ["-m", "megatron_salt.evaluate", "--checkpoint", *map(str, runs), "--samples", "512",
          "--output", str(output / "evaluation.json")],
     )  # fmt: skip
     steps.run(
         "report",
-        ["tools/compare_runs.py", "--baseline", str(runs[1]), "--run", str(runs[2]),
-         "--teacher", str(runs[0]), "--label", "baseline", "SALT",
+        ["tools/compare_runs.py", "--baseline", str(runs[1]), "--run", *map(str, runs[2:]),
+         "--teacher", str(runs[0]),
+         "--label", "baseline", "SALT", "SALT_DS", "selection, no KD",
          "--title", "Quickstart: SALT against plain pre-training",
          "--output", str(output / "report.md")],
     )  # fmt: skip
@@ -95,7 +96,11 @@ def main() -> None:
 
 
 def train_all(steps: Steps, output: Path, prefix: Path) -> None:
-    """SLM, then the student twice from the same initial weights and in the same order of data."""
+    """SLM, tags, then the student four times from the same initial weights.
+
+    The baseline and SALT read the same rows in the same order; the other two read, in the KD phase,
+    the sequences that an early checkpoint of the SLM found hardest among those it can learn.
+    """
 
     def pretrain(title: str, config: str, name: str, *extra: str) -> None:
         steps.run(
@@ -106,12 +111,33 @@ def train_all(steps: Steps, output: Path, prefix: Path) -> None:
         )  # fmt: skip
 
     pretrain("small language model (the teacher)", "tiny_slm.yaml", "slm")
-    pretrain("student without a teacher (the baseline)", "tiny.yaml", "baseline")
-    pretrain(
-        "student with the teacher (SALT)", "tiny.yaml", "salt",
-        "--teacher.checkpoint", str(output / "slm"),
-        "--salt.kd_steps", "150", "--salt.kd_weight", "0.5",
+    tags = output / "data" / "corpus_slm"
+    steps.run(
+        "tags: losses of all sequences under the SLM as it was after a third of its steps",
+        ["tools/tag_data.py", "--data", str(prefix), "--output-prefix", str(tags),
+         "--teacher", str(output / "slm" / "checkpoints" / "step_00000200"), "--window", "128"],
+    )  # fmt: skip
+    chosen = output / "chosen"
+    steps.run(
+        "selection: the quarter of the sequences with the highest median loss",
+        ["tools/select_data.py", "--tags", str(tags), "--data", str(prefix),
+         "--output-prefix", str(chosen), "--top-fraction", "0.25"],
+    )  # fmt: skip
+    teaching = [
+        "--teacher.checkpoint", str(output / "slm"), "--salt.kd_weight", "0.5",
         "--salt.transition", "linear_decay", "--salt.transition_steps", "50",
+    ]  # fmt: skip
+    kd_steps = ["--salt.kd_steps", "150"]
+    selection = ["--salt.selection", f"[{chosen}.parquet]"]
+    pretrain("student without a teacher (the baseline)", "tiny.yaml", "baseline")
+    pretrain("student with the teacher (SALT)", "tiny.yaml", "salt", *kd_steps, *teaching)
+    pretrain(
+        "student with the teacher, on selected sequences (SALT_DS)", "tiny.yaml", "salt_ds",
+        *kd_steps, *teaching, *selection,
+    )  # fmt: skip
+    pretrain(
+        "control: the same selection without a teacher", "tiny.yaml", "selection",
+        *kd_steps, *selection, "--salt.kd_weight", "0",
     )  # fmt: skip
 
 

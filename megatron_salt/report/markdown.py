@@ -50,7 +50,8 @@ def write_report(
         f"The baseline is *{baseline.label}*. Losses are held-out nats per token, measured on "
         f"{_describe_heldout(runs)}. Training seconds are the sum of the step times: the "
         f"teacher's forwards are in them; evaluations, checkpoints and the teacher's own training "
-        f"are not. *KD* is the phase with the teacher, *LM* the one without.",
+        f"are not. *KD* is the first phase, with the teacher (or, at "
+        f"`salt.kd_weight` 0, with its selection of the data alone), *LM* the rest.",
         "**Read with caution.** Every row is one run with one seed, so small differences may be "
         "chance; on a shared machine seconds vary, so trust ratios before absolute times.",
         "## Results",

@@ -31,7 +31,8 @@ STEP_KEYS = (
 )
 VALID_KEYS = ("valid_ce_nats", "valid_accuracy", "valid_tokens")
 
-# The table of settings shows those that a run's config.json has: numbers, never paths.
+# The table of settings shows those that a run's config.json has: numbers and names, never paths,
+# of which it shows how many there are.
 CONFIG_KEYS = (
     "model.num_layers",
     "model.hidden_size",
@@ -39,8 +40,13 @@ CONFIG_KEYS = (
     "data.seq_length",
     "salt.kd_steps",
     "salt.kd_weight",
+    "salt.selection",
+    "salt.kd_tokens",
+    "salt.ce_tokens",
     "train.seed",
 )
+
+NAMES = ("salt.kd_tokens", "salt.ce_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,7 +266,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         value = config
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
-        if isinstance(value, int | float):
+        if isinstance(value, list):
+            values[key] = len(value)
+        elif isinstance(value, int | float) or (key in NAMES and isinstance(value, str)):
             values[key] = value
     return values
 
