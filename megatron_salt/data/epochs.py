@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -109,15 +110,20 @@ class WindowDataset(torch.utils.data.Dataset):
         tags: Tags | None,
         identity: str,
     ) -> None:
-        # RandomState, because NumPy promises that its numbers never change.
-        self.windows = np.random.RandomState(seed).permutation(windows)
+        self._in_order, self._seed = windows, seed
         self.dataset, self.window, self.tags = dataset, window, tags
         self.eod, self.eod_mask_loss = eod, eod_mask_loss
         self.index_split = Split.train
         self.unique_identifiers = {"class": type(self).__name__, "of": identity, "seed": seed}
 
+    @cached_property
+    def windows(self) -> NDArray[np.int64]:
+        """Shuffled when first read: a long run has many epochs, and reads one at a time."""
+        # RandomState, because NumPy promises that its numbers never change.
+        return np.random.RandomState(self._seed).permutation(self._in_order)
+
     def __len__(self) -> int:
-        return len(self.windows)
+        return len(self._in_order)
 
     def __getitem__(self, index: int) -> Sample:
         start = int(self.windows[index]) * self.window
