@@ -343,10 +343,9 @@ class DataSource:
     def read(self, rows: Sequence[int], phase: Phase = "lm") -> Batch:
         """Rows of a step, each with its objective: of the selected sequences in the KD phase, if
         there is a selection."""
-        chosen = phase == "kd" and self.selected is not None
-        order = self.selected if chosen else self.train
+        order = self.selected if phase == "kd" and self.selected is not None else self.train
         batch = _stack([order[row] for row in rows])
-        return batch if self.mixture is None else _apply(self.mixture, batch, rows, int(chosen))
+        return batch if self.mixture is None else _apply(self.mixture, batch, rows)
 
     def num_held_out(self) -> int:
         return min(len(valid) for valid in self.valid) * len(self.valid)
@@ -429,12 +428,10 @@ def _stack(samples: Sequence[dict[str, Tensor]]) -> Batch:
     )
 
 
-def _apply(mixture: Mixture, batch: Batch, rows: Sequence[int], order: int) -> Batch:
+def _apply(mixture: Mixture, batch: Batch, rows: Sequence[int]) -> Batch:
     """Give every row of a causal batch the objective that the mixture draws for it."""
     text_RS = torch.cat([batch.tokens_RS, batch.labels_RS[:, -1:]], dim=1).numpy()
-    samples = [
-        mixture.sample(text_S, row, order) for text_S, row in zip(text_RS, rows, strict=True)
-    ]
+    samples = [mixture.sample(text_S, row) for text_S, row in zip(text_RS, rows, strict=True)]
     return dataclasses.replace(
         batch,
         tokens_RS=torch.from_numpy(np.stack([sample.tokens_S for sample in samples])),

@@ -1,7 +1,7 @@
 """What a row asks of the model: causal, prefix or span-corrupted language modelling.
 
 A mixture of the three is UL2's, in its decoder-only form. Everything random about a row is a
-function of (seed, order, row): nothing is saved, and a resumed run draws what the run it resumes
+function of (seed, row): nothing is saved, and a resumed run draws what the run it resumes
 would have drawn. Letters: S positions of a row, N tokens of its text that span corruption reads.
 """
 
@@ -117,8 +117,8 @@ class Draws:
     `Generator.permutation` and its like may change with NumPy's version, and a resume with it.
     """
 
-    def __init__(self, seed: int, order: int, row: int) -> None:
-        self._words = np.random.PCG64(np.random.SeedSequence([seed, OBJECTIVE_TAG, order, row]))
+    def __init__(self, seed: int, row: int) -> None:
+        self._words = np.random.PCG64(np.random.SeedSequence([seed, OBJECTIVE_TAG, row]))
 
     def uniform(self) -> float:
         """In [0, 1)."""
@@ -149,15 +149,15 @@ class Mixture:
     def counts(self) -> SpanCounts:
         return fit_spans(self.seq_length + 1, self.rate, self.mean_length)
 
-    def sample(self, text: np.ndarray, row: int, order: int = 0) -> Sample:
+    def sample(self, text: np.ndarray, row: int) -> Sample:
         """What is made of the S + 1 consecutive tokens of a row.
 
         Args:
-            row: its place in the endless order (of the blend, where there is one).
-            order: which endless order, where a run has several.
+            row: its place in the endless order (of the blend, where there is one). No run reads the
+                same row of two orders, so the row alone tells draws apart.
         """
         assert text.shape == (self.seq_length + 1,)
-        draws = Draws(self.seed, order, row)
+        draws = Draws(self.seed, row)
         objective = self._objective(draws.uniform())
         if objective == "span_corruption":
             return self._corrupted(text, draws)

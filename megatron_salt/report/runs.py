@@ -261,7 +261,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}:{error.lineno}: not JSON ({error}). Restore or delete it."
         ) from None
-    values = {}
+    values: dict[str, Any] = {}
     for key in CONFIG_KEYS:
         value = config
         for part in key.split("."):

@@ -323,6 +323,45 @@ def test_damaged_shard_is_named(tagged: TagRequest, tmp_path: Path) -> None:
     assert hashes(again.output_prefix) == hashes(tagged.output_prefix)
 
 
+def test_tags_anew_replace_the_old_ones(text: Path, teacher: Path, tmp_path: Path) -> None:
+    """Other settings under the old name: nothing of the old tags stays, not even what is unused."""
+    made = request_for(text, teacher, tmp_path / "slm")
+    run_ranks(1, _tag, made)
+    run_ranks(1, _tag, dataclasses.replace(made, store=(), top_k=5))
+    names = {path.name.removeprefix("slm") for path in tmp_path.iterdir()}
+    assert names == {"_mask.bin", "_mask.idx", "_sequences.parquet", ".tags.json"}
+    assert verify_tags(made.output_prefix, text, hashes=True).origin.settings.top_k == 5
+
+
+def _die_at_rename(request: TagRequest, number: int) -> None:
+    replace, done = os.replace, 0
+
+    def replace_or_die(source: Any, target: Any) -> None:
+        nonlocal done
+        if Path(target).parent == Path(request.output_prefix).parent:
+            done += 1
+            if done == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    os.replace = replace_or_die  # type: ignore[assignment]
+    _tag(request)
+
+
+@pytest.mark.parametrize("number", [1, 2, 5, 8])
+def test_killed_while_publishing(text: Path, teacher: Path, tmp_path: Path, number: int) -> None:
+    """New tags over old ones, killed between the renames: no manifest vouches for a mixture."""
+    old = request_for(text, teacher, tmp_path / "slm", top_k=5)
+    run_ranks(1, _tag, old)
+    new = dataclasses.replace(old, top_k=TOP_K)
+    with pytest.raises(RankError, match="exit code -9"):
+        run_ranks(1, _die_at_rename, new, number)
+    with pytest.raises(ValueError, match=r"slm\.tags\.json: no such file"):
+        verify_tags(new.output_prefix, text)
+    assert sum(run_ranks(1, _count_shards, new)) == 0  # the shards are still there
+    assert verify_tags(new.output_prefix, text, hashes=True).origin.settings.top_k == TOP_K
+
+
 def copied(tagged: TagRequest, folder: Path) -> Path:
     for suffix in (*SUFFIXES, ".tags.json"):
         shutil.copy(f"{tagged.output_prefix}{suffix}", folder / f"slm{suffix}")

@@ -27,7 +27,7 @@ from tiny import (
 from megatron_salt.config import RunConfig
 from megatron_salt.data.dataset import DataSource, find_tokenizer, load_choice
 from megatron_salt.data.order import rows_of_rank
-from megatron_salt.data.selection import Rule, read_table
+from megatron_salt.data.selection import Rule, read_table, write_table
 from megatron_salt.data.tags import as_fp16, open_indexed, sequence_lengths
 from megatron_salt.model.weights import initial_weight, weight_table
 from megatron_salt.parallel.groups import initialize
@@ -151,6 +151,26 @@ def test_selected_windows_are_read_as_they_were_scored(
     inputs = result["selected"]["tokens_RS"]
     np.testing.assert_array_equal(inputs[:, 1:], result["selected"]["labels_RS"][:, :-1])
     assert "2.00 epochs" in result["lines"][0]
+
+
+def test_windows_that_reach_into_the_held_out_part_are_not_read(
+    dataset: Path, tags: Path, tmp_path: Path
+) -> None:
+    table = read_table(tags / "windows_sequences.parquet")
+    every = table.with_selection(table.columns["score"], np.ones(len(table), dtype=bool), {})
+    write_table(tmp_path / "every.parquet", every)
+    config = tagged_config(
+        dataset, tags, tmp_path / "run", "windows", salt__kd_steps=1, salt__kd_weight=0.0
+    )
+    salt = dataclasses.replace(config.salt, selection=[str(tmp_path / "every.parquet")])
+    lengths = sequence_lengths(dataset)
+    for split in ("90,10", "50,50", "31,69"):
+        documents = round(float(split[:2]) / 100 * len(lengths))
+        data = dataclasses.replace(config.data, split=split)
+        result = run_ranks(
+            1, _read, dataclasses.replace(config, salt=salt, data=data), tmp_path / "cache", 10, 10
+        )[0]
+        assert result["per_epoch"][0] == lengths[:documents].sum() // LENGTH
 
 
 def test_selected_documents_make_up_the_rows(dataset: Path, tags: Path, tmp_path: Path) -> None:
@@ -340,6 +360,8 @@ def test_masks_are_never_changed_in_place(
     assert all(0.05 < record["taught_share"] < 0.95 for record in records[1:151])
     assert all(record["taught_share"] + record["ce_share"] == pytest.approx(1.0)
                for record in records[1:151])  # fmt: skip
+    # The LM phase is plain training: no route acts there.
+    assert {(r["taught_share"], r["ce_share"]) for r in records[151:]} == {(0.0, 1.0)}
 
 
 # -- routes ----------------------------------------------------------------------------------------
