@@ -16,13 +16,17 @@ import numpy as np
 import pytest
 import torch
 from commands import run_command
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from ranks import RankError, run_ranks
 
 from megatron_salt import checkpoint as ckpt
 from megatron_salt import tagging
 from megatron_salt.data.preprocess import preprocess
 from megatron_salt.data.selection import load_selection, read_table
+from megatron_salt.data.sequences import Sequences
 from megatron_salt.data.tags import (
+    FileRecord,
+    TagSettings,
     as_fp16,
     open_indexed,
     read_tag_manifest,
@@ -215,11 +219,6 @@ DOCUMENTS = [[0, 1, 2, 3], [0, 1, EOD], [1, 2]]
 
 def _scored_by_hand(folder: Path, window: int | None) -> list[int]:
     """Masks that `Scorer` gives the documents above with k = 1."""
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    from megatron_salt.data.sequences import Sequences
-    from megatron_salt.data.tags import TagSettings
-
     builder = IndexedDatasetBuilder(str(folder / "hand.bin"), dtype=np.uint16)
     for document in DOCUMENTS:
         builder.add_document(torch.tensor(document), [len(document)])
@@ -399,6 +398,35 @@ def test_tags_of_other_data_are_refused(tagged: TagRequest, text: Path, tmp_path
             tagged.output_prefix).origin.tokenizer_fingerprint)  # fmt: skip
     with pytest.raises(ValueError, match=r"tokenizer of fingerprint"):
         verify_tags(tagged.output_prefix, text, "another")
+    with pytest.raises(ValueError, match=r"slm_sequences\.parquet: made with a tokenizer of"):
+        load_selection(table, text, "another")
+    # Files that agree with their manifest, of as many tokens, with other documents.
+    prefix = copied(tagged, tmp_path)
+    lengths = sequence_lengths(text)[::-1]
+    assert lengths.tolist() != sequence_lengths(text).tolist()
+    builder = IndexedDatasetBuilder(str(tmp_path / "other.bin"), dtype=np.uint8)
+    builder.sequence_lengths = lengths.tolist()
+    builder.document_indices = list(range(len(lengths) + 1))
+    builder.finalize(f"{prefix}_mask.idx")
+    manifest = read_tag_manifest(prefix)
+    files = {**manifest.files, "_mask.idx": FileRecord.of(Path(f"{prefix}_mask.idx"))}
+    (tmp_path / "slm.tags.json").write_text(dataclasses.replace(manifest, files=files).to_json())
+    with pytest.raises(ValueError, match=r"slm_mask\.idx and .*sequences of different lengths"):
+        verify_tags(prefix, text)
+
+
+def test_a_loss_that_is_not_finite_stops(tmp_path: Path) -> None:
+    sequences = Sequences.of(np.array([3, 2]), None)
+    scores = tagging.TokenScores(
+        loss_T=np.array([1.0, 2.0, np.nan, 1.0, 1.0], dtype=np.float32),
+        kept_T=np.ones(5, dtype=bool), entropy_T=None,
+    )  # fmt: skip
+    settings = TagSettings(
+        window=None, max_length=8, top_k=1, store=(), precision="fp16", loss_impl="reference"
+    )
+    with pytest.raises(ValueError, match="loss of token 2 is nan: .* in fp16; try --precision"):
+        tagging._write_shard(tmp_path / "shard.npz", sequences, 0, 2, scores, settings)
+    assert not list(tmp_path.iterdir())
 
 
 def test_command_line(text: Path, teacher: Path, tmp_path: Path) -> None:

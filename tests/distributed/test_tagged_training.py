@@ -547,6 +547,18 @@ def _gradient(results: list[dict[str, Any]], config: RunConfig) -> dict[str, np.
     }
 
 
+def test_a_teacher_that_is_no_better_does_not_teach(dataset: Path, tmp_path: Path) -> None:
+    """Student and teacher of equal weights: equal losses, so no token is taught."""
+    still = make_deepspeed(tmp_path, optimizer={"type": "SGD", "params": {"lr": 0.0}})
+    run_ranks(1, _train, make_config(dataset, tmp_path / "teacher", train__steps=1), still)
+    config = make_config(
+        dataset, tmp_path / "student", train__steps=1, salt__kd_steps=1,
+        salt__kd_tokens="teacher_better", teacher__checkpoint=str(tmp_path / "teacher"),
+    )  # fmt: skip
+    run_ranks(1, _train, config, still)
+    assert metrics_of(tmp_path / "student")[1]["taught_share"] == 0.0
+
+
 @pytest.mark.parametrize("name", ["kd low entropy", "both"])
 def test_routes_do_not_depend_on_the_cut(
     dataset: Path, teacher: Path, tags: Path, tmp_path: Path, name: str

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_tags import make_origin
 
 from megatron_salt.data.scores import column, sequence_scores
 from megatron_salt.data.selection import (
     Rule,
+    Selection,
     SequenceTable,
     check_same_origin,
     load_selection,
@@ -21,7 +23,6 @@ from megatron_salt.data.selection import (
     select,
     write_table,
 )
-from megatron_salt.data.tags import DataIdentity, ModelIdentity, TagOrigin, TagSettings
 
 losses = st.floats(0, 20, width=32)
 
@@ -121,33 +122,17 @@ def test_rules_that_contradict_themselves(fields: dict, message: str) -> None:
         Rule(**fields)
 
 
-def origin(**changes: object) -> TagOrigin:
-    fields = {
-        "data": DataIdentity(
-            name="d", sequences=1, tokens=1, bin_bytes=1, bin_sampled_sha256="", idx_sha256=""
-        ),
-        "tokenizer_fingerprint": "tok",
-        "model": ModelIdentity(fingerprint="model", step=1, name="slm"),
-        "settings": TagSettings(
-            window=None, max_length=16, top_k=10, store=("loss",), precision="fp32",
-            loss_impl="native",
-        ),
-        **changes,
-    }  # fmt: skip
-    return TagOrigin(**fields)  # type: ignore[arg-type]
-
-
 def test_table_comes_back_as_written(tmp_path: Path) -> None:
     columns = {
         "sequence": np.arange(6),
         "tokens": np.full(6, 4),
         "median_drop": SCORES,
     }
-    table = SequenceTable(origin=origin(), columns=columns, rule={})
+    table = SequenceTable(origin=make_origin(), columns=columns, rule={})
     chosen = table.with_selection(SCORES, select([SCORES], Rule())[0], vars(Rule()))
     write_table(tmp_path / "t.parquet", chosen)
     back = read_table(tmp_path / "t.parquet")
-    assert back.origin == origin() and back.rule == vars(Rule())
+    assert back.origin == make_origin() and back.rule == vars(Rule())
     assert set(back.columns) == {*columns, "score", "selected"}
     for name, value in chosen.columns.items():
         np.testing.assert_array_equal(back.columns[name], value)
@@ -170,16 +155,13 @@ def test_files_that_are_no_table(tmp_path: Path) -> None:
         load_selection(tmp_path / "other.parquet", "data", "tok")
 
 
-def test_selection_and_tags_of_two_models_are_refused(tmp_path: Path) -> None:
-    columns = {"sequence": np.arange(1), "tokens": np.ones(1, int), "selected": np.ones(1, bool)}
-    write_table(tmp_path / "t.parquet", SequenceTable(origin=origin(), columns=columns, rule={}))
-    from megatron_salt.data.selection import Selection
-
+def test_selection_and_tags_of_two_models_are_refused() -> None:
     selection = Selection(
-        path=tmp_path / "t.parquet", origin=origin(), rule={}, sequences=np.arange(1), tokens=1,
+        path=Path("t.parquet"), origin=make_origin(), rule={}, sequences=np.arange(1), tokens=1,
         fingerprint="f",
     )  # fmt: skip
-    check_same_origin(selection, origin(), Path("tags.json"))
-    other = origin(model=ModelIdentity(fingerprint="another", step=1, name="slm"))
-    with pytest.raises(ValueError, match=r"t\.parquet and tags\.json do not belong together"):
-        check_same_origin(selection, other, Path("tags.json"))
+    check_same_origin(selection, make_origin(), Path("tags.json"))
+    with pytest.raises(ValueError, match=r"parquet and tags\.json do not belong .*: model"):
+        check_same_origin(selection, make_origin(model="another"), Path("tags.json"))
+    with pytest.raises(ValueError, match="do not belong together: top_k 10 and 11"):
+        check_same_origin(selection, make_origin(top_k=11), Path("tags.json"))
