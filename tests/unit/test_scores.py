@@ -141,6 +141,28 @@ def test_table_comes_back_as_written(tmp_path: Path) -> None:
         back.score("entropy", "drop", "t.parquet")
 
 
+def test_flipped_bit_of_a_table_is_found(tmp_path: Path) -> None:
+    """Training believes a selection that no manifest vouches for: its pages carry checksums."""
+    import pyarrow.parquet
+
+    number = np.arange(5000)
+    scores = np.sin(number).astype(np.float32)
+    table = SequenceTable(
+        origin=make_origin(), rule={}, columns={"sequence": number, "tokens": number}
+    ).with_selection(scores, scores > 0, {})
+    path = tmp_path / "t.parquet"
+    write_table(path, table)
+    content = path.read_bytes()
+    group = pyarrow.parquet.ParquetFile(path).metadata.row_group(0)
+    for index in range(group.num_columns):
+        chunk = group.column(index)
+        damaged = bytearray(content)
+        damaged[chunk.data_page_offset + chunk.total_compressed_size - 9] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"t\.parquet is not a table of sequences"):
+            read_table(path)
+
+
 def test_files_that_are_no_table(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
