@@ -119,8 +119,7 @@ def measure(
     request: tagging.TagRequest, groups: Any, arguments: argparse.Namespace, folder: Path
 ) -> dict[str, float]:
     """Ratio of tokens per second, tagging over bare, medians of alternating rounds."""
-    origin, eod = tagging._check(request)
-    scorer = tagging.Scorer(request, origin, eod, groups)
+    scorer = tagging.Scorer(request, tagging._plan(request), groups)
     sequences = Sequences.of(sequence_lengths(request.data), request.window)
     shards = sequences.shards(arguments.tokens)[: arguments.rounds + 1]
     shard_folder = folder / "shards"

@@ -515,6 +515,7 @@ def check_tags(config: RunConfig) -> None:
         "tags would be another token's; leave one of the two out (salt.selection works with both)",
     )
     routed = {
+        "data.tags": bool(data.tags),
         "salt.selection": bool(salt.selection),
         f"salt.kd_tokens = {salt.kd_tokens}": salt.kd_tokens != "all",
         f"salt.ce_tokens = {salt.ce_tokens}": salt.ce_tokens != "all",

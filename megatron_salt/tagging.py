@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import shutil
 import sys
@@ -22,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -93,50 +94,77 @@ class TokenScores:
     entropy_T: NDArray[np.float32] | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What rank 0 found and every rank goes by."""
+
+    teacher: Path
+    manifest: ckpt.CheckpointManifest
+    origin: TagOrigin
+    eod: int
+
+
 def tag(request: TagRequest, groups: Groups) -> TagManifest | None:
     """Score a dataset and publish its tags; returns their manifest on rank 0.
 
     Collectives: those of building the model, and barriers; ranks share nothing while they score.
     Raises: ValueError or FileNotFoundError naming the file or option that is wrong.
     """
+    found: tuple[Plan, TagManifest | None] | None = None
     with same_error_everywhere("checking data and teacher"):
-        origin, eod = _check(request)
-        finished = _finished(request, origin) if groups.rank == 0 else None
-    finished = from_rank_0(finished)
+        if groups.rank == 0:
+            plan = _plan(request)
+            found = plan, _finished(request, plan.origin)
+    plan, finished = from_rank_0(found)
     if finished is not None:
         _say(groups, f"{manifest_path(request.output_prefix)}: these tags are complete already")
+        if groups.rank == 0:
+            _remove(_partial_path(request))
         return finished if groups.rank == 0 else None
-    sequences = Sequences.of(sequence_lengths(request.data), origin.settings.window)
+    with same_error_everywhere("comparing what the ranks see"):
+        _check_same_view(request, plan.origin, groups)
+    sequences = Sequences.of(sequence_lengths(request.data), plan.origin.settings.window)
     shards = sequences.shards(request.tokens_per_shard)
-    with _partial_directory(request, origin, groups) as folder:
+    with _partial_directory(request, plan.origin, groups) as folder:
         done = from_rank_0([i for i in range(len(shards)) if _shard_path(folder, i).is_file()])
         todo = sorted(set(range(len(shards))) - set(done))
         _say(groups, f"{request.data}: {sequences.num_tokens} tokens, {len(sequences)} sequences, "
                      f"{len(shards)} shards, {len(done)} of them done")  # fmt: skip
         if todo:
-            scorer = Scorer(request, origin, eod, groups)
+            scorer = Scorer(request, plan, groups)
             _score_shards(scorer, sequences, shards, todo, folder, groups)
         dist.barrier()
         manifest = None
         with same_error_everywhere("joining the shards"):
             if groups.rank == 0:
-                manifest = _publish(request, origin, folder, len(shards))
+                manifest = _publish(request, plan.origin, folder, sequences, shards)
         return manifest
 
 
 def _finished(request: TagRequest, origin: TagOrigin) -> TagManifest | None:
     """The manifest of these very tags, if they are there: a requeued job has nothing to do.
 
-    Raises: ValueError if they were selected from by another rule.
+    Tags that are damaged are made anew, over the old ones.
+    Raises: ValueError if other tags are there, or if these were selected from by another rule.
     """
-    if not manifest_path(request.output_prefix).is_file():
+    path = manifest_path(request.output_prefix)
+    if not path.is_file():
         return None
-    manifest = read_tag_manifest(request.output_prefix)
-    if manifest.origin != origin:
+    try:
+        manifest = read_tag_manifest(request.output_prefix)
+        differing = _differences(manifest.origin.to_dict(), origin.to_dict())
+        if not differing:
+            verify_tags(request.output_prefix, request.data, origin.tokenizer_fingerprint)
+            rule = read_table(table_path(request.output_prefix)).rule
+    except ValueError as error:
+        logging.getLogger(__name__).warning("%s\ntagging anew", error)
         return None
-    verify_tags(request.output_prefix, request.data, origin.tokenizer_fingerprint)
-    path = table_path(request.output_prefix)
-    if read_table(path).rule != vars(request.rule):
+    if differing:
+        raise ValueError(
+            f"{path}: there are tags already, which differ in {', '.join(differing)}: choose "
+            "another --output-prefix, or delete that file to give them up"
+        )
+    if rule != vars(request.rule):
         raise ValueError(
             f"{request.output_prefix} is tagged already, with another selection: to select anew, "
             f"tools/select_data.py --tags {request.output_prefix} takes seconds"
@@ -144,13 +172,26 @@ def _finished(request: TagRequest, origin: TagOrigin) -> TagManifest | None:
     return manifest
 
 
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Names of what differs in two origins (as JSON has them); what is for people does not."""
+    before, now = (json.loads(json.dumps(each)) for each in (before, now))
+    found = []
+    for section, value in now.items():
+        for name in value if isinstance(value, dict) else [None]:
+            mine = value if name is None else value[name]
+            theirs = before.get(section) if name is None else before.get(section, {}).get(name)
+            if mine != theirs and name != "name":
+                found.append(section if name is None else f"{section}.{name}")
+    return found
+
+
 def _say(groups: Groups, text: str) -> None:
     if groups.rank == 0:
         tqdm.write(text, file=sys.stderr)
 
 
-def _check(request: TagRequest) -> tuple[TagOrigin, int]:
-    """What the tags will be of, and the end-of-document token. Reads no weights."""
+def _plan(request: TagRequest) -> Plan:
+    """What the tags will be of. Reads no weights."""
     folder = ckpt.resolve(request.teacher, what="--teacher")
     manifest = ckpt.read_manifest(folder)
     tokenizer = load_tokenizer(folder / "tokenizer")
@@ -160,19 +201,13 @@ def _check(request: TagRequest) -> tuple[TagOrigin, int]:
         raise ValueError(f"--window {request.window}: must be at least 1")
     if request.window is not None:
         check_teacher_fits(folder, manifest, manifest.vocab_size, request.window)
-    precision = request.precision or manifest.precision
-    max_length = request.window or longest
-    cuda = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    body = choose_body(
-        request.loss_impl, device=cuda, dtypes=frozenset({torch.float32}), divergence="forward_kl"
-    )
     settings = TagSettings(
         window=request.window,
-        max_length=max_length,
+        max_length=request.window or longest,
         top_k=request.top_k,
         store=tuple(name for name in ("loss", "entropy") if name in request.store),
-        precision=precision,
-        loss_impl=body.name,
+        precision=request.precision or manifest.precision,
+        loss_impl=_loss_body(request),
     )
     if not 1 <= request.top_k < manifest.vocab_size:
         raise ValueError(
@@ -181,6 +216,8 @@ def _check(request: TagRequest) -> tuple[TagOrigin, int]:
         )
     if request.rule.score == "entropy" and "entropy" not in settings.store:
         raise ValueError("--score entropy needs --store entropy")
+    if not sequence_lengths(request.data).sum():
+        raise ValueError(f"{bin_path(request.data)} holds no tokens")
     origin = TagOrigin(
         data=DataIdentity.of(request.data),
         tokenizer_fingerprint=tokenizer.fingerprint,
@@ -191,23 +228,40 @@ def _check(request: TagRequest) -> tuple[TagOrigin, int]:
         ),
         settings=settings,
     )
-    return origin, tokenizer.eod
+    return Plan(teacher=folder, manifest=manifest, origin=origin, eod=tokenizer.eod)
+
+
+def _loss_body(request: TagRequest) -> str:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return choose_body(
+        request.loss_impl, device=device, dtypes=frozenset({torch.float32}), divergence="forward_kl"
+    ).name
+
+
+def _check_same_view(request: TagRequest, origin: TagOrigin, groups: Groups) -> None:
+    """Raise ValueError where this rank would read or compute something else than rank 0."""
+    origin.data.check(request.data, f"rank {groups.rank} sees other data: what rank 0 sees")
+    if _loss_body(request) != origin.settings.loss_impl:
+        raise ValueError(
+            f"rank {groups.rank} would compute losses by its {_loss_body(request)} code, rank 0 by "
+            f"{origin.settings.loss_impl}: set --loss_impl (python -m megatron_salt.kernels there "
+            "says why)"
+        )
 
 
 class Scorer:
     """The frozen model of this rank, and how it scores rows."""
 
-    def __init__(self, request: TagRequest, origin: TagOrigin, eod: int, groups: Groups) -> None:
-        folder = ckpt.resolve(request.teacher, what="--teacher")
-        manifest = ckpt.read_manifest(folder)
-        self.data = open_indexed(request.data)
-        self.settings, self.eod, self.groups = origin.settings, eod, groups
+    def __init__(self, request: TagRequest, plan: Plan, groups: Groups) -> None:
+        manifest = plan.manifest
+        self.data, self.data_prefix = open_indexed(request.data), request.data
+        self.settings, self.eod, self.groups = plan.origin.settings, plan.eod, groups
         self.num_rows, self.impl = request.micro_batch_size, request.loss_impl
         on_cpu = groups.device.type == "cpu"
         self.chunking = Chunking(chunk_bytes=CPU_CHUNK_BYTES) if on_cpu else Chunking()
         self.vocab = VocabShard(size=manifest.vocab_size, start=0, stop=manifest.vocab_size)
         self.model = Teacher(
-            folder,
+            plan.teacher,
             manifest,
             groups,
             vocab=self.vocab,
@@ -228,6 +282,11 @@ class Scorer:
         start, stop = int(sequences.bounds[first]), int(sequences.bounds[last])
         offset = max(start - 1, 0)
         stream = read_stream(self.data, offset, stop)
+        if stream.max(initial=0) >= self.vocab.size:
+            raise ValueError(
+                f"{bin_path(self.data_prefix)} holds token {stream.max()}, the teacher's "
+                f"vocabulary has {self.vocab.size}: they are of different tokenizers"
+            )
         parts: list[tuple[Batch, torch.Tensor]] = []
         batches = batches_of(
             stream, offset, rows, max_length=self.settings.max_length, num_rows=self.num_rows,
@@ -316,7 +375,8 @@ def _write_shard(
 ) -> None:
     bounds = sequences.bounds[first : last + 1]
     lengths = np.diff(bounds)
-    bad = np.flatnonzero(~np.isfinite(scores.loss_T))
+    with np.errstate(over="ignore"):
+        bad = np.flatnonzero(~np.isfinite(scores.loss_T.astype(np.float16)))
     if len(bad):
         raise ValueError(
             f"the loss of token {bounds[0] + bad[0]} is {scores.loss_T[bad[0]]}: the teacher does "
@@ -344,6 +404,10 @@ def _shard_path(folder: Path, index: int) -> Path:
     return folder / f"shard_{index:08d}.npz"
 
 
+def _partial_path(request: TagRequest) -> Path:
+    return Path(f"{request.output_prefix}.tags.partial")
+
+
 @contextmanager
 def _partial_directory(request: TagRequest, origin: TagOrigin, groups: Groups) -> Iterator[Path]:
     """The folder of finished shards; it outlives a kill and goes when the tags are published.
@@ -351,17 +415,12 @@ def _partial_directory(request: TagRequest, origin: TagOrigin, groups: Groups) -
     Raises: ValueError on all ranks if another run is at work in it, or if it is of a run with other
         data, model or settings.
     """
-    folder = Path(f"{request.output_prefix}.tags.partial")
+    folder = _partial_path(request)
     identity = {**origin.to_dict(), "tokens_per_shard": request.tokens_per_shard}
     lock = None
     with same_error_everywhere("opening the folder of shards"):
         if groups.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = (folder / "lock").open("w")
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"another run is writing {request.output_prefix}") from None
+            lock = _locked(folder)
             _check_identity(folder / "identity.json", identity)
     complete = False
     try:
@@ -369,32 +428,60 @@ def _partial_directory(request: TagRequest, origin: TagOrigin, groups: Groups) -
         complete = True
     finally:
         if groups.rank == 0 and complete:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
         if lock is not None:
             lock.close()
 
 
+def _locked(folder: Path) -> IO[str]:
+    """The lock of the folder, which is made. Raises: ValueError if another run holds it."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "lock"
+        lock = path.open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise ValueError(f"another run is at work in {folder}") from None
+        # Whoever held it may have removed the folder in between: then this locks nothing.
+        if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+            return lock
+        lock.close()
+
+
+def _remove(folder: Path) -> None:
+    """Away at once under its name: shards must never be there without what they are of."""
+    gone = folder.with_suffix(".removed")
+    shutil.rmtree(gone, ignore_errors=True)  # of a run that was killed here
+    if folder.exists():
+        os.rename(folder, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
 def _check_identity(path: Path, identity: dict[str, Any]) -> None:
-    identity = json.loads(json.dumps(identity))
+    """Raises: ValueError if the folder's shards are of something else, or of nobody knows what."""
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        differing = [
-            f"{section}.{name}" if isinstance(value, dict) else section
-            for section, value in identity.items()
-            for name in (value if isinstance(value, dict) else [""])
-            if (before[section][name] != value[name] if name else before[section] != value)
-        ]
+        differing = _differences(json.loads(path.read_text(encoding="utf-8")), identity)
         if differing:
             raise ValueError(
                 f"{path.parent} holds shards of a run that differs in {', '.join(differing)}: "
                 "give that run's arguments to continue it, or delete the folder to start anew"
             )
         return
+    if any(path.parent.glob("shard_*.npz")):
+        raise ValueError(f"{path.parent} holds shards, but not {path.name}: delete the folder")
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(identity, indent=2), encoding="utf-8")
 
 
-def _publish(request: TagRequest, origin: TagOrigin, folder: Path, num_shards: int) -> TagManifest:
+def _publish(
+    request: TagRequest,
+    origin: TagOrigin,
+    folder: Path,
+    sequences: Sequences,
+    shards: list[tuple[int, int]],
+) -> TagManifest:
     """Join the shards, write table and manifest, and give all files their names, manifest last."""
     final, built = Path(request.output_prefix), folder / "built" / "tags"
     built.parent.mkdir(exist_ok=True)
@@ -403,10 +490,15 @@ def _publish(request: TagRequest, origin: TagOrigin, folder: Path, num_shards: i
     builders = {kind: _builder(built, kind) for kind in stored}
     parts: list[dict[str, NDArray[Any]]] = []
     kept = 0
-    for index in range(num_shards):
+    for index, (first, last) in enumerate(shards):
         path = _shard_path(folder, index)
         try:
             with np.load(path) as shard:
+                expected = np.diff(sequences.bounds[first : last + 1])
+                if shard["table_sequence"].tolist() != list(range(first, last)) or not (
+                    np.array_equal(shard["table_tokens"], expected)
+                ):
+                    raise ValueError("it is of other sequences")
                 for kind, builder in builders.items():
                     builder.data_file.write(shard[kind].tobytes())
                 kept += int(shard["mask"].sum(dtype=np.int64))
@@ -442,6 +534,8 @@ def _publish(request: TagRequest, origin: TagOrigin, folder: Path, num_shards: i
     for suffix in suffixes:
         fsync_path(f"{built}{suffix}")
         os.replace(f"{built}{suffix}", f"{final}{suffix}")
+    for leftover in final.parent.glob(f".{manifest_path(final).name}.*.partial*"):
+        leftover.unlink()  # of a run that was killed here
     with atomic_path(manifest_path(final)) as temporary:
         temporary.write_text(manifest.to_json(), encoding="utf-8")
     return manifest

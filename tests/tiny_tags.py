@@ -36,7 +36,7 @@ def make_origin(
     if isinstance(data, str):
         data = DataIdentity(
             name=data, sequences=sequences, tokens=tokens, bin_bytes=2 * tokens,
-            bin_sampled_sha256=f"bin of {data}", idx_sha256=f"idx of {data}",
+            bin_sampled_sha256=f"bin of {data}", bin_sha256=None, idx_sha256=f"idx of {data}",
         )  # fmt: skip
     return TagOrigin(
         data=data,

@@ -5,7 +5,7 @@
     python tools/inspect_data.py data/corpus_text_document --tags data/corpus_slm --verify
 
 shows tokens that the model has among its k most likely ones in green and the others in red, the
-stronger the larger their loss; without colour the others stand in brackets. See docs/data.md.
+stronger the larger their loss; without colour the others stand in brackets. See docs/tags.md.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 
 writes data/hard.parquet (data/both_web_slm.parquet and data/both_code_slm.parquet) for
 salt.selection, a histogram of the scores as .png, and with --data some sequences of either side
-as .txt. One fraction: all sources compete; one for each: quotas. See docs/data.md.
+as .txt. One fraction: all sources compete; one for each: quotas. See docs/tags.md.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
 
 writes data/corpus_slm_mask.{bin,idx}, data/corpus_slm_sequences.parquet, data/corpus_slm.tags.json
 and what --store asks for. Runs alone or under torchrun/srun, on CPU or GPU; started again after a
-kill, it goes on where it was. See docs/data.md.
+kill, it goes on where it was. See docs/tags.md.
 """
 
 from __future__ import annotations
@@ -89,9 +89,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="what a killed run may lose (default: 4194304)",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    for name in ("micro_batch_size", "tokens_per_shard"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
+    for option in ("--micro_batch_size", "--tokens-per-shard"):
+        value = getattr(args, option.lstrip("-").replace("-", "_"))
+        if value < 1:
+            parser.error(f"{option} {value}: must be at least 1")
     return args
 
 

@@ -8,10 +8,11 @@ Each epoch leaves out its last tokens that do not fill a sequence.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -267,8 +268,13 @@ class DataSource:
         """One epoch of the part asked for; collective (rank 0 writes the index files first)."""
         sizes = [None, None, None]
         builder = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config)
-        try:
+        with self._naming_the_cache():
             return builder.build()
+
+    @contextlib.contextmanager
+    def _naming_the_cache(self) -> Iterator[None]:
+        try:
+            yield
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(
                 f"data.cache_path {self.cache_path}: an index file cannot be built or read "
@@ -313,10 +319,11 @@ class DataSource:
         config = self._config(prefix, seed, held_out=False)
         # megatron-core's cache key does not hold which documents it indexes.
         config.path_to_cache = f"{config.path_to_cache}-{selection.fingerprint}"
-        epoch = BlendedMegatronDatasetBuilder.build_generic_dataset(
-            GPTDataset, lambda: True, True, gpt.dataset, prefix, documents, None, Split.train,
-            config,
-        )  # fmt: skip
+        with self._naming_the_cache():
+            epoch = BlendedMegatronDatasetBuilder.build_generic_dataset(
+                GPTDataset, lambda: True, True, gpt.dataset, prefix, documents, None, Split.train,
+                config,
+            )  # fmt: skip
         tags = self.tags[which]
         return epoch if tags is None else TaggedDataset(epoch, tags)
 

@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_salt.data.scores import column
-from megatron_salt.data.tags import TagOrigin
+from megatron_salt.data.sequences import Sequences
+from megatron_salt.data.tags import TagOrigin, sequence_lengths
 from megatron_salt.data.text_files import atomic_path
 
 FORMAT_VERSION = 1
@@ -188,7 +189,7 @@ class Selection:
     """Their numbers, ascending."""
     tokens: int
     fingerprint: str
-    """Identity of the selected sequences: of their numbers and of the data."""
+    """Identity of the selected sequences: of the data, the window and their numbers."""
 
     @property
     def window(self) -> int | None:
@@ -208,11 +209,21 @@ def load_selection(path: str | Path, data_prefix: str | Path, tokenizer: str) ->
             f"{path}: made with a tokenizer of fingerprint {origin.tokenizer_fingerprint}, the "
             f"tokenizer of {data_prefix} has {tokenizer}; run tools/tag_data.py again"
         )
+    missing = [name for name in ("sequence", "tokens", "selected") if name not in table.columns]
+    if missing:
+        raise ValueError(f"{path} has no columns {missing}; make it with tools/select_data.py")
     chosen = np.flatnonzero(table.columns["selected"])
     if not len(chosen):
         raise ValueError(f"{path}: no sequence of {data_prefix} is selected; select more")
     numbers = np.ascontiguousarray(table.columns["sequence"][chosen], dtype=np.int64)
-    digest = hashlib.sha256(origin.data.bin_sampled_sha256.encode() + numbers.tobytes())
+    count = len(Sequences.of(sequence_lengths(data_prefix), origin.settings.window))
+    if len(table) != count or numbers.min() < 0 or numbers.max() >= count:
+        raise ValueError(
+            f"{path} lists {len(table)} sequences up to number {numbers.max()}, {data_prefix} has "
+            f"{count}: it is not whole; make it again with tools/select_data.py"
+        )
+    about = f"{origin.data.bin_sampled_sha256} {origin.settings.window}"
+    digest = hashlib.sha256(about.encode() + numbers.tobytes())
     return Selection(
         path=Path(path),
         origin=origin,

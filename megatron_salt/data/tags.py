@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,36 +37,43 @@ BLOCK_BYTES = 4096
 class DataIdentity:
     """Which dataset something was made of. Copying or renaming the dataset keeps it."""
 
-    name: str
+    name: str = field(compare=False)
     """Base name of its prefix, for people."""
     sequences: int
     tokens: int
     bin_bytes: int
     bin_sampled_sha256: str
+    bin_sha256: str | None
+    """From the dataset's manifest, if it has one."""
     idx_sha256: str
 
     @classmethod
     def of(cls, prefix: str | Path) -> DataIdentity:
         lengths = sequence_lengths(prefix)
+        manifest = read_manifest(prefix)
         return cls(
             name=Path(prefix).name,
             sequences=len(lengths),
             tokens=int(lengths.sum(dtype=np.int64)),
             bin_bytes=bin_path(prefix).stat().st_size,
             bin_sampled_sha256=sampled_sha256(bin_path(prefix)),
+            bin_sha256=None if manifest is None else manifest.bin_sha256,
             idx_sha256=sha256_of_file(idx_path(prefix)),
         )
 
     def check(self, prefix: str | Path, source: str | Path) -> None:
         """Raise ValueError, naming both files, unless the dataset at prefix is the one meant."""
         now = DataIdentity.of(prefix)
-        for field in ("sequences", "tokens", "bin_bytes", "idx_sha256", "bin_sampled_sha256"):
-            mine, theirs = getattr(self, field), getattr(now, field)
+        names = ["sequences", "tokens", "bin_bytes", "idx_sha256", "bin_sampled_sha256"]
+        if None not in (self.bin_sha256, now.bin_sha256):
+            names.append("bin_sha256")
+        for name in names:
+            mine, theirs = getattr(self, name), getattr(now, name)
             if mine != theirs:
                 raise ValueError(
                     f"{source} was made of the dataset {self.name}, and {bin_path(prefix)} is not "
-                    f"that one: {field} {theirs}, expected {mine}; name the data it was made of, "
-                    f"or {AGAIN}"
+                    f"that one: {name} {theirs}, expected {mine}; name the data it was made of, "
+                    "or tag this one"
                 )
 
 
@@ -77,7 +84,7 @@ class ModelIdentity:
     fingerprint: str
     """Of its weights, see `checkpoint.weights_fingerprint`."""
     step: int
-    name: str
+    name: str = field(compare=False)
     """The checkpoint's directory and its run's, for people."""
 
 

@@ -25,6 +25,7 @@ from megatron_salt.data.preprocess import preprocess
 from megatron_salt.data.selection import load_selection, read_table
 from megatron_salt.data.sequences import Sequences
 from megatron_salt.data.tags import (
+    DataIdentity,
     FileRecord,
     TagSettings,
     as_fp16,
@@ -229,6 +230,7 @@ def _scored_by_hand(folder: Path, window: int | None) -> list[int]:
         loss_impl="reference",
     )  # fmt: skip
     scorer.data, scorer.eod, scorer.num_rows = open_indexed(folder / "hand"), EOD, 2
+    scorer.data_prefix = str(folder / "hand")
     scorer.impl, scorer.vocab = "reference", VocabShard(size=5, start=0, stop=5)
     scorer.chunking = Chunking()
     scorer.groups, scorer.model = initialize(1, 1, 5.0), BigramTeacher()  # type: ignore[assignment]
@@ -322,14 +324,70 @@ def test_damaged_shard_is_named(tagged: TagRequest, tmp_path: Path) -> None:
     assert hashes(again.output_prefix) == hashes(tagged.output_prefix)
 
 
-def test_tags_anew_replace_the_old_ones(text: Path, teacher: Path, tmp_path: Path) -> None:
-    """Other settings under the old name: nothing of the old tags stays, not even what is unused."""
+def test_other_tags_are_not_overwritten(text: Path, teacher: Path, tmp_path: Path) -> None:
+    """They take hours. Given up, nothing of them stays, not even what the new ones lack."""
     made = request_for(text, teacher, tmp_path / "slm")
     run_ranks(1, _tag, made)
-    run_ranks(1, _tag, dataclasses.replace(made, store=(), top_k=5))
+    before = hashes(made.output_prefix)
+    other = dataclasses.replace(made, store=(), top_k=5)
+    with pytest.raises(RankError, match=r"differ in settings\.top_k, settings\.store"):
+        run_ranks(1, _tag, other)
+    assert hashes(made.output_prefix) == before
+    (tmp_path / "slm.tags.json").unlink()
+    run_ranks(1, _tag, other)
     names = {path.name.removeprefix("slm") for path in tmp_path.iterdir()}
     assert names == {"_mask.bin", "_mask.idx", "_sequences.parquet", ".tags.json"}
     assert verify_tags(made.output_prefix, text, hashes=True).origin.settings.top_k == 5
+
+
+def test_moved_data_and_teacher_are_known_again(text: Path, teacher: Path, tmp_path: Path) -> None:
+    made = request_for(text, teacher, tmp_path / "slm")
+    run_ranks(1, _tag, made)
+    for path in text.parent.glob(f"{text.name}*"):
+        target = tmp_path / path.name.replace(text.name, "moved")
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, target)
+    shutil.copytree(teacher, tmp_path / "elsewhere")
+    moved = dataclasses.replace(
+        made, data=str(tmp_path / "moved"), teacher=str(tmp_path / "elsewhere")
+    )
+    assert sum(run_ranks(1, _count_shards, moved)) == 0
+
+
+def test_damaged_tags_are_made_anew(tagged: TagRequest, tmp_path: Path) -> None:
+    prefix = copied(tagged, tmp_path)
+    path = Path(f"{prefix}_mask.bin")
+    path.write_bytes(path.read_bytes()[:-1])
+    again = dataclasses.replace(tagged, output_prefix=str(prefix))
+    assert sum(run_ranks(1, _count_shards, again)) > 0
+    assert hashes(prefix) == hashes(tagged.output_prefix)
+
+
+def test_shards_of_nobody_or_of_others_are_refused(tagged: TagRequest, tmp_path: Path) -> None:
+    again = dataclasses.replace(tagged, output_prefix=str(tmp_path / "slm"))
+    with pytest.raises(RankError, match="exit code -9"):
+        run_ranks(1, _tag_and_die, again, 4)
+    partial = tmp_path / "slm.tags.partial"
+    shards = [partial / f"shard_0000000{index}.npz" for index in (1, 2)]
+    kept = shards[0].read_bytes()
+    shards[0].write_bytes(shards[1].read_bytes())
+    with pytest.raises(RankError, match=r"shard_00000001\.npz .*of other sequences"):
+        run_ranks(1, _tag, again)
+    shards[0].write_bytes(kept)
+    (partial / "identity.json").unlink()
+    with pytest.raises(RankError, match=r"holds shards, but not identity\.json"):
+        run_ranks(1, _tag, again)
+
+
+def _tag_with_another_view(request: TagRequest) -> None:
+    if os.environ["RANK"] == "1":
+        of = DataIdentity.of
+        DataIdentity.of = lambda prefix: dataclasses.replace(of(prefix), bin_sha256="other")  # type: ignore[method-assign]
+    _tag(request)
+
+
+def test_ranks_that_see_other_data_stop(text: Path, teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(RankError, match="rank 1 sees other data"):
+        run_ranks(2, _tag_with_another_view, request_for(text, teacher, tmp_path / "slm"))
 
 
 def _die_at_rename(request: TagRequest, number: int) -> None:
@@ -349,16 +407,17 @@ def _die_at_rename(request: TagRequest, number: int) -> None:
 
 @pytest.mark.parametrize("number", [1, 2, 5, 8])
 def test_killed_while_publishing(text: Path, teacher: Path, tmp_path: Path, number: int) -> None:
-    """New tags over old ones, killed between the renames: no manifest vouches for a mixture."""
-    old = request_for(text, teacher, tmp_path / "slm", top_k=5)
-    run_ranks(1, _tag, old)
-    new = dataclasses.replace(old, top_k=TOP_K)
+    """New tags over damaged ones, killed between the renames: no manifest vouches for a mixture."""
+    made = request_for(text, teacher, tmp_path / "slm")
+    run_ranks(1, _tag, made)
+    (tmp_path / "slm_loss.bin").write_bytes(b"")
     with pytest.raises(RankError, match="exit code -9"):
-        run_ranks(1, _die_at_rename, new, number)
+        run_ranks(1, _die_at_rename, made, number)
     with pytest.raises(ValueError, match=r"slm\.tags\.json: no such file"):
-        verify_tags(new.output_prefix, text)
-    assert sum(run_ranks(1, _count_shards, new)) == 0  # the shards are still there
-    assert verify_tags(new.output_prefix, text, hashes=True).origin.settings.top_k == TOP_K
+        verify_tags(made.output_prefix, text)
+    assert sum(run_ranks(1, _count_shards, made)) == 0  # the shards are still there
+    verify_tags(made.output_prefix, text, hashes=True)
+    assert not list(tmp_path.glob(".*")) and not list(tmp_path.glob("*.partial"))
 
 
 def copied(tagged: TagRequest, folder: Path) -> Path:

@@ -27,7 +27,8 @@ from tiny import (
 from megatron_salt.config import RunConfig
 from megatron_salt.data.dataset import DataSource, find_tokenizer, load_choice
 from megatron_salt.data.order import rows_of_rank
-from megatron_salt.data.selection import Rule, read_table, write_table
+from megatron_salt.data.preprocess import preprocess
+from megatron_salt.data.selection import Rule, load_selection, read_table, write_table
 from megatron_salt.data.tags import as_fp16, open_indexed, sequence_lengths
 from megatron_salt.model.weights import initial_weight, weight_table
 from megatron_salt.parallel.groups import initialize
@@ -171,6 +172,69 @@ def test_windows_that_reach_into_the_held_out_part_are_not_read(
             1, _read, dataclasses.replace(config, salt=salt, data=data), tmp_path / "cache", 10, 10
         )[0]
         assert result["per_epoch"][0] == lengths[:documents].sum() // LENGTH
+
+
+def test_blended_datasets_have_tags_and_selections_of_their_own(
+    dataset: Path, teacher: Path, tags: Path, tmp_path: Path
+) -> None:
+    """Two datasets, one of the second's documents, each row's tags from its own dataset."""
+    lines = (dataset.parent / "short.jsonl").read_text(encoding="utf-8").splitlines()[100:130]
+    (tmp_path / "other.jsonl").write_text("\n".join(lines[::-1]), encoding="utf-8")
+    preprocess([tmp_path / "other.jsonl"], tmp_path / "other", dataset.parent / "tokenizer.model",
+               workers=1)  # fmt: skip
+    other = tmp_path / "other_text_document"
+    run_ranks(1, _tag, TagRequest(
+        data=str(other), teacher=str(teacher), output_prefix=str(tmp_path / "windows"),
+        window=LENGTH, top_k=40, store=("loss",), rule=Rule(kind="bottom", fraction=0.3),
+    ))  # fmt: skip
+    folders = (tags, tmp_path)
+    config = make_config(
+        dataset, tmp_path / "run", data__train_data_path=["0.7", str(dataset), "0.3", str(other)],
+        data__tags=[str(folder / "windows") for folder in folders], salt__kd_steps=1,
+        salt__kd_weight=0.0,
+        salt__selection=[str(folder / "windows_sequences.parquet") for folder in folders],
+    )  # fmt: skip
+    batch = run_ranks(1, _read, config, tmp_path / "cache", 10, 100)[0]["selected"]
+    rows_of = []
+    for prefix, folder in zip((dataset, other), folders, strict=True):
+        table, tokens = read_table(folder / "windows_sequences.parquet"), stream_of(prefix)
+        mask, loss = (open_indexed(f"{folder / 'windows'}_{kind}") for kind in ("mask", "loss"))
+        whole = {kind: np.concatenate([each[i] for i in range(len(each))])
+                 for kind, each in (("mask", mask), ("loss", loss))}  # fmt: skip
+        rows = {}
+        for start in table.columns["start"][table.columns["selected"]]:
+            place = slice(start, start + LENGTH)
+            rows[tuple(tokens[place])] = whole["mask"][place], as_fp16(whole["loss"][place])
+        rows_of.append(rows)
+    counts = [0, 0]
+    for row in range(100):
+        labels = tuple(batch["labels_RS"][row].tolist())
+        which = next(index for index, rows in enumerate(rows_of) if labels in rows)
+        counts[which] += 1
+        mask, loss = rows_of[which][labels]
+        np.testing.assert_array_equal(batch["tag_RS"][row], mask)
+        np.testing.assert_array_equal(batch["reference_loss_RS"][row], loss.astype(np.float32))
+    assert counts == [70, 30]
+
+
+def test_fingerprint_of_a_selection_knows_what_its_sequences_are(
+    dataset: Path, tags: Path, tmp_path: Path
+) -> None:
+    """The same numbers mean other text as windows than as documents; a resume must notice."""
+    found = []
+    for kind in ("windows", "documents"):
+        table = read_table(tags / f"{kind}_sequences.parquet")
+        chosen = np.isin(table.columns["sequence"], [3, 5, 8])
+        chosen_table = table.with_selection(table.columns["score"], chosen, {})
+        write_table(tmp_path / "t.parquet", chosen_table)
+        tokenizer = table.origin.tokenizer_fingerprint
+        found.append(load_selection(tmp_path / "t.parquet", dataset, tokenizer))
+    assert found[0].sequences.tolist() == found[1].sequences.tolist() == [3, 5, 8]
+    assert found[0].fingerprint != found[1].fingerprint
+    columns = {name: column[:-1] for name, column in table.columns.items()}
+    write_table(tmp_path / "t.parquet", dataclasses.replace(table, columns=columns))
+    with pytest.raises(ValueError, match=r"t\.parquet lists .* it is not whole"):
+        load_selection(tmp_path / "t.parquet", dataset, tokenizer)
 
 
 def test_selected_documents_make_up_the_rows(dataset: Path, tags: Path, tmp_path: Path) -> None:
@@ -585,6 +649,13 @@ def test_tags_without_losses_serve_no_excess_loss(
     )  # fmt: skip
     with pytest.raises(RankError, match="tag with --store loss"):
         run_ranks(1, _train, config, make_deepspeed(tmp_path))
+    # A teacher in memory computes its own losses.
+    taught = make_config(
+        dataset, tmp_path / "run", data__tags=[str(tmp_path / "bare")], salt__kd_steps=1,
+        salt__ce_tokens="excess_loss", salt__ce_token_share=0.5, train__steps=1,
+        teacher__checkpoint=str(teacher),
+    )  # fmt: skip
+    run_ranks(1, _train, taught, make_deepspeed(tmp_path))
     swapped = tmp_path / "swapped"
     for path in tags.glob("documents*"):
         shutil.copy(path, f"{swapped}{path.name.removeprefix('documents')}")

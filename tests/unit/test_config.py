@@ -217,6 +217,8 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"salt.ce_token_share": 0.5}, "salt.ce_token_share = 0.5 has no effect"),
     ({"salt.kd_token_share": 0.0}, "salt.kd_token_share = 0.0: must be above 0"),
     ({"salt.kd_weight": 0.0, "salt.kd_tokens": "teacher_better"}, "no effect at salt.kd_weight 0"),
+    ({"salt.kd_steps": 0, "teacher.checkpoint": None, "data.tags": ["a", "b"]},
+     "data.tags has no effect without a KD phase"),
     ({"salt.kd_steps": 0, "teacher.checkpoint": None, "salt.selection": ["a", "b"]},
      "salt.selection has no effect without a KD phase"),
     ({"salt.kd_weight": 0.0, "teacher.checkpoint": None, "salt.ce_tokens": "excess_loss",

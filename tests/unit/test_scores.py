@@ -108,6 +108,13 @@ def test_random_selection_has_the_size_and_hits_everything() -> None:
     assert abs(scores[picks[0]].mean() - 499.5) < 50  # not the highest, not the lowest
 
 
+def test_random_quotas_of_equal_sources_differ() -> None:
+    scores = np.zeros(200, dtype=np.float32)
+    rule = Rule(kind="random", fraction=0.5, seed=1)
+    first, second = select([scores, scores], rule, fractions=[0.5, 0.5])
+    assert (first != second).any()
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
