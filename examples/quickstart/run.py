@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = Path("examples/configs")
 DEEPSPEED = Path("examples/deepspeed/tiny.json")
 VOCAB_SIZE = 2048
-CORPUS_BYTES = 10_000_000
+CORPUS_BYTES = 6_000_000
 
 
 class Steps:
