@@ -27,7 +27,6 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -132,8 +131,8 @@ def tag(request: TagRequest, groups: Groups) -> TagManifest | None:
                      f"{len(shards)} shards, {len(done)} of them done")  # fmt: skip
         if todo:
             scorer = Scorer(request, plan, groups)
-            _score_shards(scorer, sequences, shards, todo, folder, groups)
-        dist.barrier()
+            with same_error_everywhere("scoring"):
+                _score_shards(scorer, sequences, shards, todo, folder, groups)
         manifest = None
         with same_error_everywhere("joining the shards"):
             if groups.rank == 0:
@@ -349,17 +348,22 @@ def _score_shards(
         ThreadPoolExecutor(max_workers=1) as writer,
     ):  # fmt: skip
         pending: Any = None
-        for index in mine:
-            first, last = shards[index]
-            scores = scorer.shard(sequences, first, last, bar.update)
+        try:
+            for index in mine:
+                first, last = shards[index]
+                scores = scorer.shard(sequences, first, last, bar.update)
+                if pending is not None:
+                    pending.result()
+                pending = writer.submit(
+                    _write_shard, _shard_path(folder, index), sequences, first, last, scores,
+                    scorer.settings,
+                )  # fmt: skip
             if pending is not None:
                 pending.result()
-            pending = writer.submit(
-                _write_shard, _shard_path(folder, index), sequences, first, last, scores,
-                scorer.settings,
-            )  # fmt: skip
-        if pending is not None:
-            pending.result()
+        except Exception as error:
+            # The others' shards are worth finishing; whoever watches need not wait for them.
+            print(f"rank {groups.rank}: {error}\nending when all ranks are done", file=sys.stderr)
+            raise
     seconds = time.monotonic() - started
     _say(groups, f"rank 0: {total} tokens in {seconds:.1f} s, {total / max(seconds, 1e-9):,.0f} "
                  "tokens/s")  # fmt: skip

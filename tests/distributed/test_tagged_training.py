@@ -30,6 +30,7 @@ from megatron_salt.data.order import rows_of_rank
 from megatron_salt.data.preprocess import preprocess
 from megatron_salt.data.selection import Rule, load_selection, read_table, write_table
 from megatron_salt.data.tags import as_fp16, open_indexed, sequence_lengths
+from megatron_salt.dry_run import describe
 from megatron_salt.model.weights import initial_weight, weight_table
 from megatron_salt.parallel.groups import initialize
 from megatron_salt.tagging import TagRequest, tag
@@ -665,3 +666,19 @@ def test_tags_without_losses_serve_no_excess_loss(
     )
     with pytest.raises(RankError, match=r"swapped_mask\.bin is not the file"):
         run_ranks(1, _train, config, make_deepspeed(tmp_path))
+
+
+def test_dry_run_says_how_many_epochs_the_selection_makes(
+    dataset: Path, tags: Path, tmp_path: Path
+) -> None:
+    config = tagged_config(
+        dataset, tags, tmp_path / "run", "windows", salt__kd_steps=4, salt__kd_weight=0.0
+    )
+    text = describe(config, make_deepspeed(tmp_path))
+    table = read_table(tags / "windows_sequences.parquet")
+    selected = table.columns["selected"]
+    tokens = int(table.columns["tokens"][selected].sum())
+    epochs = 4 * 8 * LENGTH / tokens
+    assert f"KD phase: {selected.sum():,} selected sequences of {tokens:,} tokens" in text
+    assert f"about {epochs:.2f} epochs" in text
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
