@@ -119,9 +119,9 @@ def train_all(steps: Steps, output: Path, prefix: Path) -> None:
     )  # fmt: skip
     chosen = output / "chosen"
     steps.run(
-        "selection: the quarter of the sequences with the highest median loss",
+        "selection: the half of the sequences with the highest median loss",
         ["tools/select_data.py", "--tags", str(tags), "--data", str(prefix),
-         "--output-prefix", str(chosen), "--top-fraction", "0.25"],
+         "--output-prefix", str(chosen), "--top-fraction", "0.5"],
     )  # fmt: skip
     teaching = [
         "--teacher.checkpoint", str(output / "slm"), "--salt.kd_weight", "0.5",

@@ -70,7 +70,7 @@ def test_dry_run_describes_and_trains_nothing(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "ranks: 16 = tensor 2 x pipeline 2 x data 4" in done.stdout
-    assert "tokens: 128 a step x 3 steps = 384 (256 of them with the teacher)" in done.stdout
+    assert "tokens: 128 a step x 3 steps = 384 (256 of them in the KD phase)" in done.stdout
     assert re.search(r"stage 1: layers \[\d, 4\)", done.stdout)
     assert not (tmp_path / "run").exists()
     assert time.monotonic() - started < 60  # seconds on a free machine, most of them imports
