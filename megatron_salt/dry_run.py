@@ -270,6 +270,7 @@ def _token_lines(config: RunConfig, settings: DeepSpeedSettings, choice: Choice)
         f"tokens: {per_step:,} a step x {config.train.steps:,} steps = {total:,} "
         f"({per_step * config.salt.kd_steps:,} of them in the KD phase)"
     ]
+    lines += [f"  {line}" for line in choice.describe()]
     if choice.selections:
         total -= per_step * config.salt.kd_steps
     prefixes, weights = parse_blend(config.data.train_data_path, "data.train_data_path")

@@ -274,14 +274,17 @@ def check_same_choice(config: RunConfig, resumed: CheckpointManifest, choice: Ch
     if resumed.step >= config.salt.kd_steps:
         return
     tags, selection = choice.fingerprints()
-    for name, before, now in (
-        ("data.tags", resumed.tags, tags),
-        ("salt.selection", resumed.selection, selection),
+    began = resumed.config
+    for name, paths, before, now in (
+        ("data.tags", began.data.tags, resumed.tags, tags),
+        ("salt.selection", began.salt.selection, resumed.selection, selection),
     ):
         if before != now:
             raise ValueError(
-                f"{name}: the KD phase of this run began with {before or 'none'}, now it would go "
-                f"on with {now or 'none'} (fingerprints): give the same files, or start a new run"
+                f"{name}: the KD phase of this run began with {', '.join(paths) or 'none'}, of "
+                f"fingerprint {', '.join(before) or '-'}; what is given now has "
+                f"{', '.join(now) or 'none'}: give the same files (they may have been made anew "
+                "since then), or start a new run"
             )
 
 

@@ -59,7 +59,6 @@ from megatron_salt.kernels.token_scores import Wanted
 from megatron_salt.model.teacher import Teacher
 from megatron_salt.parallel.engine import DTYPES
 from megatron_salt.parallel.groups import Groups, from_rank_0, same_error_everywhere
-from megatron_salt.resume import check_teacher_fits
 
 STORED_DTYPES = {"mask": np.uint8, "loss": np.uint16, "entropy": np.uint16}
 DEFAULT_TOKENS_PER_SHARD = 1 << 22
@@ -127,7 +126,8 @@ def tag(request: TagRequest, groups: Groups) -> TagManifest | None:
     with _partial_directory(request, plan.origin, groups) as folder:
         done = from_rank_0([i for i in range(len(shards)) if _shard_path(folder, i).is_file()])
         todo = sorted(set(range(len(shards))) - set(done))
-        _say(groups, f"{request.data}: {sequences.num_tokens} tokens, {len(sequences)} sequences, "
+        _say(groups, f"{plan.teacher}, step {plan.manifest.step}, tags {request.data}")
+        _say(groups, f"{sequences.num_tokens} tokens, {len(sequences)} sequences, "
                      f"{len(shards)} shards, {len(done)} of them done")  # fmt: skip
         if todo:
             scorer = Scorer(request, plan, groups)
@@ -198,8 +198,11 @@ def _plan(request: TagRequest) -> Plan:
     longest = manifest.config.data.seq_length
     if request.window is not None and request.window < 1:
         raise ValueError(f"--window {request.window}: must be at least 1")
-    if request.window is not None:
-        check_teacher_fits(folder, manifest, manifest.vocab_size, request.window)
+    if request.window is not None and request.window > longest:
+        raise ValueError(
+            f"--window {request.window}: {folder} was trained on sequences of {longest} tokens; "
+            "beyond that its predictions are worthless"
+        )
     settings = TagSettings(
         window=request.window,
         max_length=request.window or longest,

@@ -28,6 +28,7 @@ from megatron_salt.data.dataset import (
     find_tokenizer,
     load_choice,
     reads_reference_loss,
+    reads_tags,
     verify_all,
 )
 from megatron_salt.data.objective import check_sentinels
@@ -131,6 +132,8 @@ class Run:
             self.say(f"data: {line}")
         for line in self.choice.describe():
             self.say(f"data: {line}")
+        if config.data.tags and not reads_tags(config):
+            self.say("WARNING data.tags is read by nothing: salt.kd_tokens and salt.ce_tokens")
         if resumed and resumed.data != self.data.fingerprints():
             raise ValueError(
                 f"{resume_from}: was trained on other data than data.train_data_path now names; "
@@ -282,6 +285,8 @@ class Run:
         salt, train = self.config.salt, self.config.train
         if self.teacher is not None and phase(salt, step) == "lm":
             self._release_teacher(step)
+        elif step == salt.kd_steps > 0 and self.teacher is None:
+            self.say(f"step {step}: KD phase over")
         self.clock.start()
         batch = next(self.batches).to(self.groups.device)
         weight = kd_weight(salt, step)

@@ -17,6 +17,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from megatron_salt.data.rule_arguments import add_rule_arguments, fractions_of, rule_of
 from megatron_salt.noise import silence_known_warnings
 
@@ -35,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     # matplotlib takes a second to import: --help does not wait for it
     from megatron_salt.data import reselect
-    from megatron_salt.data.selection import write_table
+    from megatron_salt.data.selection import read_table, rule_text, write_table
     from megatron_salt.data.text_files import atomic_path
     from megatron_salt.report.score_histogram import write_score_histogram
 
@@ -57,6 +59,20 @@ def _run(args: argparse.Namespace) -> None:
             data, tokenizer = reselect.open_data(source, prefix)
             texts.append(
                 reselect.samples_text(source.name, table, score, data, tokenizer, args.samples)
+            )
+    for path, table in zip(paths, tables, strict=True):
+        if path.exists() and read_table(path).rule != table.rule:
+            raise ValueError(
+                f"{path} is there already, with another selection "
+                f"({rule_text(read_table(path).rule)}), which a run may need to go on: choose "
+                "another --output-prefix, or delete it"
+            )
+    for source in sources:
+        if source.reference is not None and np.nanmean(source.scores) < 0:
+            print(
+                f"WARNING: {source.name}: on average --reference predicts the data better than "
+                "--tags; the smaller model is the reference: are the two swapped?",
+                file=sys.stderr,
             )
     for name, path, table in zip(names, paths, tables, strict=True):
         write_table(path, table)

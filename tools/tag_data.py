@@ -39,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         manifest = tag(request, groups)
     except FailedElsewhere:
         return 1
+    except KeyboardInterrupt:
+        print("tag_data: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     except (ValueError, OSError, RuntimeError) as error:
         print(f"tag_data: error: {error}", file=sys.stderr)
         return 1
@@ -46,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokens = manifest.origin.data.tokens
         print(
             f"{args.output_prefix}: {tokens} tokens, {manifest.kept_tokens / tokens:.1%} among the "
-            f"{args.top_k} most likely; {manifest.sequences} sequences"
+            f"{args.top_k} most likely; {manifest.sequences} sequences; "
+            f"{', '.join(sorted(manifest.files))}"
         )
     return 0
 

@@ -31,7 +31,7 @@ from megatron_salt.data.epochs import Epoch, EpochedDataset, TaggedDataset, Tags
 from megatron_salt.data.manifest import read_manifest, verify_dataset
 from megatron_salt.data.objective import Mixture, make_mixture
 from megatron_salt.data.order import epoch_seed, evaluation_rows
-from megatron_salt.data.selection import Selection, check_same_origin, load_selection
+from megatron_salt.data.selection import Selection, check_same_origin, load_selection, rule_text
 from megatron_salt.data.tags import TagManifest, manifest_path, verify_tags
 from megatron_salt.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_salt.salt import Phase
@@ -112,8 +112,10 @@ class Choice:
             model = manifest.origin.model
             lines.append(f"tags of {manifest.origin.data.name} by {model.name}, step {model.step}")
         for selection in self.selections:
-            rule = ", ".join(f"{k} {v}" for k, v in selection.rule.items() if v is not None)
-            lines.append(f"selection {selection.path}: {rule}")
+            model = selection.origin.model
+            lines.append(
+                f"selection {selection.path}: {rule_text(selection.rule)}, by {model.name}"
+            )
         return lines
 
 
@@ -150,6 +152,13 @@ def load_choice(config: RunConfig, tokenizer: Tokenizer) -> Choice:
 def reads_reference_loss(config: RunConfig) -> bool:
     """Whether losses of the tags are read: a teacher in memory computes its own."""
     return config.salt.ce_tokens == "excess_loss" and config.teacher.checkpoint is None
+
+
+def reads_tags(config: RunConfig) -> bool:
+    """Whether any route goes by data.tags."""
+    by_mask = ("tagged", "untagged")
+    salt = config.salt
+    return salt.kd_tokens in by_mask or salt.ce_tokens in by_mask or reads_reference_loss(config)
 
 
 class DataSource:

@@ -22,6 +22,7 @@ from megatron_salt.data.selection import (
     check_same_origin,
     load_selection,
     read_table,
+    rule_text,
     select,
 )
 from megatron_salt.data.sequences import Sequences
@@ -373,7 +374,9 @@ def _verify_choice(table: SequenceTable, path: Path) -> Iterator[str]:
             f"{path}: the selected sequences are not those of its rule {rule} "
             f"({int(np.count_nonzero(selected != again))} differ); run tools/select_data.py again"
         )
-    yield f"    {chosen}, the same when selected again by the rule {fields.kind}"
+    yield f"    {chosen}, the same when selected again: {rule_text(rule)}"
+    if "reference" in rule:
+        yield f"    scores not made again, other tags are needed: {rule['reference']['name']}"
 
 
 def _verify_selection(

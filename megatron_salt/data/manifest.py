@@ -123,6 +123,8 @@ def verify_dataset(
 
     Raises: FileNotFoundError or ValueError naming the file, what is wrong and what to do.
     """
+    if str(prefix).endswith((".bin", ".idx")) and Path(prefix).is_file():
+        raise FileNotFoundError(f"{prefix} is a file of a dataset: give the prefix without its end")
     for path in (bin_path(prefix), idx_path(prefix)):
         if not path.is_file():
             raise FileNotFoundError(f"missing dataset file {path}; {AGAIN}")

@@ -60,6 +60,21 @@ class Rule:
             raise ValueError("a random selection needs a seed")
 
 
+def rule_text(rule: dict[str, Any]) -> str:
+    """The rule of a table for people, such as `top 0.5 by median_drop`."""
+    if not rule:
+        return "no rule recorded"
+    scores = column(rule["score"], rule["masked"])
+    if "reference" in rule:
+        scores += f" of {rule['reference']['name']} minus this model's"
+    if rule["kind"] == "range":
+        return f"from {rule['low']} to {rule['high']} by {scores}"
+    text = f"{rule['kind']} {rule['fraction']} by {scores}"
+    if rule["kind"] == "random":
+        text = f"random {rule['fraction']}, seed {rule['seed']}"
+    return text + (f", competing: {', '.join(rule['sources'])}" if "sources" in rule else "")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SequenceTable:
     """Scored sequences of one dataset."""

@@ -162,12 +162,13 @@ def test_sequence_of_the_table_or_of_a_selection(
     out = shown(capsys, data, "--sequence", 3, "--tags", tagged)
     where = f"sequence 3 of {data.name}: {row['tokens']} tokens, [{row['start']}, "
     assert where in out and f"median_drop {row['median_drop']:.4g}, median_zero" in out
-    words = ["--tags", str(tagged), "--output-prefix", str(tmp_path / "out"), "--random-fraction"]
     for share in ("1.0", "0.02"):
-        assert select_data.main([*words, share]) == 0
+        path = tmp_path / f"out{share}.parquet"
+        words = ["--tags", str(tagged), "--output-prefix", str(path).removesuffix(".parquet")]
+        assert select_data.main([*words, "--random-fraction", share]) == 0
         capsys.readouterr()
-        out = shown(capsys, data, "--sequence", 3, "--selection", tmp_path / "out.parquet")
-        chosen = bool(read_table(tmp_path / "out.parquet").columns["selected"][3])
+        out = shown(capsys, data, "--sequence", 3, "--selection", path)
+        chosen = bool(read_table(path).columns["selected"][3])
         assert where in out and "⟦" not in out  # a table without tags
         assert (", selected;" in out, ", not selected;" in out) == (chosen, not chosen)
     assert not chosen
@@ -232,7 +233,7 @@ def test_good_files_are_verified(data: Path, tagged: Path, tmp_path: Path, capsy
     manifest = read_tag_manifest(tagged)
     assert f"{manifest.sequences} sequences, " in out
     assert f"{manifest.kept_tokens} kept tokens; those of each sequence are as in the mask" in out
-    assert out.count("the same when selected again by the rule top") == 2
+    assert out.count("the same when selected again: top") == 2
     assert f"scores as in {table_path(tagged)}" in out
     assert out.endswith("all of it verified\n")
     assert shown(capsys, data, "--verify").endswith("all of it verified\n")
@@ -373,10 +374,16 @@ def test_selections_of_several_sources_are_verified(
         out = shown(capsys, data, "--verify", "--tags", tmp_path / name, "--selection", path)
         rules.append(read_table(path).rule)
         selection = out[out.index(f"{path}: ") :]
-        again = (
-            "other sources competed: one, two" if "sources" in rules[-1] else "selected again by"
-        )
+        again = "other sources competed: one, two" if "sources" in rules[-1] else "selected again:"
         assert again in selection
+        # It says so at the end, too, if something was not made again.
+        partly = "sources" in rules[-1] or "reference" in rules[-1]
+        assert out.endswith(
+            "verified, but for what was not made again\n" if partly else "all of it verified\n"
+        )
+        assert ("scores not made again, other tags are needed: small" in selection) == (
+            "reference" in rules[-1] and "sources" not in rules[-1]
+        )
     joint = words[0] != "--score-range" and sum(word.startswith("0.") for word in words) == 1
     assert [("sources" in rule) for rule in rules] == [joint, joint]
 

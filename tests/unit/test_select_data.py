@@ -26,6 +26,8 @@ NAN = float("nan")
 def run(output: Path, *words: object, tags: Any) -> None:
     prefixes = [str(prefix) for prefix in ([tags] if isinstance(tags, Path) else tags)]
     arguments = ["--tags", *prefixes, "--output-prefix", str(output), *map(str, words)]
+    for before in output.parent.glob(f"{output.name}*.parquet"):
+        before.unlink()
     assert select_data.main(arguments) == 0
 
 
@@ -49,6 +51,28 @@ def two(tmp_path: Path) -> tuple[Path, Path]:
     low = write_scores(tmp_path / "low", [1.0, 2.0, 3.0, NAN], data="low")
     high = write_scores(tmp_path / "high", [4.0, 6.0, 5.0, 0.5], data="high")
     return low, high
+
+
+def test_a_selection_is_not_overwritten_by_another(
+    two: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that was killed in its KD phase needs it to go on."""
+    run(tmp_path / "out", "--top-fraction", 0.5, tags=two[0])
+    message = refusal(capsys, tmp_path / "out", "--top-fraction", 0.25, tags=[two[0]])
+    assert "is there already, with another selection (top 0.5 by median_drop)" in message
+    words = ["--tags", str(two[0]), "--output-prefix", str(tmp_path / "out"), "--top-fraction"]
+    assert select_data.main([*words, "0.5"]) == 0  # the same once more is no harm
+
+
+def test_a_reference_that_is_better_is_asked_about(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    strong = write_scores(tmp_path / "strong", [1.0, 2.0, 3.0], data="d", model="strong")
+    weak = write_scores(tmp_path / "weak", [3.0, 3.0, 5.0], data="d", model="weak")
+    run(tmp_path / "right", "--reference", weak, tags=strong)
+    assert "swapped" not in capsys.readouterr().err
+    run(tmp_path / "wrong", "--reference", strong, tags=weak)
+    assert "are the two swapped?" in capsys.readouterr().err
 
 
 # Which sequences
