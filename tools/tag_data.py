@@ -25,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     silence_known_warnings()
     # torch takes seconds to import: --help does not wait for it
+    import torch.distributed as dist
+
     from megatron_salt.parallel.groups import FailedElsewhere, initialize
     from megatron_salt.tagging import TagRequest, tag
 
@@ -52,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{args.top_k} most likely; {manifest.sequences} sequences; "
             f"{', '.join(sorted(manifest.files))}"
         )
+    # Ranks that have nothing to publish are done early; left to the interpreter's end, the threads
+    # of a process group may abort the process.
+    dist.barrier()
+    dist.destroy_process_group()
     return 0
 
 
