@@ -133,7 +133,10 @@ class Run:
         for line in self.choice.describe():
             self.say(f"data: {line}")
         if config.data.tags and not reads_tags(config):
-            self.say("WARNING data.tags is read by nothing: salt.kd_tokens and salt.ce_tokens")
+            self.say(
+                "WARNING data.tags has no effect: neither salt.kd_tokens nor salt.ce_tokens reads "
+                "the tags"
+            )
         if resumed and resumed.data != self.data.fingerprints():
             raise ValueError(
                 f"{resume_from}: was trained on other data than data.train_data_path now names; "
