@@ -84,8 +84,8 @@ class TagRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenScores:
-    """What the model says about predicted tokens, in their order. fp32, bool, fp32."""
+class ShardScores:
+    """What the model says about the T tokens of a shard, in their order. fp32, bool, fp32."""
 
     loss_T: NDArray[np.float32]
     kept_T: NDArray[np.bool_]
@@ -275,7 +275,7 @@ class Scorer:
 
     def shard(
         self, sequences: Sequences, first: int, last: int, on_tokens: Callable[[int], Any]
-    ) -> TokenScores:
+    ) -> ShardScores:
         """Scores of every token of sequences `[first, last)`.
 
         Host sync: one, at the end.
@@ -301,7 +301,7 @@ class Scorer:
         for batch, values in parts:
             columns[:, batch.places] = values.cpu().numpy()[:, batch.predicts_BS.ravel()]
         entropy = columns[2] if self.with_entropy else None
-        return TokenScores(loss_T=columns[0], kept_T=columns[1] > 0, entropy_T=entropy)
+        return ShardScores(loss_T=columns[0], kept_T=columns[1] > 0, entropy_T=entropy)
 
     @property
     def with_entropy(self) -> bool:
@@ -377,7 +377,7 @@ def _write_shard(
     sequences: Sequences,
     first: int,
     last: int,
-    scores: TokenScores,
+    scores: ShardScores,
     settings: TagSettings,
 ) -> None:
     bounds = sequences.bounds[first : last + 1]

@@ -489,7 +489,7 @@ def test_tags_of_other_data_are_refused(tagged: TagRequest, text: Path, tmp_path
 
 def test_a_loss_that_is_not_finite_stops(tmp_path: Path) -> None:
     sequences = Sequences.of(np.array([3, 2]), None)
-    scores = tagging.TokenScores(
+    scores = tagging.ShardScores(
         loss_T=np.array([1.0, 2.0, np.nan, 1.0, 1.0], dtype=np.float32),
         kept_T=np.ones(5, dtype=bool), entropy_T=None,
     )  # fmt: skip
