@@ -414,12 +414,20 @@ def _require(condition: bool, message: str) -> None:
 
 def check_config(config: RunConfig) -> None:
     """Raise ValueError, naming the settings and the remedy, if they contradict each other."""
-    check_model(config.model, config.data.seq_length, config.parallel)
-    salt, train, data = config.salt, config.train, config.data
+    train, data = config.train, config.data
+    check_model(config.model, data.seq_length, config.parallel)
     _require(train.steps > 0, f"train.steps = {train.steps}: must be at least 1")
     _require(data.seq_length > 0, f"data.seq_length = {data.seq_length}: must be at least 1")
     _require(bool(data.train_data_path), "data.train_data_path is empty: give at least one prefix")
     check_objective(data)
+    check_salt(config)
+    check_train(train)
+    check_tags(config)
+
+
+def check_salt(config: RunConfig) -> None:
+    """The part of `check_config` that concerns the method: lengths, weights and the teacher."""
+    salt, train = config.salt, config.train
     _require(
         0 <= salt.kd_steps <= train.steps,
         f"salt.kd_steps = {salt.kd_steps}: must lie between 0 and train.steps = {train.steps}",
@@ -458,7 +466,6 @@ def check_config(config: RunConfig) -> None:
         f"salt.warmup_steps = {salt.warmup_steps} has no effect with salt.transition = "
         f"{salt.transition}; remove it or choose wsd",
     )
-    _require(train.seed < 2**32, f"train.seed = {train.seed}: must be below 2**32")
     _require(
         salt.transition != "linear_ratio_decay" or salt.kd_weight < 1.0,
         "salt.transition = linear_ratio_decay: the ratio w/(1-w) is infinite at kd_weight 1; "
@@ -474,6 +481,14 @@ def check_config(config: RunConfig) -> None:
         config.teacher.checkpoint is None or salt.kd_steps > 0,
         "teacher.checkpoint is set but salt.kd_steps is 0: it would never teach",
     )
+    for name in ("transition_steps", "warmup_steps", "inheritance_slope"):
+        value = getattr(salt, name)
+        _require(value >= 0, f"salt.{name} = {value}: must not be negative")
+
+
+def check_train(train: TrainConfig) -> None:
+    """The part of `check_config` that concerns the run's length, learning rate and intervals."""
+    _require(train.seed < 2**32, f"train.seed = {train.seed}: must be below 2**32")
     _require(
         train.lr_warmup_steps <= train.steps,
         f"train.lr_warmup_steps = {train.lr_warmup_steps} exceeds train.steps = {train.steps}",
@@ -482,9 +497,6 @@ def check_config(config: RunConfig) -> None:
                  "seed"):  # fmt: skip
         value = getattr(train, name)
         _require(value >= 0, f"train.{name} = {value}: must not be negative")
-    for name in ("transition_steps", "warmup_steps", "inheritance_slope"):
-        value = getattr(salt, name)
-        _require(value >= 0, f"salt.{name} = {value}: must not be negative")
     _require(
         train.lr_decay_steps is None or train.lr_decay_steps > 0,
         f"train.lr_decay_steps = {train.lr_decay_steps}: must be at least 1, or null",
@@ -493,7 +505,6 @@ def check_config(config: RunConfig) -> None:
         0.0 <= train.min_lr_ratio <= 1.0,
         f"train.min_lr_ratio = {train.min_lr_ratio}: must be in [0, 1]",
     )
-    check_tags(config)
     _require(train.eval_samples > 0 and train.log_interval > 0, "train.eval_samples and "
              "train.log_interval must be at least 1")  # fmt: skip
 
