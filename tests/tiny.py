@@ -14,7 +14,7 @@ import numpy as np
 from megatron_salt.config import RunConfig, check_config
 from megatron_salt.model.layers import canonical_parameters
 from megatron_salt.model.student import gathered
-from megatron_salt.model.weights import merge, weight_table
+from megatron_salt.model.weights import initial_weight, merge, weight_table
 from megatron_salt.trainer import Run, prepare, train
 
 LLAMA: dict[str, Any] = {
@@ -158,3 +158,15 @@ def whole_weights(
                 np.testing.assert_array_equal(weights[name], per_rank[twin][name], err_msg=name)
     assert set(whole) == set(table)
     return whole
+
+
+def gradient_of_step(
+    per_rank: list[dict[str, np.ndarray]], config: RunConfig, vocab_size: int
+) -> dict[str, np.ndarray]:
+    """The whole gradient of a run's only step, read off `local_weights` after SGD at SGD_LR."""
+    after = whole_weights(per_rank, config, vocab_size)
+    table = weight_table(config.model, vocab_size, config.data.seq_length)
+    return {
+        name: (initial_weight(spec, config.model, config.train.seed).numpy() - after[name]) / SGD_LR
+        for name, spec in table.items()
+    }

@@ -14,12 +14,18 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
-from tiny import SGD, SGD_LR, local_weights, make_config, make_deepspeed, whole_weights
+from tiny import (
+    SGD,
+    SGD_LR,
+    gradient_of_step,
+    local_weights,
+    make_config,
+    make_deepspeed,
+)
 
 from megatron_salt.config import RunConfig
 from megatron_salt.data.dataset import Batch
 from megatron_salt.data.order import rows_of_rank
-from megatron_salt.model.weights import initial_weight, weight_table
 from megatron_salt.trainer import prepare
 
 VOCAB_SIZE = 509
@@ -58,13 +64,8 @@ def gradient_of_cut(
         folder, optimizer=SGD, train_micro_batch_size_per_gpu=micro_batch_size
     )
     results = run_ranks(dp * pp, _one_masked_step, config, deepspeed_config)
-    weights = whole_weights([result["weights"] for result in results], config, VOCAB_SIZE)
-    table = weight_table(config.model, VOCAB_SIZE, config.data.seq_length)
-    gradient = {
-        name: (initial_weight(spec, config.model, config.train.seed).numpy() - weights[name])
-        / SGD_LR
-        for name, spec in table.items()
-    }
+    weights = [result["weights"] for result in results]
+    gradient = gradient_of_step(weights, config, VOCAB_SIZE)
     return results[0]["loss"], gradient
 
 

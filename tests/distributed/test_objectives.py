@@ -16,14 +16,13 @@ from tiny import (
     GPT,
     LLAMA,
     SGD,
-    SGD_LR,
+    gradient_of_step,
     local_weights,
     make_config,
     make_deepspeed,
     metrics_of,
     run_and_kill,
     run_to_end,
-    whole_weights,
     without_times,
 )
 
@@ -35,7 +34,6 @@ from megatron_salt.data.preprocess import preprocess
 from megatron_salt.data.train_tokenizer import train_tokenizer
 from megatron_salt.dry_run import describe
 from megatron_salt.model.student import OutputLayer
-from megatron_salt.model.weights import initial_weight, weight_table
 from megatron_salt.parallel.groups import initialize
 from megatron_salt.resume import unseen_objectives
 from megatron_salt.trainer import prepare
@@ -229,12 +227,7 @@ def measure(
     adam_json = make_deepspeed(folder, **zero_section)
     sgd_json = make_deepspeed(folder, optimizer=SGD, **zero_section)
     per_rank = run_ranks(tp * pp * dp, _both, adam, adam_json, sgd, sgd_json)
-    after = whole_weights(per_rank, sgd, VOCAB_SIZE)
-    table = weight_table(sgd.model, VOCAB_SIZE, sgd.data.seq_length)
-    gradient = {
-        name: (initial_weight(spec, sgd.model, sgd.train.seed).numpy() - after[name]) / SGD_LR
-        for name, spec in table.items()
-    }
+    gradient = gradient_of_step(per_rank, sgd, VOCAB_SIZE)
     return metrics_of(folder / "adam")[1:], gradient
 
 

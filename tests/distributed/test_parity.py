@@ -16,17 +16,15 @@ from tiny import (
     GPT,
     LLAMA,
     SGD,
-    SGD_LR,
+    gradient_of_step,
     local_weights,
     make_config,
     make_deepspeed,
     metrics_of,
     run_to_end,
-    whole_weights,
 )
 
 from megatron_salt.config import RunConfig
-from megatron_salt.model.weights import initial_weight, weight_table
 
 VOCAB_SIZE = 509
 MODELS = {"llama": LLAMA, "gpt": GPT}
@@ -75,12 +73,7 @@ def measure(
     adam_json = make_deepspeed(folder, **zero_section)
     sgd_json = make_deepspeed(folder, optimizer=SGD, **zero_section)
     per_rank = run_ranks(tp * pp * dp, _losses_and_first_step, adam, adam_json, sgd, sgd_json)
-    after = whole_weights(per_rank, adam, VOCAB_SIZE)
-    table = weight_table(adam.model, VOCAB_SIZE, adam.data.seq_length)
-    gradient = {
-        name: (initial_weight(spec, adam.model, adam.train.seed).numpy() - after[name]) / SGD_LR
-        for name, spec in table.items()
-    }
+    gradient = gradient_of_step(per_rank, sgd, VOCAB_SIZE)
     records = [record for record in metrics_of(folder / "adam") if record["step"] > 0]
     return records, gradient
 

@@ -13,14 +13,13 @@ import torch
 from ranks import RankError, run_ranks
 from tiny import (
     SGD,
-    SGD_LR,
+    gradient_of_step,
     local_weights,
     make_config,
     make_deepspeed,
     metrics_of,
     run_and_kill,
     run_to_end,
-    whole_weights,
     without_times,
 )
 
@@ -31,7 +30,6 @@ from megatron_salt.data.preprocess import preprocess
 from megatron_salt.data.selection import Rule, load_selection, read_table, write_table
 from megatron_salt.data.tags import as_fp16, open_indexed, sequence_lengths
 from megatron_salt.dry_run import describe
-from megatron_salt.model.weights import initial_weight, weight_table
 from megatron_salt.parallel.groups import initialize
 from megatron_salt.tagging import TagRequest, tag
 from megatron_salt.trainer import prepare
@@ -604,12 +602,7 @@ def test_route_weighs_exactly_the_tokens_that_it_should(
 
 
 def _gradient(results: list[dict[str, Any]], config: RunConfig) -> dict[str, np.ndarray]:
-    after = whole_weights([result["weights"] for result in results], config, VOCAB_SIZE)
-    table = weight_table(config.model, VOCAB_SIZE, config.data.seq_length)
-    return {
-        name: (initial_weight(spec, config.model, config.train.seed).numpy() - after[name]) / SGD_LR
-        for name, spec in table.items()
-    }
+    return gradient_of_step([result["weights"] for result in results], config, VOCAB_SIZE)
 
 
 def test_a_teacher_that_is_no_better_does_not_teach(dataset: Path, tmp_path: Path) -> None:
