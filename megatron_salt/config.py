@@ -140,6 +140,13 @@ class TeacherConfig:
     max_valid_ce_gap_nats: float = 0.05
     """Refuse a teacher whose held-out CE is further than this from the one stored with it. Checked
     when the held-out samples are the same ones; otherwise both are printed."""
+    placement: Literal["auto", "bubble", "before_step"] = "auto"
+    """When the teacher works: bubble, on the next batch, where this one's pipeline would wait (on
+    one stage: beside the gradient reduction and the optimizer, on CUDA); before_step, on this
+    batch. The numbers are the same. auto: bubble with several stages or on CUDA."""
+    forward_chunks: int | None = None
+    """Parts, by layers, into which bubble cuts a forward pass of the teacher; null: as many as fit
+    well, at least 4."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -480,6 +487,15 @@ def check_salt(config: RunConfig) -> None:
     _require(
         config.teacher.checkpoint is None or salt.kd_steps > 0,
         "teacher.checkpoint is set but salt.kd_steps is 0: it would never teach",
+    )
+    chunks = config.teacher.forward_chunks
+    _require(
+        chunks is None or chunks > 0,
+        f"teacher.forward_chunks = {chunks}: must be at least 1, or null",
+    )
+    _require(
+        chunks is None or config.teacher.placement != "before_step",
+        f"teacher.forward_chunks = {chunks} has no effect with teacher.placement = before_step",
     )
     for name in ("transition_steps", "warmup_steps", "inheritance_slope"):
         value = getattr(salt, name)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,37 @@ class Stopwatch:
             self._events[1].synchronize()
             return self._events[0].elapsed_time(self._events[1]) / 1000.0
         return self._stopped - self._started
+
+
+class LapTimer:
+    """Adds up what lies between `start` and `stop`; on CUDA by events, without synchronising."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._laps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._seconds = 0.0
+
+    @contextlib.contextmanager
+    def lap(self) -> Iterator[None]:
+        if self._device.type != "cuda":
+            started = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - started
+            return
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        yield
+        last.record()
+        self._laps.append((first, last))
+
+    def take_s(self) -> float:
+        """Seconds since the last call. Host sync: waits for the last lap on CUDA."""
+        seconds, self._seconds = self._seconds, 0.0
+        for first, last in self._laps:
+            last.synchronize()
+            seconds += first.elapsed_time(last) / 1000.0
+        self._laps.clear()
+        return seconds
 
 
 def allocated_bytes(device: torch.device) -> int:

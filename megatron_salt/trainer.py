@@ -10,13 +10,13 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
 from megatron_salt import checkpoint as ckpt
@@ -33,6 +33,7 @@ from megatron_salt.data.dataset import (
 )
 from megatron_salt.data.objective import check_sentinels
 from megatron_salt.data.order import rows_of_rank
+from megatron_salt.data.read_ahead import ReadAhead
 from megatron_salt.deepspeed_config import (
     DeepSpeedSettings,
     check_against_run,
@@ -41,13 +42,19 @@ from megatron_salt.deepspeed_config import (
 )
 from megatron_salt.metrics import MetricsLog, Stopwatch, allocated_bytes, console_line
 from megatron_salt.model.loss import LossSums, loss_body
-from megatron_salt.model.teacher import Teacher
+from megatron_salt.model.teacher import Lesson, Teacher
 from megatron_salt.parallel.engine import DTYPES, StudentEngine
 from megatron_salt.parallel.groups import (
     Groups,
     from_rank_0,
     initialize,
     same_error_everywhere,
+)
+from megatron_salt.parallel.teaching import (
+    StepShape,
+    multiply_adds,
+    plan_teaching,
+    teaches_ahead,
 )
 from megatron_salt.resume import (
     changed_deepspeed,
@@ -83,9 +90,10 @@ def prepare(config: RunConfig, deepspeed_config: str) -> Run:
 
 def train(run: Run) -> None:
     """Train from the checkpoint that train.resume names, or from the start, to train.steps."""
-    for step in run.progress(range(run.first_step, run.config.train.steps)):
-        run.step(step)
-    run.finish()
+    with run.student.whereabouts.watched():
+        for step in run.progress(range(run.first_step, run.config.train.steps)):
+            run.step(step)
+        run.finish()
 
 
 class Run:
@@ -162,6 +170,11 @@ class Run:
                 tensorboard=config.train.tensorboard,
             )
         self.teacher: Teacher | None = None
+        self.teaches_ahead = teaches_ahead(
+            config.teacher.placement, groups.layout, cuda=groups.device.type == "cuda"
+        )
+        self.lesson: tuple[int, Lesson] | None = None
+        """The step whose hidden states the teacher has made ahead, and where they are."""
         # Known from the checkpoint where the run is resumed after the teacher has gone.
         self.teacher_valid_ce: float | None = None
         if resumed and config.teacher.checkpoint is not None:
@@ -171,7 +184,7 @@ class Run:
             self._bring_teacher(resumed)
         elif self.first_step == 0:
             self._log_start(self._score_held_out(with_teacher=False))
-        self.batches = self._prefetch()
+        self.batches = ReadAhead(self._read, self.first_step, config.train.steps, groups.device)
         self.clock = Stopwatch(groups.device)
         self.started = time.perf_counter()
         self.skipped_steps = 0
@@ -242,9 +255,16 @@ class Run:
             dtype=DTYPES[settings.precision],
         )
         self.student.loss_function.teacher_head_WE = self.teacher.head_WE
+        shape = StepShape.of_run(
+            self.config, settings, self.groups.layout, self.tokenizer.vocab_size,
+            manifest.config.model,
+        )  # fmt: skip
+        self.plan = plan_teaching(shape, multiply_adds(shape), in_bubbles=self.teaches_ahead)
         sums = self._score_held_out(with_teacher=True)
         self.teacher_valid_ce = sums.teacher_ce_nats / sums.tokens
         self._compare_with_stored(self.teacher, self.teacher_valid_ce)
+        self.teacher.prepare(self.plan, ahead=self.teaches_ahead)
+        self.say(f"teacher works {self.plan.describe()}")
         if self.first_step == 0:
             self._log_start(sums)
 
@@ -265,23 +285,13 @@ class Run:
                 f"teacher.max_valid_ce_gap_nats = {limit} away: its weights did not load as saved"
             )
 
-    def _prefetch(self) -> Iterator[Batch]:
-        """This rank's rows of each step, read one step ahead by a thread."""
-        settings, groups = self.settings, self.groups
-
-        def read(step: int) -> Batch:
-            rows = rows_of_rank(
-                step, settings.global_batch_size, groups.dp_rank, groups.layout.dp_size
-            )
-            return self.data.read(rows, phase(self.config.salt, step))
-
-        with ThreadPoolExecutor(max_workers=1) as reader:
-            pending = reader.submit(read, self.first_step)
-            for step in range(self.first_step, self.config.train.steps):
-                batch = pending.result()
-                if step + 1 < self.config.train.steps:
-                    pending = reader.submit(read, step + 1)
-                yield batch
+    def _read(self, step: int) -> Batch:
+        """This rank's rows of a step, on the CPU."""
+        groups = self.groups
+        rows = rows_of_rank(
+            step, self.settings.global_batch_size, groups.dp_rank, groups.layout.dp_size
+        )
+        return self.data.read(rows, phase(self.config.salt, step))
 
     def step(self, step: int) -> None:
         """One optimiser step (counted from 0), its metrics, and what is due after it."""
@@ -291,16 +301,15 @@ class Run:
         elif step == salt.kd_steps > 0 and self.teacher is None:
             self.say(f"step {step}: KD phase over")
         self.clock.start()
-        batch = next(self.batches).to(self.groups.device)
-        weight = kd_weight(salt, step)
-        hidden_RSE = None
-        if self.teacher:
-            hidden_RSE = self.teacher.hidden_states(batch.tokens_RS, batch.prefix_R)
-        micro_batches = self.student.micro_batches(batch, weight, hidden_RSE, phase(salt, step))
-        lr = learning_rate(train, self.settings.learning_rate, step)
-        self.student.train_step(micro_batches, lr)
-        del hidden_RSE, micro_batches
-        sums = self.student.reduce_sums()
+        with self.student.whereabouts.of_step(step):
+            batch = self.batches.take(step)
+            weight = kd_weight(salt, step)
+            hidden_RSE = self._taught(step, batch)
+            micro_batches = self.student.micro_batches(batch, weight, hidden_RSE, phase(salt, step))
+            lr = learning_rate(train, self.settings.learning_rate, step)
+            self.student.train_step(micro_batches, lr, self._lesson_for(step + 1))
+            del hidden_RSE, micro_batches
+            sums = self.student.reduce_sums()
         self.clock.stop()
         done = step + 1
         record = self._record(done, sums, weight, lr)
@@ -315,6 +324,36 @@ class Run:
             self._console(record)
         if last or (train.checkpoint_interval and done % train.checkpoint_interval == 0):
             self.save(done)
+
+    def _taught(self, step: int, batch: Batch) -> Tensor | None:
+        """The teacher's hidden states of this step's rows, on the last stage; None elsewhere.
+
+        They have been made during the step before. Before the first step of a run, resumed or not,
+        there was none, so the teacher fills this first batch visibly.
+        """
+        if self.teacher is None:
+            return None
+        if self.lesson is not None:
+            ahead, lesson = self.lesson
+            assert ahead == step, f"the teacher has read step {ahead}, not {step}"
+            self.lesson = None
+            return self.student.finish(lesson)
+        if self.teaches_ahead:
+            self.say(f"step {step}: the teacher reads its first batch before the step")
+        lesson = self.teacher.lesson(batch.tokens_RS, batch.prefix_R)
+        lesson.run_all()
+        return lesson.finish()
+
+    def _lesson_for(self, step: int) -> Lesson | None:
+        """What the teacher does ahead for `step` during the one before it; None if nothing."""
+        if self.teacher is None or not self.teaches_ahead or step >= self.config.train.steps:
+            return None
+        if phase(self.config.salt, step) == "lm":
+            return None
+        batch = self.batches.peek(step)
+        lesson = self.teacher.lesson(batch.tokens_RS, batch.prefix_R)
+        self.lesson = step, lesson
+        return lesson
 
     def _stop_if_diverged(self, done: int, loss: float, grad_norm: float | None) -> None:
         """Raise RuntimeError for a loss or gradient that is not finite, before anything is saved.
@@ -351,7 +390,7 @@ class Run:
             "tokens": self.tokens + int(sums.tokens),
             "step_time_s": seconds,
             "tokens_per_s": sums.tokens / seconds,
-            "teacher_time_s": self.teacher.forward_time_s() if self.teacher else 0.0,
+            "teacher_time_s": self.teacher.take_time_s() if self.teacher else 0.0,
         }
 
     def _score_held_out(self, *, with_teacher: bool) -> LossSums:
@@ -427,6 +466,7 @@ class Run:
         before, size = self._memory_of_ranks(), self.teacher.num_bytes()
         self.student.loss_function.teacher_head_WE = None
         self.student.drop_buffers()
+        self.lesson = None
         self.teacher.release()
         self.teacher = None
         self.say(

@@ -161,7 +161,10 @@ class PrefixMasks:
         if self._waiting is None:
             return
         assert self._waiting, "more forward passes than micro-batches"
-        prefix_B = self._waiting.popleft()
+        self.use(self._waiting.popleft(), device)
+
+    def use(self, prefix_B: Tensor | None, device: torch.device) -> None:
+        """Make the mask of the rows at hand, from how much of each is read in both directions."""
         self.mask_B1SS = None
         if prefix_B is not None and prefix_B.any():
             column_S = torch.arange(self._seq_length, device=device)

@@ -9,6 +9,7 @@ output head is sharded in the student's columns.
 
 from __future__ import annotations
 
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from megatron_salt.checkpoint import CheckpointManifest, read_weights
 from megatron_salt.kernels import VocabShard
-from megatron_salt.metrics import Stopwatch
+from megatron_salt.metrics import LapTimer
 from megatron_salt.model.layers import (
     Embedding,
     ModelParts,
@@ -26,7 +27,8 @@ from megatron_salt.model.layers import (
 )
 from megatron_salt.model.weights import output_weight_name, shard, weight_table
 from megatron_salt.parallel.groups import Groups, same_error_everywhere
-from megatron_salt.parallel.layout import split_rows, teacher_rows
+from megatron_salt.parallel.layout import share_pieces, split_rows, teacher_pieces
+from megatron_salt.parallel.teaching import TeachingPlan
 
 
 class Teacher:
@@ -72,7 +74,9 @@ class Teacher:
         self.body = self._build_body()
         self.head_WE: Tensor | None = None
         self._load(vocab, head_columns)
-        self._clock = Stopwatch(groups.device)
+        self.timer = LapTimer(groups.device)
+        self._plan: TeachingPlan | None = None
+        self._buffers: deque[Tensor] = deque()
 
     def _build_body(self) -> nn.ModuleList:
         inner = [kind(*arguments) for kind, arguments in body_layers(self.parts)]
@@ -119,28 +123,52 @@ class Teacher:
     def hidden_states(self, tokens_RS: Tensor, prefix_R: Tensor | None = None) -> Tensor | None:
         """Last hidden states of all R rows on the last stage's ranks, [R, S, E]; None elsewhere.
 
-        Each of the tp * pp ranks of this replica runs its share of the rows, `micro_batch_size` at
-        a time; it reads the first `prefix_R` (on the CPU) tokens of a row in both directions, as
-        the student does.
-        Collectives: a gather of R/(tp pp) rows over pp, an all-gather over tp on the last stage.
-        Memory: R S E elements; up to 3 times that on the last stage while they are put in order.
+        All at once, in equal shares of the replica's ranks and in memory of its own: for
+        evaluations, and for what wants them now.
+        Collectives: those of `Lesson`.
         """
-        self._clock.start()
-        layout, (num_rows, seq_length) = self.groups.layout, tokens_RS.shape
-        start, stop = teacher_rows(num_rows, layout, self.groups.tp_rank, self.groups.pp_rank)
-        longest = split_rows(num_rows, layout.tp_size * layout.pp_size)[0][1]
-        width = self.parts.model.hidden_size
-        mine_RSE = torch.zeros(
-            (longest, seq_length, width), dtype=self.dtype, device=tokens_RS.device
-        )
-        size = self.micro_batch_size
-        parts = [slice(row, min(row + size, stop)) for row in range(start, stop, size)]
-        prefixes = [None if prefix_R is None else prefix_R[part] for part in parts]
-        with self.parts.prefix_masks.of_step(prefixes):
-            for part in parts:
-                mine_RSE[part.start - start : part.stop - start] = self.forward(tokens_RS[part])
-        self._clock.stop()
-        return self._collect(mine_RSE, num_rows)
+        layout = self.groups.layout
+        pieces = teacher_pieces(len(tokens_RS), self.micro_batch_size, layout)
+        shares = share_pieces(pieces, layout, [0.0] * layout.pp_size, 1.0)
+        plan = TeachingPlan(pieces=pieces, shares=shares, num_chunks=1, placement=None)
+        buffer = self._new_buffer(plan, tokens_RS.shape[1])
+        lesson = Lesson(self, plan, tokens_RS, prefix_R, buffer)
+        lesson.run_all()
+        return lesson.finish()
+
+    def prepare(self, plan: TeachingPlan, *, ahead: bool) -> None:
+        """Allocate what the steps of the KD phase need for hidden states, once.
+
+        On the last stage [R, S, E] for a whole step, elsewhere this rank's rows; on the last stage
+        twice if the next batch is taught `ahead`, while the student still reads this one's.
+        """
+        count = 2 if ahead and self.groups.is_last_stage else 1
+        self._plan = plan
+        length = self.parts.seq_length
+        self._buffers = deque(self._new_buffer(plan, length) for _ in range(count))
+
+    def _new_buffer(self, plan: TeachingPlan, seq_length: int) -> Tensor:
+        num_rows = plan.pieces[-1][1]
+        if not self.groups.is_last_stage:
+            start, stop = plan.rows(self.groups.pp_rank, self.groups.tp_rank)
+            num_rows = stop - start
+        shape = (num_rows, seq_length, self.parts.model.hidden_size)
+        return torch.empty(shape, dtype=self.dtype, device=self.groups.device)
+
+    def lesson(self, tokens_RS: Tensor, prefix_R: Tensor | None) -> Lesson:
+        """The work on a training batch, into the buffer that has not been used for longest."""
+        assert self._plan is not None  # prepare
+        self._buffers.rotate()
+        return Lesson(self, self._plan, tokens_RS, prefix_R, self._buffers[0])
+
+    def chunk(self, number: int, num_chunks: int) -> list[nn.Module]:
+        """The layers of one part of a forward pass; embedding and last norm go with the ends."""
+        num_layers = self.parts.model.num_layers
+        before = len(self.body) - num_layers - 1  # embedding and, if any, the position table
+        start, stop = split_rows(num_layers, num_chunks)[number]
+        first = 0 if number == 0 else before + start
+        last = len(self.body) if number == num_chunks - 1 else before + stop
+        return list(self.body)[first:last]
 
     @torch.no_grad()
     def forward(self, tokens_BS: Tensor) -> Tensor:
@@ -151,45 +179,128 @@ class Teacher:
             hidden = layer(hidden)
         return hidden.transpose(0, 1)
 
-    def _collect(self, mine_RSE: Tensor, num_rows: int) -> Tensor | None:
-        """Bring all parts to the last stage, in row order and without the filling rows."""
-        groups, layout = self.groups, self.groups.layout
-        if layout.pp_size * layout.tp_size == 1:
-            return mine_RSE
-        stages = [mine_RSE]
-        if layout.pp_size > 1:
-            last = layout.rank(groups.tp_rank, groups.dp_rank, layout.pp_size - 1)
-            receives = groups.is_last_stage
-            stages = [torch.empty_like(mine_RSE) for _ in range(layout.pp_size)] if receives else []
-            dist.gather(mine_RSE, stages if receives else None, dst=last, group=groups.pp)
-        if not groups.is_last_stage:
-            return None
-        column = torch.stack(stages)  # [pp, longest, S, E] of this tensor-parallel rank
-        stages.clear()
-        columns = [column]
-        if layout.tp_size > 1:
-            columns = [torch.empty_like(column) for _ in range(layout.tp_size)]
-            dist.all_gather(columns, column, group=groups.tp)
-        parts = split_rows(num_rows, layout.tp_size * layout.pp_size)
-        ordered = [
-            columns[index % layout.tp_size][index // layout.tp_size, : stop - start]
-            for index, (start, stop) in enumerate(parts)
-        ]
-        return torch.cat(ordered)
-
-    def forward_time_s(self) -> float:
-        """Seconds of this rank's last forward passes, without the collection. Waits for them."""
-        return self._clock.seconds()
+    def take_time_s(self) -> float:
+        """Seconds of this rank's forward passes since the last call, without the exchange. Waits
+        for them."""
+        return self.timer.take_s()
 
     def num_bytes(self) -> int:
-        """Bytes of the teacher's weights on this rank, head shard included."""
-        tensors = [*self.body.parameters(), *([] if self.head_WE is None else [self.head_WE])]
+        """Bytes of the teacher on this rank: weights, head shard, buffers for hidden states."""
+        tensors = [*self.body.parameters(), *self._buffers]
+        tensors += [] if self.head_WE is None else [self.head_WE]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def release(self) -> None:
         """Let go of every tensor; the object is of no use afterwards."""
         self.body = nn.ModuleList()
         self.head_WE = None
+        self._buffers.clear()
         self.parts.rotary = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+class Lesson:
+    """One batch on one rank. `run`, `send` and `receive` are the schedule's instructions; `finish`
+    is called before the hidden states are needed.
+
+    Hidden states travel on process groups of their own, so they cannot meet the student's
+    activations, and beside the computation. Between each pair of ranks pieces are sent and received
+    in their order, whatever happens in between, so nobody waits for a transfer that has no partner.
+
+    Args:
+        out_RSE: where they are written: [R, S, E] on the last stage, this rank's rows elsewhere.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        plan: TeachingPlan,
+        tokens_RS: Tensor,
+        prefix_R: Tensor | None,
+        out_RSE: Tensor,
+    ) -> None:
+        self.teacher, self.plan, self.out_RSE = teacher, plan, out_RSE
+        self.tokens_RS, self.prefix_R = tokens_RS, prefix_R
+        groups = teacher.groups
+        self.mine = plan.shares[groups.pp_rank][groups.tp_rank]
+        own_start, _ = plan.rows(groups.pp_rank, groups.tp_rank)
+        self._offset = 0 if groups.is_last_stage else own_start
+        self._hidden: Tensor | None = None
+        self._transfers: list[dist.Work | None] = []
+        self.done: list[int] = []
+        """Pieces that this rank has computed, in their order."""
+
+    def _slot(self, piece: int) -> Tensor:
+        start, stop = self.plan.pieces[piece]
+        return self.out_RSE[start - self._offset : stop - self._offset]
+
+    @torch.no_grad()
+    def run(self, piece: int, chunk: int) -> None:
+        """One part of the layers on one of this rank's pieces; parts of a piece in their order."""
+        teacher = self.teacher
+        start, stop = self.plan.pieces[piece]
+        masks = teacher.parts.prefix_masks
+        with teacher.timer.lap():
+            if chunk == 0:
+                self._hidden = self.tokens_RS[start:stop]
+                masks.use(None if self.prefix_R is None else self.prefix_R[start:stop],
+                          self.tokens_RS.device)  # fmt: skip
+            assert self._hidden is not None  # the schedule runs the parts of a piece in order
+            for layer in teacher.chunk(chunk, self.plan.num_chunks):
+                self._hidden = layer(self._hidden)
+            if chunk == self.plan.num_chunks - 1:
+                self._slot(piece).copy_(self._hidden.transpose(0, 1))
+                self._hidden = masks.mask_B1SS = None
+                self.done.append(piece)
+
+    def send(self, piece: int) -> None:
+        """Start the way of one of this rank's pieces to the last stage."""
+        groups = self.teacher.groups
+        last = groups.layout.rank(groups.tp_rank, groups.dp_rank, groups.layout.pp_size - 1)
+        self._transfers.append(dist.isend(self._slot(piece), last, group=groups.hidden))
+
+    def receive(self, piece: int) -> None:
+        """On the last stage: start to receive a piece of the same tensor-parallel rank's column."""
+        groups = self.teacher.groups
+        stage = next(
+            stage for stage, ranks in enumerate(self.plan.shares) if piece in ranks[groups.tp_rank]
+        )
+        source = groups.layout.rank(groups.tp_rank, groups.dp_rank, stage)
+        self._transfers.append(dist.irecv(self._slot(piece), source, group=groups.hidden))
+
+    def run_all(self) -> None:
+        """Everything at once, for a batch that no schedule has taught ahead."""
+        groups = self.teacher.groups
+        if groups.is_last_stage:
+            for ranks in self.plan.shares[:-1]:
+                for piece in ranks[groups.tp_rank]:
+                    self.receive(piece)
+        for piece in self.mine:
+            for chunk in range(self.plan.num_chunks):
+                self.run(piece, chunk)
+            if not groups.is_last_stage:
+                self.send(piece)
+
+    def finish(self) -> Tensor | None:
+        """All R rows on the last stage, [R, S, E]; None elsewhere. Waits for the transfers.
+
+        Collectives: on the last stage one broadcast per tensor-parallel rank of R/tp rows over tp.
+        Raises: RuntimeError if a piece of this rank was left out.
+        """
+        groups, layout = self.teacher.groups, self.teacher.groups.layout
+        if self.done != list(self.mine):
+            raise RuntimeError(f"the teacher has run pieces {self.done}, not {list(self.mine)}")
+        for transfer in self._transfers:
+            assert transfer is not None  # this rank belongs to the group
+            transfer.wait()
+        self._transfers.clear()
+        if not groups.is_last_stage:
+            return None
+        if layout.tp_size > 1:
+            for tp_rank in range(layout.tp_size):
+                start, stop = self.plan.block(tp_rank)
+                source = layout.rank(tp_rank, groups.dp_rank, groups.pp_rank)
+                if stop > start:
+                    dist.broadcast(self.out_RSE[start:stop], source, group=groups.tp)
+        return self.out_RSE

@@ -36,8 +36,11 @@ from megatron_salt.model.student import (
     parameter_groups,
     sum_sequence_parallel_gradients,
 )
+from megatron_salt.model.teacher import Lesson
 from megatron_salt.parallel.groups import Groups
+from megatron_salt.parallel.instructions import Instructions
 from megatron_salt.parallel.layout import balanced_stages, layer_costs
+from megatron_salt.parallel.whereabouts import Whereabouts
 from megatron_salt.salt import Phase
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -83,6 +86,7 @@ class StudentEngine:
     def __init__(
         self, config: RunConfig, settings: DeepSpeedSettings, groups: Groups, *, vocab_size: int
     ) -> None:
+        self.whereabouts = Whereabouts(groups, config.parallel.timeout_minutes)
         if not logging.getLogger().isEnabledFor(logging.DEBUG):
             deepspeed_logger.setLevel(logging.WARNING)
         self.groups, self.settings = groups, settings
@@ -119,6 +123,10 @@ class StudentEngine:
             dist_init_required=False,
         )[0]
         self.engine.clip_fp32_gradients = self._clip_fp32_gradients
+        self.instructions: Instructions | None = None
+        if self.is_pipeline:
+            self.instructions = Instructions(self.engine, self.whereabouts)
+        self._beside = torch.cuda.Stream() if groups.device.type == "cuda" else None
 
     @property
     def is_pipeline(self) -> bool:
@@ -204,25 +212,56 @@ class StudentEngine:
         )  # fmt: skip
         return MicroBatch(batch.tokens_RS, targets, batch.prefix_R)
 
-    def train_step(self, micro_batches: Sequence[MicroBatch], learning_rate: float) -> None:
+    def train_step(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        learning_rate: float,
+        lesson: Lesson | None = None,
+    ) -> None:
         """Forward, backward and optimiser step over M micro-batches.
 
+        Args:
+            lesson: the teacher's work on the next batch, done on the way.
         Mutates: weights, optimiser state, the loss function's sums.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         with self._prefix_masks(micro_batches):
-            if self.is_pipeline:
-                self.engine.train_batch(data_iter=iter(_pipeline_form(micro_batches)))
+            if self.instructions:
+                with self.instructions.teaching(lesson):
+                    self.engine.train_batch(data_iter=iter(_pipeline_form(micro_batches)))
                 # DeepSpeed keeps the last labels, and with them the step's teacher states, until
                 # they are overwritten: through the next step's teacher forward.
                 self.drop_buffers()
                 return
             self.engine.train()
-            for tokens_BS, targets, _ in micro_batches:
+            for number, (tokens_BS, targets, _) in enumerate(micro_batches):
+                self.whereabouts.enter(f"micro-batch {number}")
                 loss = self.engine(tokens_BS, targets)
                 self.engine.backward(loss)
+                if lesson is not None and number == len(micro_batches) - 1:
+                    self._teach_beside(lesson)
                 self.engine.step()
+
+    def _teach_beside(self, lesson: Lesson) -> None:
+        """One stage has no bubbles: the teacher works beside gradient reduction and optimizer.
+
+        On CUDA on a stream of its own, which `finish_beside` brings back; on a CPU one after the
+        other.
+        """
+        if self._beside is None:
+            lesson.run_all()
+            return
+        # Tokens are there and the buffer is free; the weights that are being updated are not read.
+        self._beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._beside):
+            lesson.run_all()
+
+    def finish(self, lesson: Lesson) -> Tensor | None:
+        """The hidden states of a lesson that a step has taught ahead (`Lesson.finish`)."""
+        if self._beside is not None:
+            torch.cuda.current_stream().wait_stream(self._beside)
+        return lesson.finish()
 
     def _prefix_masks(
         self, micro_batches: Sequence[MicroBatch]

@@ -32,6 +32,9 @@ class Groups:
     tp: ProcessGroup
     dp: ProcessGroup
     pp: ProcessGroup
+    hidden: ProcessGroup
+    """The ranks of `pp`, for the teacher's hidden states alone: they travel beside the student's
+    activations."""
     alone: ProcessGroup
     """This rank only: the teacher's tensor-parallel group."""
     device: torch.device
@@ -127,6 +130,12 @@ def initialize(tp_size: int, pp_size: int, timeout_minutes: float) -> Groups:
     rank = dist.get_rank()
     alone = dist.new_group([rank], use_local_synchronization=True, timeout=timeout)
     tp_rank, dp_rank, pp_rank = layout.coordinates(rank)
+    columns = [
+        [layout.rank(tp, dp, stage) for stage in range(pp_size)]
+        for dp in range(layout.dp_size)
+        for tp in range(tp_size)
+    ]
+    hidden, _ = dist.new_subgroups_by_enumeration(columns, timeout=timeout)
     return Groups(
         layout=layout,
         rank=rank,
@@ -136,6 +145,7 @@ def initialize(tp_size: int, pp_size: int, timeout_minutes: float) -> Groups:
         tp=parallel_state.get_tensor_model_parallel_group(),
         dp=parallel_state.get_data_parallel_group(),
         pp=parallel_state.get_pipeline_model_parallel_group(),
+        hidden=hidden,
         alone=alone,
         device=device,
     )

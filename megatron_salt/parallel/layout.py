@@ -6,6 +6,7 @@ All intervals are half-open.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -57,15 +58,53 @@ def split_rows(num_rows: int, num_parts: int) -> list[tuple[int, int]]:
     return list(pairwise(bounds))
 
 
-def teacher_rows(num_rows: int, layout: Layout, tp_rank: int, pp_rank: int) -> tuple[int, int]:
-    """Rows of a data-parallel replica's step that one of its model-parallel ranks teaches.
+def teacher_pieces(num_rows: int, micro_batch_size: int, layout: Layout) -> list[tuple[int, int]]:
+    """Rows of a replica's step in the pieces in which the teacher reads them, one forward each.
 
-    Every replica of the teacher, one per rank, takes an equal share: tp * pp of them work on the
-    step's M * B rows. Earlier stages come first: they have the longest wait before their next
-    forward.
+    The pieces do not depend on who computes them or when, so neither do the hidden states. They
+    have at most `micro_batch_size` rows, and a size at which the tp * pp ranks of the replica can
+    share them most evenly; the last one may be shorter.
     """
-    parts = split_rows(num_rows, layout.tp_size * layout.pp_size)
-    return parts[pp_rank * layout.tp_size + tp_rank]
+    num_ranks = layout.tp_size * layout.pp_size
+
+    def most_rows(size: int) -> int:
+        num_pieces = math.ceil(num_rows / size)
+        return size * math.ceil(num_pieces / num_ranks)
+
+    sizes = range(1, min(micro_batch_size, num_rows) + 1)
+    size = min(sizes, key=lambda size: (most_rows(size), -size), default=1)
+    return [(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+
+
+def share_pieces(
+    pieces: Sequence[tuple[int, int]],
+    layout: Layout,
+    stage_work: Sequence[float],
+    row_work: float,
+) -> list[list[range]]:
+    """Which pieces each rank of a replica teaches, `[pp_rank][tp_rank]`, as ranges of numbers.
+
+    Tensor-parallel ranks take contiguous blocks, and stages contiguous parts of a block, so that
+    a block is one interval of rows on the last stage. Within a block each piece goes to the stage
+    that has least to do, its own work included; where that is equal earlier stages come first:
+    they have the longest wait before their next forward.
+
+    Args:
+        stage_work: what each stage computes in a step besides; zeros for equal shares.
+        row_work: what one row costs the teacher, in the same unit.
+    """
+    shares: list[list[range]] = [[] for _ in range(layout.pp_size)]
+    for start, stop in split_rows(len(pieces), layout.tp_size):
+        work = list(stage_work)
+        counts = [0] * layout.pp_size
+        for first, end in pieces[start:stop]:
+            least = min(range(layout.pp_size), key=lambda stage: (work[stage], stage))
+            work[least] += (end - first) * row_work
+            counts[least] += 1
+        for stage, count in enumerate(counts):
+            shares[stage].append(range(start, start + count))
+            start += count
+    return shares
 
 
 def layer_costs(model: ModelConfig, vocab_size: int, seq_length: int) -> list[float]:

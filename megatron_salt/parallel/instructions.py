@@ -1,0 +1,99 @@
+"""DeepSpeed's pipeline engine, taught the teacher's instructions."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from deepspeed.runtime.pipe.schedule import PipeInstruction, PipeSchedule
+
+from megatron_salt.model.teacher import Lesson
+from megatron_salt.parallel.schedule import (
+    RecvHidden,
+    SendHidden,
+    TeacherForward,
+    TeachingSchedule,
+)
+from megatron_salt.parallel.whereabouts import Whereabouts
+
+Run = Callable[..., None]
+
+
+class Instructions:
+    """Hooks into DeepSpeed's two extension points: which schedule, and what its words mean.
+
+    Without a lesson the schedule is DeepSpeed's own, so a step of the LM phase is what it would be
+    without this class. Every instruction is noted in `whereabouts`.
+
+    Args:
+        engine: a `PipelineEngine`; only this object is changed, not its class.
+    """
+
+    def __init__(self, engine: Any, whereabouts: Whereabouts) -> None:
+        self.engine, self.whereabouts = engine, whereabouts
+        self.lesson: Lesson | None = None
+        self.trace: list[tuple[PipeInstruction, float, float]] | None = None
+        """Set to a list to have every instruction's start and end noted, in `perf_counter`'s
+        seconds; for a CPU, where an instruction is done when it returns."""
+        own: dict[type[PipeInstruction], Run] = {
+            TeacherForward: self._teacher_forward,
+            SendHidden: self._send_hidden,
+            RecvHidden: self._recv_hidden,
+        }
+        meanings = {**engine._INSTRUCTION_MAP, **own}
+        engine._INSTRUCTION_MAP = {
+            kind: self._noted(kind, meaning) for kind, meaning in meanings.items()
+        }
+        self._plain_schedule = engine._train_schedule
+        engine._train_schedule = self._schedule
+
+    @contextlib.contextmanager
+    def teaching(self, lesson: Lesson | None) -> Iterator[None]:
+        """Within it a training step also does a lesson, if there is one."""
+        self.lesson = lesson
+        try:
+            yield
+        finally:
+            self.lesson = None
+
+    def _schedule(self) -> PipeSchedule:
+        if self.lesson is None:
+            return self._plain_schedule()
+        placement = self.lesson.plan.placement
+        assert placement is not None
+        engine = self.engine
+        return TeachingSchedule(engine.micro_batches, engine.num_stages, engine.stage_id, placement)
+
+    def _noted(self, kind: type[PipeInstruction], meaning: Run) -> Run:
+        def run(engine: Any, **arguments: Any) -> None:
+            instruction = kind(**arguments)
+            self.whereabouts.enter(repr(instruction))
+            started = time.perf_counter()
+            meaning(engine, **arguments)
+            if self.trace is not None:
+                self.trace.append((instruction, started, time.perf_counter()))
+
+        return run
+
+    def _piece(self, piece: int) -> int | None:
+        """The piece of this tensor-parallel rank where the schedule, shared by all of them, names
+        the first one's."""
+        assert self.lesson is not None
+        return self.lesson.plan.of_tp_rank(piece, self.lesson.teacher.groups.tp_rank)
+
+    def _teacher_forward(self, engine: Any, piece: int, chunk: int) -> None:
+        own = self._piece(piece)
+        if own is not None and self.lesson is not None:
+            self.lesson.run(own, chunk)
+
+    def _send_hidden(self, engine: Any, piece: int) -> None:
+        own = self._piece(piece)
+        if own is not None and self.lesson is not None:
+            self.lesson.send(own)
+
+    def _recv_hidden(self, engine: Any, piece: int) -> None:
+        own = self._piece(piece)
+        if own is not None and self.lesson is not None:
+            self.lesson.receive(own)

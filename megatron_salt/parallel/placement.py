@@ -1,0 +1,208 @@
+"""Where in a pipeline step the teacher's chunks go: into the waits, as far as they fit.
+
+Pure functions of sizes and costs, so every rank finds the same answer. The bound that nothing can
+beat, with M micro-batches, p equal stages, a backward of twice the forward and a teacher of r times
+the student's work: max(0, r M - 3 (p - 1)) / (3 (M + p - 1)) of a plain step.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from megatron_salt.parallel.simulator import Clock, Op, Program, Timeline, Times, simulate
+
+# Simulated instructions that a search may take: about two seconds of Python.
+SEARCH_BUDGET = 1_000_000
+DEADLINES = 9
+# How much of a chunk may reach beyond the wait that the plain step has at that place.
+OVERHANGS = (0.0, 0.25, 0.5, 0.75, 1.0, float("inf"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """The teacher's instructions of one step, on every stage, and what the simulation says."""
+
+    before: tuple[dict[int, tuple[Op, ...]], ...]
+    """By stage: number of one of DeepSpeed's instructions -> the teacher's before it."""
+    plain: Timeline
+    """The same step without a teacher."""
+    timeline: Timeline
+    bound: float
+    """No step with this division of the rows can be shorter, up to the update."""
+
+    @property
+    def overhead(self) -> float:
+        """How much longer the step is than the plain one, as a share of it."""
+        return self.timeline.step_time / self.plain.step_time - 1.0
+
+
+def work_bound(times: Times, programs: Sequence[Program], teacher_work: Sequence[float]) -> float:
+    """Time of the longest stage if it never waited, at least that of the plain step.
+
+    Args:
+        teacher_work: time of all of a stage's chunks.
+    """
+    plain = simulate(programs, times).backward_end
+    num_micro = sum(op.kind == "forward" for op in programs[0])
+    busy = [
+        num_micro * (forward + backward) + work
+        for forward, backward, work in zip(times.forward, times.backward, teacher_work, strict=True)
+    ]
+    return max(plain, *busy)
+
+
+def place(
+    programs: Sequence[Program], times: Times, pieces: Sequence[Sequence[int]], num_chunks: int
+) -> Placement:
+    """Find a place for every chunk of the teacher's work.
+
+    A stage that would wait runs a chunk instead if two limits allow it. One is a deadline for the
+    step: every instruction has a latest start from which the deadline can still be met. The other
+    is how far the chunk may reach beyond the wait that the plain step has there. What never fits
+    runs at the end, before the update, on all stages at once. A few values of both are simulated,
+    and the best one is taken.
+
+    Args:
+        programs: DeepSpeed's instructions of every stage (`schedule.plain_programs`).
+        pieces: numbers of the pieces of rows that each stage teaches, in its order.
+    """
+    plain = simulate(programs, times)
+    work = [
+        sum(times.teacher(piece, chunk) for piece in mine for chunk in range(num_chunks))
+        for mine in pieces
+    ]
+    bound = work_bound(times, programs, work)
+    slack = _time_left(programs, times)
+    attempts = max(6, SEARCH_BUDGET // max(1, sum(map(len, programs))))
+    best: tuple[float, list[dict[int, list[Op]]]] | None = None
+    limits = [(k / (DEADLINES - 1), o) for o in OVERHANGS for k in range(DEADLINES)]
+    for share, overhang in limits[:: max(1, -(-len(limits) // attempts))]:
+        shortest = best[0] if best else plain.backward_end + max(work)
+        if shortest <= bound * (1 + 1e-9):
+            break
+        deadline = plain.backward_end + share * (shortest - plain.backward_end)
+        filling = _Filling(programs, times, pieces, num_chunks, plain, slack, deadline, overhang)
+        found = Clock(programs, times, filling).run().backward_end
+        if best is None or found < best[0]:
+            best = found, filling.before
+    assert best is not None
+    before = _with_transfers(programs, times, best[1], num_chunks)
+    timeline = simulate(with_teacher(programs, before), times)
+    return Placement(before=before, plain=plain, timeline=timeline, bound=bound)
+
+
+def with_teacher(
+    programs: Sequence[Program], before: Sequence[dict[int, tuple[Op, ...]]]
+) -> list[list[Op]]:
+    """Programs with the teacher's instructions at their places."""
+    return [
+        [each for number, op in enumerate(ops) for each in (*own.get(number, ()), op)]
+        for ops, own in zip(programs, before, strict=True)
+    ]
+
+
+def _time_left(programs: Sequence[Program], times: Times) -> list[list[float]]:
+    """From the start of each instruction to the meeting before the update, at the very least.
+
+    The step run backwards: what follows an instruction, as early as it can be done.
+    """
+    reversed_programs = []
+    for ops in programs:
+        meeting = next(n for n, op in enumerate(ops) if op.kind == "reduce_tied")
+        reversed_programs.append([*reversed(ops[:meeting]), ops[meeting]])
+    spans = Clock(reversed_programs, replace(times, update=0.0), None).run().spans
+    return [[span.stop for span in reversed(own[:-1])] + [0.0] for own in spans]
+
+
+class _Filling:
+    """Answers the clock's question whether a chunk runs instead of a wait; notes where it did."""
+
+    def __init__(
+        self,
+        programs: Sequence[Program],
+        times: Times,
+        pieces: Sequence[Sequence[int]],
+        num_chunks: int,
+        plain: Timeline,
+        time_left: Sequence[Sequence[float]],
+        deadline: float,
+        overhang: float,
+    ) -> None:
+        self.programs, self.times, self.plain = programs, times, plain
+        self.waiting = [
+            deque(Op("teacher", piece, chunk) for piece in mine for chunk in range(num_chunks))
+            for mine in pieces
+        ]
+        self.time_left, self.deadline, self.overhang = time_left, deadline, overhang
+        self.tie = 1e-9 * deadline
+        self.before: list[dict[int, list[Op]]] = [{} for _ in programs]
+        self.delay = 0.0
+        """How late the stages are, compared with the plain step, at most."""
+
+    def __call__(self, stage: int, now: float, number: int) -> float | None:
+        if number > 0:
+            self.delay = max(self.delay, now - self._free_in_plain(stage, number))
+        if not self.waiting[stage]:
+            return None
+        op = self.waiting[stage][0]
+        duration = self.times.teacher(op.number, op.chunk)
+        at_the_end = self.programs[stage][number].kind == "reduce_tied"
+        if not at_the_end and not self._fits(stage, now + duration, number, duration):
+            return None
+        self.waiting[stage].popleft()
+        self.before[stage].setdefault(number, []).append(op)
+        return duration
+
+    def _free_in_plain(self, stage: int, number: int) -> float:
+        return self.plain.spans[stage][number - 1].stop
+
+    def _fits(self, stage: int, stop: float, number: int, duration: float) -> bool:
+        if stop > self.deadline - self.time_left[stage][number] + self.tie:
+            return False
+        wait_ends = self.plain.spans[stage][number].start + self.delay
+        return stop <= wait_ends + self.overhang * duration + self.tie
+
+
+def _with_transfers(
+    programs: Sequence[Program],
+    times: Times,
+    chunks: Sequence[dict[int, list[Op]]],
+    num_chunks: int,
+) -> tuple[dict[int, tuple[Op, ...]], ...]:
+    """The chunks, and the transfers of the hidden states that they make.
+
+    A stage sends a piece as soon as it is complete; the last stage begins to receive it at the
+    first of its instructions that starts later, so that neither end waits on the other for long.
+    """
+    last = len(programs) - 1
+    before: list[dict[int, tuple[Op, ...]]] = []
+    for stage, own in enumerate(chunks):
+        done: dict[int, tuple[Op, ...]] = {}
+        for number, ops in own.items():
+            extended: list[Op] = []
+            for op in ops:
+                extended.append(op)
+                if op.chunk == num_chunks - 1 and stage < last:
+                    extended.append(Op("send_hidden", op.number))
+            done[number] = tuple(extended)
+        before.append(done)
+    # Without the receiving ends, which take no time.
+    timeline = Clock(with_teacher(programs, before), times, None).spans_of_all()
+    own_starts = [span.start for span in timeline[last] if span.op.kind != "teacher"]
+    sent = sorted(
+        (span.start, stage, span.op.number)
+        for stage, spans in enumerate(timeline)
+        for span in spans
+        if span.op.kind == "send_hidden"
+    )
+    meeting = next(n for n, op in enumerate(programs[last]) if op.kind == "reduce_tied")
+    receives: dict[int, list[Op]] = {}
+    for when, _, piece in sent:
+        number = min(bisect_left(own_starts, when), meeting)
+        receives.setdefault(number, []).append(Op("recv_hidden", piece))
+    for number, ops in receives.items():
+        before[last][number] = (*ops, *before[last].get(number, ()))
+    return tuple(before)

@@ -1,0 +1,111 @@
+"""DeepSpeed's 1F1B schedule, with the teacher's work for the next batch where stages would wait.
+
+The teacher is frozen, so its forward for the *next* batch needs nothing from this step's update.
+This generator is what training runs and what the simulator is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from deepspeed.runtime.pipe.schedule import PipeInstruction, PipeSchedule, TrainSchedule
+
+from megatron_salt.parallel.placement import Placement
+from megatron_salt.parallel.simulator import Kind, Op
+
+
+class TeacherForward(PipeInstruction):
+    """Run one chunk of the teacher's layers on one piece of the next batch's rows."""
+
+
+class SendHidden(PipeInstruction):
+    """Start sending a piece's hidden states to the last stage; holds up nobody."""
+
+
+class RecvHidden(PipeInstruction):
+    """Start receiving a piece's hidden states on the last stage; holds up nobody."""
+
+
+KINDS: dict[str, Kind] = {
+    "LoadMicroBatch": "load",
+    "ForwardPass": "forward",
+    "BackwardPass": "backward",
+    "SendActivation": "send_activation",
+    "RecvActivation": "recv_activation",
+    "SendGrad": "send_grad",
+    "RecvGrad": "recv_grad",
+    "ReduceTiedGrads": "reduce_tied",
+    "ReduceGrads": "reduce",
+    "OptimizerStep": "update",
+    "TeacherForward": "teacher",
+    "SendHidden": "send_hidden",
+    "RecvHidden": "recv_hidden",
+}
+
+
+class TeachingSchedule(TrainSchedule):
+    """One stage's step: DeepSpeed's instructions in their order, and the teacher's between them.
+
+    Args:
+        placement: before which of DeepSpeed's instructions the teacher's stand, on every stage.
+    """
+
+    def __init__(self, micro_batches: int, stages: int, stage_id: int, placement: Placement):
+        super().__init__(micro_batches, stages, stage_id)
+        self._before = placement.before[stage_id]
+
+    def steps(self) -> Iterator[list[PipeInstruction]]:
+        """DeepSpeed's steps, none of its instructions moved, changed or left out."""
+        number = 0
+        for commands in super().steps():
+            extended = []
+            for command in commands:
+                extended += [_instruction(op) for op in self._before.get(number, ())]
+                extended.append(command)
+                number += 1
+            yield extended
+
+
+def _instruction(op: Op) -> PipeInstruction:
+    match op.kind:
+        case "teacher":
+            return TeacherForward(piece=op.number, chunk=op.chunk)
+        case "send_hidden":
+            return SendHidden(piece=op.number)
+        case "recv_hidden":
+            return RecvHidden(piece=op.number)
+    raise ValueError(f"{op} is not the teacher's")
+
+
+def program(schedule: PipeSchedule) -> list[Op]:
+    """A stage's schedule as the simulator reads it.
+
+    DeepSpeed's instructions name a buffer, not a micro-batch; each kind of them treats the
+    micro-batches in their order.
+    """
+    count: dict[str, int] = {}
+    ops = []
+    for commands in schedule.steps():
+        for command in commands:
+            kind = KINDS[type(command).__name__]
+            if kind == "teacher":
+                ops.append(Op(kind, command.piece, command.chunk))
+            elif kind in ("send_hidden", "recv_hidden"):
+                ops.append(Op(kind, command.piece))
+            else:
+                ops.append(Op(kind, count.get(kind, 0)))
+                count[kind] = count.get(kind, 0) + 1
+    return ops
+
+
+def plain_programs(micro_batches: int, stages: int) -> list[list[Op]]:
+    """The step of the LM phase: DeepSpeed's own schedule, on every stage."""
+    return [program(TrainSchedule(micro_batches, stages, stage)) for stage in range(stages)]
+
+
+def teaching_programs(micro_batches: int, stages: int, placement: Placement) -> list[list[Op]]:
+    """The step of the KD phase that also teaches the next batch, on every stage."""
+    return [
+        program(TeachingSchedule(micro_batches, stages, stage, placement))
+        for stage in range(stages)
+    ]
