@@ -7,7 +7,6 @@ the student's work: max(0, r M - 3 (p - 1)) / (3 (M + p - 1)) of a plain step.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,8 @@ from megatron_salt.parallel.simulator import Clock, Op, Program, Timeline, Times
 # Simulated instructions that a search may take: about two seconds of Python.
 SEARCH_BUDGET = 1_000_000
 DEADLINES = 9
+# A step this near to the bound, as a share of it, ends the search.
+CLOSE_ENOUGH = 0.001
 # How much of a chunk may reach beyond the wait that the plain step has at that place.
 OVERHANGS = (0.0, 0.25, 0.5, 0.75, 1.0, float("inf"))
 
@@ -81,7 +82,7 @@ def place(
     limits = [(k / (DEADLINES - 1), o) for o in OVERHANGS for k in range(DEADLINES)]
     for share, overhang in limits[:: max(1, -(-len(limits) // attempts))]:
         shortest = best[0] if best else plain.backward_end + max(work)
-        if shortest <= bound * (1 + 1e-9):
+        if shortest <= bound * (1 + CLOSE_ENOUGH):
             break
         deadline = plain.backward_end + share * (shortest - plain.backward_end)
         filling = _Filling(programs, times, pieces, num_chunks, plain, slack, deadline, overhang)
@@ -191,18 +192,23 @@ def _with_transfers(
         before.append(done)
     # Without the receiving ends, which take no time.
     timeline = Clock(with_teacher(programs, before), times, None).spans_of_all()
-    own_starts = [span.start for span in timeline[last] if span.op.kind != "teacher"]
-    sent = sorted(
-        (span.start, stage, span.op.number)
-        for stage, spans in enumerate(timeline)
-        for span in spans
-        if span.op.kind == "send_hidden"
+    sent = deque(
+        sorted(
+            (span.start, stage, span.op.number)
+            for stage, spans in enumerate(timeline)
+            for span in spans
+            if span.op.kind == "send_hidden"
+        )
     )
-    meeting = next(n for n, op in enumerate(programs[last]) if op.kind == "reduce_tied")
-    receives: dict[int, list[Op]] = {}
-    for when, _, piece in sent:
-        number = min(bisect_left(own_starts, when), meeting)
-        receives.setdefault(number, []).append(Op("recv_hidden", piece))
-    for number, ops in receives.items():
-        before[last][number] = (*ops, *before[last].get(number, ()))
-    return tuple(before)
+    receiving: dict[int, tuple[Op, ...]] = {}
+    number, waiting = 0, []
+    for op, start, _ in timeline[last]:
+        while sent and (sent[0][0] <= start or op.kind == "reduce_tied"):
+            waiting.append(Op("recv_hidden", sent.popleft()[2]))
+        if op.kind == "teacher":
+            waiting.append(op)
+            continue
+        if waiting:
+            receiving[number] = tuple(waiting)
+        number, waiting = number + 1, []
+    return (*before[:last], receiving)

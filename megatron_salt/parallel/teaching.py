@@ -20,7 +20,7 @@ from megatron_salt.parallel.layout import (
     split_rows,
     teacher_pieces,
 )
-from megatron_salt.parallel.placement import Placement, place
+from megatron_salt.parallel.placement import Placement, place, work_bound
 from megatron_salt.parallel.schedule import plain_programs
 from megatron_salt.parallel.simulator import Times
 
@@ -163,15 +163,17 @@ def multiply_adds(shape: StepShape) -> Times:
     if shape.teacher is not None:
         forward[-1] += shape.teacher.hidden_size * shape.vocab_size * tokens
     again = 3.0 if shape.recompute else 2.0
-    pieces = shape.pieces
+    backward = [again * body for body in bodies]
+    if shape.teacher is None:
+        return Times(forward=forward, backward=backward)
+    layer = layer_costs(shape.teacher, shape.vocab_size, shape.seq_length)[1]
+    pieces, chunks = shape.pieces, shape.chunk_bounds
 
     def teacher(piece: int, chunk: int) -> float:
-        assert shape.teacher is not None
-        layer = layer_costs(shape.teacher, shape.vocab_size, shape.seq_length)[1]
-        (start, stop), (first, end) = pieces[piece], shape.chunk_bounds[chunk]
+        (start, stop), (first, end) = pieces[piece], chunks[chunk]
         return (stop - start) * shape.seq_length * layer * (end - first)
 
-    return Times(forward=forward, backward=[again * body for body in bodies], teacher=teacher)
+    return Times(forward=forward, backward=backward, teacher=teacher)
 
 
 def plan_teaching(shape: StepShape, times: Times, *, in_bubbles: bool) -> TeachingPlan:
@@ -184,23 +186,28 @@ def plan_teaching(shape: StepShape, times: Times, *, in_bubbles: bool) -> Teachi
     Args:
         times: `multiply_adds`, or seconds.
     """
-    pieces, num_chunks = shape.pieces, len(shape.chunk_bounds)
+    num_chunks, pp_size = len(shape.chunk_bounds), shape.layout.pp_size
+    pieces = shape.pieces
+    if not in_bubbles or pp_size == 1:
+        shares = _shares(shape, times, 0.0)
+        return TeachingPlan(pieces=pieces, shares=shares, num_chunks=num_chunks, placement=None)
+    programs = plain_programs(shape.num_micro_batches, pp_size)
     plans: list[TeachingPlan] = []
-    for share in WATER_LEVELS if in_bubbles else (0.0,):
-        shares = _shares(shape, times, share)
-        if any(plan.shares == shares for plan in plans):
+    shortest = math.inf
+    for level in WATER_LEVELS:
+        shares = _shares(shape, times, level)
+        of_first_tp_rank = [ranks[0] for ranks in shares]
+        work = [
+            sum(times.teacher(piece, chunk) for piece in mine for chunk in range(num_chunks))
+            for mine in of_first_tp_rank
+        ]
+        if work_bound(times, programs, work) >= shortest * (1.0 - WORTH_A_SEARCH):
             continue
-        placement = None
-        if in_bubbles and shape.layout.pp_size > 1:
-            programs = plain_programs(shape.num_micro_batches, shape.layout.pp_size)
-            of_first_tp_rank = [ranks[0] for ranks in shares]
-            placement = place(programs, times, of_first_tp_rank, num_chunks)
-        plan = TeachingPlan(
-            pieces=pieces, shares=shares, num_chunks=num_chunks, placement=placement
+        placement = place(programs, times, of_first_tp_rank, num_chunks)
+        shortest = min(shortest, placement.timeline.backward_end)
+        plans.append(
+            TeachingPlan(pieces=pieces, shares=shares, num_chunks=num_chunks, placement=placement)
         )
-        plans.append(plan)
-        if placement is None or placement.overhead <= 1e-9:
-            break
     return min(plans, key=lambda plan: plan.placement.overhead if plan.placement else 0.0)
 
 
@@ -213,6 +220,8 @@ def teaches_ahead(placement: str, layout: Layout, *, cuda: bool) -> bool:
 
 # How much of a stage's own work counts when rows are shared: none, as before the step, to all.
 WATER_LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
+# A share of the step that is not worth looking for.
+WORTH_A_SEARCH = 0.001
 
 
 def _shares(shape: StepShape, times: Times, level: float) -> list[list[range]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Iterator
 
@@ -22,8 +23,9 @@ from megatron_salt.parallel.layout import (
     balanced_stages,
     layer_costs,
     layout_for_world,
+    share_pieces,
     split_rows,
-    teacher_rows,
+    teacher_pieces,
 )
 
 LAYOUTS = [
@@ -95,21 +97,53 @@ def test_split_rows_gives_every_row_once_longest_first(num_parts: int) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=IDS)
-def test_teacher_rows_cover_each_replicas_step_once(layout: Layout) -> None:
-    for num_rows in (0, 1, 5, 12, 13, 64):
-        for dp_rank in range(layout.dp_size):
-            ranks = [
-                rank for rank in range(layout.world_size) if layout.coordinates(rank)[1] == dp_rank
-            ]
-            taught = []
-            for rank in ranks:
-                tp_rank, _, pp_rank = layout.coordinates(rank)
-                taught.append(range(*teacher_rows(num_rows, layout, tp_rank, pp_rank)))
-            assert sorted(itertools.chain(*taught)) == list(range(num_rows))
-            sizes = [len(rows) for rows in taught]
-            assert max(sizes) - min(sizes) <= 1
-            # Ranks ascend by stage, then by tensor rank: the order in which parts are collected.
-            assert list(itertools.chain(*taught)) == list(range(num_rows))
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 5])
+def test_pieces_are_shared_once_and_evenly(layout: Layout, micro_batch_size: int) -> None:
+    num_ranks = layout.tp_size * layout.pp_size
+    for num_rows in (1, 5, 12, 13, 24, 64):
+        pieces = teacher_pieces(num_rows, micro_batch_size, layout)
+        assert [row for start, stop in pieces for row in range(start, stop)] == list(
+            range(num_rows)
+        )
+        sizes = [stop - start for start, stop in pieces]
+        assert max(sizes) <= micro_batch_size and len(set(sizes[:-1])) <= 1 >= sizes[-1] / sizes[0]
+        shares = share_pieces(pieces, layout, [0.0] * layout.pp_size, 1.0)
+        # Blocks of tensor-parallel ranks one after the other, and stages within them.
+        order = [shares[pp][tp] for tp in range(layout.tp_size) for pp in range(layout.pp_size)]
+        assert list(itertools.chain(*order)) == list(range(len(pieces)))
+        counts = [len(numbers) for numbers in order]
+        assert max(counts) - min(counts) <= (2 if layout.tp_size > 1 else 1)
+        rows = [sum(sizes[piece] for piece in numbers) for numbers in order]
+        # No size of pieces would leave the busiest rank with fewer rows.
+        best = min(
+            size * math.ceil(math.ceil(num_rows / size) / num_ranks)
+            for size in range(1, min(micro_batch_size, num_rows) + 1)
+        )
+        if layout.tp_size == 1:
+            assert max(rows) <= best
+
+
+def test_stages_with_less_to_do_take_more_pieces() -> None:
+    layout = Layout(tp_size=2, pp_size=3, dp_size=1)
+    pieces = [(row, row + 1) for row in range(20)]
+    work = [10.0, 4.0, 7.0]
+    shares = share_pieces(pieces, layout, work, row_work=1.0)
+    for tp_rank in range(2):
+        counts = [len(ranks[tp_rank]) for ranks in shares]
+        assert sum(counts) == 10
+        total = [mine + count for mine, count in zip(work, counts, strict=True)]
+        # As even as whole pieces allow: moving any one would not lower the longest stage.
+        assert max(total) - min(total) <= 1.0
+    # A later tensor-parallel rank never has more at a stage than the first one, whose schedule
+    # serves all.
+    for num_pieces in range(1, 30):
+        for shares in (
+            share_pieces(pieces[:num_pieces], layout, work, 1.0),
+            share_pieces(
+                [*pieces[: num_pieces - 1], (num_pieces, num_pieces + 1)], layout, work, 3
+            ),
+        ):
+            assert all(len(ranks[1]) <= len(ranks[0]) for ranks in shares)
 
 
 def all_splits(num_layers: int, num_stages: int) -> Iterator[tuple[int, ...]]:

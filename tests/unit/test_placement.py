@@ -1,0 +1,282 @@
+"""The teacher in the pipeline's waits, on a virtual clock: nothing lost, nothing early, near the
+bound."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+
+import pytest
+
+from megatron_salt.config import ModelConfig
+from megatron_salt.parallel.layout import Layout
+from megatron_salt.parallel.placement import Placement, work_bound
+from megatron_salt.parallel.schedule import plain_programs, teaching_programs
+from megatron_salt.parallel.simulator import Op, Times, channel, simulate
+from megatron_salt.parallel.teaching import StepShape, TeachingPlan, multiply_adds, plan_teaching
+
+MODEL = ModelConfig(num_layers=32, hidden_size=64, num_attention_heads=4)
+
+
+def shape_of(stages: int, micro_batches: int, **values: int | None) -> StepShape:
+    given = {"micro_batch_size": 1, "num_chunks": 4, "tp": 1, **values}
+    layout = Layout(tp_size=given.pop("tp") or 1, pp_size=stages, dp_size=1)
+    return StepShape(
+        student=MODEL, teacher=MODEL, vocab_size=512, seq_length=32,
+        num_micro_batches=micro_batches, layout=layout, **given,
+    )  # fmt: skip
+
+
+def times_of(shape: StepShape, forward: Sequence[float], ratio: float, chunks: int) -> Times:
+    """A teacher of `ratio` times the student's work, whole on a rank, in `chunks` equal parts."""
+    whole = ratio * sum(forward) / shape.micro_batch_size
+    pieces = shape.pieces
+
+    def teacher(piece: int, chunk: int) -> float:
+        start, stop = pieces[piece]
+        return whole * (stop - start) / chunks
+
+    return Times(forward=forward, backward=[2.0 * one for one in forward], teacher=teacher)
+
+
+def check(plan: TeachingPlan, times: Times, stages: int, micro_batches: int) -> Placement:
+    """What holds of every placement: it is DeepSpeed's schedule, and each chunk runs just once."""
+    placement = plan.placement
+    assert placement is not None
+    programs = teaching_programs(micro_batches, stages, placement)
+    teaching = ("teacher", "send_hidden", "recv_hidden")
+    bare = [[op for op in ops if op.kind not in teaching] for ops in programs]
+    assert bare == plain_programs(micro_batches, stages)
+    # Training runs these programs, and the simulator says the same of them.
+    timeline = simulate(programs, times)
+    assert timeline.step_time == pytest.approx(placement.timeline.step_time, rel=1e-9)
+    received = [op.number for op in programs[-1] if op.kind == "recv_hidden"]
+    sent_at: dict[int, float] = {}
+    for stage, ops in enumerate(programs):
+        work = [(op.number, op.chunk) for op in ops if op.kind == "teacher"]
+        # Piece after piece, so a rank holds the inner state of one of them at most.
+        assert work == list(itertools.product(plan.shares[stage][0], range(plan.num_chunks)))
+        sent = [op.number for op in ops if op.kind == "send_hidden"]
+        assert sent == (list(plan.shares[stage][0]) if stage < stages - 1 else [])
+        # Between one pair of ranks both ends name the pieces in the same order.
+        assert [piece for piece in received if piece in plan.shares[stage][0]] == sent
+        for span in timeline.spans[stage]:
+            if span.op.kind == "send_hidden":
+                sent_at[span.op.number] = span.start
+    # No end is open while the stage has something else to do: what follows it starts later.
+    upcoming = float("inf")
+    for op, start, _ in reversed(timeline.spans[-1]):
+        if op.kind == "recv_hidden":
+            assert upcoming >= sent_at[op.number] - 1e-6
+        elif op.kind not in ("reduce_tied", "reduce", "update"):
+            upcoming = start
+    return placement
+
+
+def formula(ratio: float, micro_batches: int, stages: int) -> float:
+    """The bound of the overhead for equal stages and a backward of two forwards."""
+    left = ratio * micro_batches - 3 * (stages - 1)
+    return max(0.0, left) / (3 * (micro_batches + stages - 1))
+
+
+GRID = [(p, k * p) for p in (2, 4, 8) for k in (1, 2, 3, 5, 8)]
+
+
+@pytest.mark.parametrize(("stages", "micro_batches"), GRID)
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.54, 1.0])
+def test_overhead_is_near_the_bound_with_four_chunks(
+    stages: int, micro_batches: int, ratio: float
+) -> None:
+    shape = shape_of(stages, micro_batches)
+    times = times_of(shape, [1.0] * stages, ratio, 4)
+    placement = check(plan_teaching(shape, times, in_bubbles=True), times, stages, micro_batches)
+    bound = formula(ratio, micro_batches, stages)
+    share = placement.bound / placement.plain.step_time - 1.0
+    assert share == pytest.approx(bound, abs=1e-9)
+    assert bound - 1e-9 <= placement.overhead <= bound + 0.015
+
+
+UNEVEN = {
+    "a heavy head": lambda p: [1.0] * (p - 1) + [1.3],
+    "one layer fewer": lambda p: [1.0 if 2 * s < p else 0.75 for s in range(p)],
+    "every other": lambda p: [1.0 if s % 2 else 0.8 for s in range(p)],
+}
+
+
+@pytest.mark.parametrize("kind", UNEVEN)
+@pytest.mark.parametrize(("stages", "micro_batches"), [(2, 7), (4, 13), (4, 32), (8, 24), (8, 43)])
+@pytest.mark.parametrize(("ratio", "chunks"), [(0.3, 4), (0.54, 4), (1.0, 16)])
+def test_uneven_stages_and_numbers_that_do_not_divide(
+    stages: int, micro_batches: int, ratio: float, chunks: int, kind: str
+) -> None:
+    """Against the bound for equal shares; giving more rows to stages with less to do beats it.
+
+    A chunk of a teacher as large as the student is as long as p/4 forwards of a stage with 4
+    chunks: too long for the waits. With 16 it fits.
+    """
+    shape = shape_of(stages, micro_batches, micro_batch_size=4, num_chunks=chunks)
+    times = times_of(shape, UNEVEN[kind](stages), ratio, chunks)
+    placement = check(plan_teaching(shape, times, in_bubbles=True), times, stages, micro_batches)
+    equal = plan_teaching(shape, times, in_bubbles=False)
+    work = [
+        sum(times.teacher(piece, chunk) for piece in ranks[0] for chunk in range(chunks))
+        for ranks in equal.shares
+    ]
+    bound = work_bound(times, plain_programs(micro_batches, stages), work)
+    plain = placement.plain.step_time
+    assert placement.overhead <= bound / plain - 1.0 + 0.015
+    if kind == "a heavy head" and (micro_batches, ratio) == (32, 0.54):
+        assert bound / plain - 1.0 > 0.05 > 0.01 > placement.overhead
+
+
+def test_number_of_chunks_follows_the_teacher() -> None:
+    """Without a setting a chunk is at most half of a stage's forward, as far as layers go."""
+    for stages in (2, 4, 8):
+        shape = shape_of(stages, 4 * stages, num_chunks=None)
+        times = multiply_adds(shape)
+        longest = max(times.teacher(0, chunk) for chunk in range(len(shape.chunk_bounds)))
+        assert longest <= 0.55 * min(times.forward)
+        assert len(shape.chunk_bounds) >= 4
+    assert len(shape_of(2, 8, num_chunks=100).chunk_bounds) == MODEL.num_layers
+    assert shape_of(2, 8, num_chunks=5).chunk_bounds == [
+        (0, 7), (7, 14), (14, 20), (20, 26), (26, 32)
+    ]  # fmt: skip
+
+
+def test_tensor_parallel_ranks_share_a_schedule() -> None:
+    shape = shape_of(2, 5, tp=2)
+    plan = plan_teaching(shape, multiply_adds(shape), in_bubbles=True)
+    assert [len(ranks[0]) for ranks in plan.shares] != [len(ranks[1]) for ranks in plan.shares]
+    assert plan.placement is not None
+    for tp_rank in range(2):
+        done = []
+        for ops in teaching_programs(5, 2, plan.placement):
+            named = [op.number for op in ops if op.kind == "teacher" and op.chunk == 0]
+            done += [plan.of_tp_rank(piece, tp_rank) for piece in named]
+        expected = [piece for ranks in plan.shares for piece in ranks[tp_rank]]
+        assert [piece for piece in done if piece is not None] == expected
+        rows = [row for stage in range(2) for row in range(*plan.rows(stage, tp_rank))]
+        assert rows == list(range(*plan.block(tp_rank)))
+    assert plan.block(0)[1] == plan.block(1)[0]
+    with pytest.raises(ValueError, match="piece 99"):
+        plan.of_tp_rank(99, 0)
+
+
+def slow_reference(programs: list[list[Op]], times: Times) -> list[list[tuple[float, float]]]:
+    """Start and end of every instruction by repeated relaxation: each begins when all that it
+    needs has ended, whatever the order in which one looks."""
+    spans = [[(0.0, 0.0)] * len(ops) for ops in programs]
+    partner: dict[tuple[str, int, int], list[tuple[int, int]]] = {}
+    for stage, ops in enumerate(programs):
+        for number, op in enumerate(ops):
+            key = ("meeting", 0, 0) if op.kind == "reduce_tied" else channel(op, stage)
+            if key is not None:
+                partner.setdefault(key, []).append((stage, number))
+    together = {place: places for places in partner.values() for place in places}
+    moved = True
+    while moved:
+        moved = False
+        for stage, ops in enumerate(programs):
+            for number, op in enumerate(ops):
+                places = together.get((stage, number), [(stage, number)])
+                start = max(spans[s][n - 1][1] if n else 0.0 for s, n in places)
+                duration = {
+                    "forward": times.forward[stage],
+                    "backward": times.backward[stage],
+                    "reduce_tied": times.update,
+                }.get(op.kind, 0.0)
+                if op.kind == "teacher":
+                    duration = times.teacher(op.number, op.chunk)
+                if channel(op, stage) is not None:
+                    duration = times.transfer
+                if spans[stage][number] != (start, start + duration):
+                    spans[stage][number] = (start, start + duration)
+                    moved = True
+    return spans
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_clock_agrees_with_a_slow_reference(seed: int) -> None:
+    rng = random.Random(seed)
+    stages, micro_batches = rng.choice([(2, 3), (3, 5), (4, 4), (4, 9)])
+    shape = shape_of(stages, micro_batches)
+    plan = plan_teaching(shape, times_of(shape, [1.0] * stages, 0.5, 4), in_bubbles=True)
+    assert plan.placement is not None
+    times = Times(
+        forward=[rng.uniform(0.5, 2.0) for _ in range(stages)],
+        backward=[rng.uniform(1.0, 4.0) for _ in range(stages)],
+        teacher=lambda piece, chunk: 0.3 + 0.1 * piece + 0.05 * chunk,
+        transfer=rng.uniform(0.0, 0.3),
+        update=0.7,
+    )
+    # Planned for other times than those it meets: the order holds whatever they are.
+    programs = teaching_programs(micro_batches, stages, plan.placement)
+    timeline = simulate(programs, times)
+    expected = slow_reference(programs, times)
+    for stage, spans in enumerate(timeline.spans):
+        assert [span.op for span in spans] == programs[stage]
+        for span, (start, stop) in zip(spans, expected[stage], strict=True):
+            assert (span.start, span.stop) == pytest.approx((start, stop))
+        busy = micro_batches * (times.forward[stage] + times.backward[stage])
+        work = sum(times.teacher(op.number, op.chunk) for op in programs[stage]
+                   if op.kind == "teacher")  # fmt: skip
+        assert timeline.busy(stage) == pytest.approx(busy + work)
+        assert 0 <= timeline.idle(stage) < timeline.backward_end
+
+
+def test_plain_step_has_the_length_of_1f1b() -> None:
+    for stages, micro_batches in itertools.product([2, 3, 8], [1, 2, 8, 20]):
+        times = Times(forward=[1.0] * stages, backward=[2.0] * stages, update=0.5)
+        timeline = simulate(plain_programs(micro_batches, stages), times)
+        assert timeline.step_time == pytest.approx(3.0 * (micro_batches + stages - 1) + 0.5)
+        for stage in range(stages):
+            assert timeline.idle(stage) == pytest.approx(3.0 * (stages - 1))
+
+
+def test_hidden_states_may_arrive_after_the_last_backward() -> None:
+    shape = shape_of(2, 4)
+    times = times_of(shape, [1.0, 1.0], 1.0, 4)
+    plan = plan_teaching(shape, times, in_bubbles=True)
+    assert plan.placement is not None
+    programs = teaching_programs(4, 2, plan.placement)
+    fast = simulate(programs, times)
+    slow = simulate(programs, Times(forward=[1.0, 1.0], backward=[2.0, 2.0],
+                                    teacher=times.teacher, hidden_transfer=5.0))  # fmt: skip
+    assert slow.backward_end == fast.backward_end
+    assert slow.step_time > fast.step_time
+
+
+def move(ops: list[Op], source: int, destination: int) -> None:
+    ops.insert(destination, ops.pop(source))
+
+
+def test_schedules_that_cannot_work_are_refused() -> None:
+    times = Times(forward=[1.0] * 2, backward=[2.0] * 2)
+
+    def broken(stage: int, kind: str, number: int, destination: int) -> list[list[Op]]:
+        programs = plain_programs(3, 2)
+        ops = programs[stage]
+        place = next(n for n, op in enumerate(ops) if (op.kind, op.number) == (kind, number))
+        move(ops, place, destination)
+        return programs
+
+    with pytest.raises(RuntimeError, match=r"cannot go on: stage 0 .*; stage 1 at instruction 0"):
+        simulate(broken(1, "send_grad", 0, 0), times)
+    with pytest.raises(RuntimeError, match="stage 1: .*forward.* before .*recv_activation"):
+        simulate(broken(1, "forward", 0, 0), times)
+    with pytest.raises(RuntimeError, match=r"stage 1: .*backward.* before .*forward"):
+        simulate(broken(1, "backward", 1, 4), times)
+    programs = plain_programs(3, 2)
+    programs[0].insert(0, Op("send_hidden", 0))
+    with pytest.raises(RuntimeError, match=r"pieces \[0\] are sent or received alone"):
+        simulate(programs, times)
+    programs = plain_programs(3, 2)
+    programs[0][0:0] = [Op("teacher", 0, 1), Op("teacher", 0, 0)]
+    with pytest.raises(RuntimeError, match="out of order"):
+        simulate(programs, times)
+    programs = plain_programs(3, 2)
+    programs[0][0:0] = [Op("teacher", 0, 0), Op("send_hidden", 0), Op("teacher", 0, 1)]
+    programs[1][0:0] = [Op("recv_hidden", 0)]
+    with pytest.raises(RuntimeError, match="after its hidden states were sent"):
+        simulate(programs, times)
