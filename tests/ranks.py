@@ -13,7 +13,7 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed  # noqa: F401  imported here so that ranks need not
@@ -54,7 +54,7 @@ class RankError(AssertionError):
 
     def __init__(self, rank: int, kind: str, message: str, trace: str) -> None:
         super().__init__(f"rank {rank}: {kind}: {message}\n{trace}")
-        self.rank, self.kind, self.message = rank, kind, message
+        self.rank, self.kind, self.message, self.trace = rank, kind, message, trace
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -65,6 +65,29 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
 
     Raises: RankError for the first rank that failed, TimeoutError after TIMEOUT_S seconds.
     """
+    results: list[Any] = [None] * world_size
+    for rank, value in _outcomes(world_size, function, args, TIMEOUT_S):
+        if isinstance(value, RankError):
+            raise value
+        results[rank] = value
+    return results
+
+
+def run_ranks_to_the_end(
+    world_size: int, timeout_s: float, function: Callable[..., Any], *args: Any
+) -> list[Any]:
+    """As `run_ranks`, but every rank ends by itself; a failed one's result is its RankError.
+
+    Raises: TimeoutError naming the ranks that still run after `timeout_s` seconds.
+    """
+    outcomes = dict(_outcomes(world_size, function, args, timeout_s))
+    return [outcomes[rank] for rank in range(world_size)]
+
+
+def _outcomes(
+    world_size: int, function: Callable[..., Any], args: tuple[Any, ...], timeout_s: float
+) -> Iterator[tuple[int, Any]]:
+    """(rank, result or RankError) as they come; the ranks are gone when this ends."""
     context = multiprocessing.get_context("fork")
     port = free_port()
     processes, pipes = [], []
@@ -77,9 +100,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
         theirs.close()
         processes.append(process)
         pipes.append(mine)
-    results: list[Any] = [None] * world_size
     waiting = set(range(world_size))
-    deadline = time.monotonic() + TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
     try:
         while waiting:
             ready = multiprocessing.connection.wait([pipes[r] for r in waiting], timeout=1.0)
@@ -90,15 +112,12 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
                 except EOFError:
                     processes[rank].join(5)
                     code = processes[rank].exitcode
-                    raise RankError(rank, "Died", f"exit code {code}", "") from None
-                if not succeeded:
-                    raise RankError(rank, *value)
-                results[rank] = value
+                    succeeded, value = False, ("Died", f"exit code {code}", "")
+                yield rank, value if succeeded else RankError(rank, *value)
             if time.monotonic() > deadline:
-                raise TimeoutError(f"ranks {sorted(waiting)} did not finish in {TIMEOUT_S} s")
+                raise TimeoutError(f"ranks {sorted(waiting)} did not finish in {timeout_s} s")
     finally:
         for process in processes:
             if waiting:
                 process.kill()
             process.join()
-    return results

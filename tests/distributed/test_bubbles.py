@@ -1,0 +1,214 @@
+"""The teacher in the pipeline's waits on real processes: same numbers, no deadlock, a clean end."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from deepspeed.runtime.pipe.schedule import TrainSchedule
+from ranks import RankError, run_ranks, run_ranks_to_the_end
+from tiny import LLAMA, local_weights, make_config, make_deepspeed, metrics_of, without_times
+
+from megatron_salt.config import RunConfig
+from megatron_salt.parallel.instructions import Instructions
+from megatron_salt.parallel.schedule import TeachingSchedule
+from megatron_salt.trainer import Run, prepare
+
+# Six layers on four stages: they have unequal work, so shares of the teacher's rows differ too.
+PP4: dict[str, Any] = {
+    "model": {**LLAMA, "num_layers": 6},
+    "parallel__pipeline_model_parallel_size": 4,
+}
+TP2_PP2_DP2: dict[str, Any] = {
+    "parallel__tensor_model_parallel_size": 2,
+    "parallel__pipeline_model_parallel_size": 2,
+    "parallel__sequence_parallel": True,
+}
+
+
+def instructions_of(run: Run) -> Instructions:
+    assert run.student.instructions is not None
+    return run.student.instructions
+
+
+def _steps_and_schedules(config: RunConfig, deepspeed_config: str) -> tuple[Any, list[str]]:
+    """Final weights, and which schedule each step ran."""
+    run = prepare(config, deepspeed_config)
+    instructions = instructions_of(run)
+    choose, schedules = run.student.engine._train_schedule, []
+
+    def noted() -> TrainSchedule:
+        schedule = choose()
+        schedules.append(type(schedule).__name__)
+        return schedule
+
+    run.student.engine._train_schedule = noted
+    instructions.trace = []
+    for step in range(run.first_step, config.train.steps):
+        run.step(step)
+    run.finish()
+    kinds = [type(instruction).__name__ for instruction, _, _ in instructions.trace]
+    assert ("TeacherForward" in kinds) == (TeachingSchedule.__name__ in schedules)
+    return local_weights(run), schedules
+
+
+@pytest.mark.parametrize(("layout", "world_size"), [(PP4, 4), (TP2_PP2_DP2, 8)],
+                         ids=["pp4", "tp2-pp2-dp2"])  # fmt: skip
+def test_both_placements_give_the_same_bits(
+    dataset: Path, teacher: Path, tmp_path: Path, layout: dict[str, Any], world_size: int
+) -> None:
+    """20 steps through the switch: every metric, and every weight at the end."""
+    found = {}
+    for placement in ("bubble", "before_step"):
+        config = make_config(
+            dataset, tmp_path / placement, train__steps=20, salt__kd_steps=14,
+            salt__transition="linear_decay", salt__transition_steps=5, train__eval_interval=6,
+            teacher__checkpoint=str(teacher), teacher__placement=placement, **layout,
+        )  # fmt: skip
+        deepspeed_config = make_deepspeed(tmp_path, train_micro_batch_size_per_gpu=1)
+        found[placement] = run_ranks(world_size, _steps_and_schedules, config, deepspeed_config)
+    for ahead, before in zip(found["bubble"], found["before_step"], strict=True):
+        for name, weight in before[0].items():
+            np.testing.assert_array_equal(ahead[0][name], weight, err_msg=name)
+        # The last KD step has nobody to teach, and the LM phase runs DeepSpeed's own schedule.
+        assert ahead[1] == ["TeachingSchedule"] * 13 + ["TrainSchedule"] * 7
+        assert before[1] == ["TrainSchedule"] * 20
+    records = [without_times(metrics_of(tmp_path / name)) for name in found]
+    assert records[0] == records[1]
+    assert len(records[0]) == 21 and records[0][14]["kl_nats"] > 0
+
+
+def _train_with_delays(config: RunConfig, deepspeed_config: str, seconds: float) -> None:
+    run = prepare(config, deepspeed_config)
+    rng = random.Random(run.groups.rank)
+    enter = run.student.whereabouts.enter
+
+    def late(what: str) -> None:
+        enter(what)
+        time.sleep(rng.choice([0.0, 0.0, 0.0, rng.uniform(0.0, seconds)]))
+
+    run.student.whereabouts.enter = late  # type: ignore[method-assign]
+    for step in range(config.train.steps):
+        run.step(step)
+
+
+def test_random_delays_change_nothing_and_block_nobody(
+    dataset: Path, teacher: Path, tmp_path: Path
+) -> None:
+    """200 steps in which every instruction on every rank may be late by up to 3 ms."""
+    settings = {
+        **PP4,
+        "train__steps": 200,
+        "salt__kd_steps": 150,
+        "teacher__checkpoint": str(teacher),
+    }
+    deepspeed_config = make_deepspeed(tmp_path, train_micro_batch_size_per_gpu=2)
+    late = make_config(dataset, tmp_path / "late", **settings)
+    run_ranks(4, _train_with_delays, late, deepspeed_config, 0.003)
+    settings.update(train__steps=20, salt__kd_steps=20)
+    punctual = make_config(dataset, tmp_path / "punctual", **settings)
+    run_ranks(4, _train_with_delays, punctual, deepspeed_config, 0.0)
+    expected = [record["loss"] for record in metrics_of(tmp_path / "punctual")[1:]]
+    records = metrics_of(tmp_path / "late")
+    assert [record["loss"] for record in records[1:21]] == expected
+    assert len(records) == 201 and records[-1]["phase"] == "lm"
+
+
+def _train_until_one_dies(config: RunConfig, deepspeed_config: str, victim: int) -> None:
+    run = prepare(config, deepspeed_config)
+    enter = run.student.whereabouts.enter
+
+    def die_in_step_2(what: str) -> None:
+        enter(what)
+        if run.groups.rank == victim and what.startswith("BackwardPass") and step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run.student.whereabouts.enter = die_in_step_2  # type: ignore[method-assign]
+    for step in range(config.train.steps):
+        run.step(step)
+
+
+@pytest.mark.parametrize("victim", [1, 3])
+def test_a_killed_rank_ends_all_and_each_says_where_it_was(
+    dataset: Path, teacher: Path, tmp_path: Path, victim: int
+) -> None:
+    timeout_minutes = 0.25
+    config = make_config(
+        dataset, tmp_path / "run", salt__kd_steps=5, teacher__checkpoint=str(teacher),
+        parallel__timeout_minutes=timeout_minutes, **PP4,
+    )  # fmt: skip
+    deepspeed_config = make_deepspeed(tmp_path, train_micro_batch_size_per_gpu=1)
+    results = run_ranks_to_the_end(
+        4, 60 * timeout_minutes + 15, _train_until_one_dies, config, deepspeed_config, victim
+    )
+    for rank, result in enumerate(results):
+        assert isinstance(result, RankError)
+        if rank == victim:
+            assert result.message == "exit code -9"
+            continue
+        assert f"rank {rank} (tp 0, dp 0, stage {rank}) was in step 2, at " in result.trace
+
+
+def _bytes_around_the_switch(
+    config: RunConfig, deepspeed_config: str
+) -> tuple[int, int, dict[str, int]]:
+    """Live tensor bytes before and after the switch on this rank, and what the teacher's parts
+    are."""
+    run = prepare(config, deepspeed_config)
+
+    def live() -> int:
+        gc.collect()
+        return sum(
+            {
+                item.untyped_storage().data_ptr(): item.untyped_storage().nbytes()
+                for item in gc.get_objects()
+                if isinstance(item, torch.Tensor)
+            }.values()
+        )
+
+    for step in range(config.salt.kd_steps):
+        run.step(step)
+    teacher = run.teacher
+    assert teacher is not None
+    parts = {
+        "body": sum(4 * weight.numel() for weight in teacher.body.parameters()),
+        "head": 0 if teacher.head_WE is None else 4 * teacher.head_WE.numel(),
+        "buffers": sum(4 * buffer.numel() for buffer in teacher._buffers),
+    }
+    assert teacher.num_bytes() == sum(parts.values())
+    before = live()
+    run._release_teacher(config.salt.kd_steps)
+    del teacher
+    return before, live(), parts
+
+
+@pytest.mark.parametrize(("tp", "pp", "placement"),
+                         [(1, 4, "bubble"), (2, 2, "bubble"), (2, 2, "before_step"),
+                          (1, 1, "bubble")])  # fmt: skip
+def test_what_the_teacher_took_is_returned_on_every_rank(
+    dataset: Path, teacher: Path, tmp_path: Path, tp: int, pp: int, placement: str
+) -> None:
+    config = make_config(
+        dataset, tmp_path / "run", salt__kd_steps=3, teacher__checkpoint=str(teacher),
+        teacher__placement=placement, parallel__tensor_model_parallel_size=tp,
+        parallel__pipeline_model_parallel_size=pp,
+    )  # fmt: skip
+    results = run_ranks(tp * pp, _bytes_around_the_switch, config, make_deepspeed(tmp_path))
+    row = 16 * 20 * 4  # S tokens, E wide, fp32
+    for rank, (before, after, parts) in enumerate(results):
+        last = rank // tp == pp - 1
+        assert parts["head"] == (512 // tp * 20 * 4 if last else 0)
+        if last:  # the rows of a step, and those of the next one
+            assert parts["buffers"] == 8 * row * (2 if placement == "bubble" else 1)
+        elif pp * tp == 4:  # 8 rows over four ranks, in pieces of the micro-batch's 2 rows
+            assert parts["buffers"] == 2 * row
+        # The rotary table goes as well.
+        assert sum(parts.values()) <= before - after <= sum(parts.values()) + 4096
