@@ -125,7 +125,6 @@ class LossFunction:
     ) -> None:
         self.vocab = vocab
         self.salt = salt
-        self.tp_group = tp_group
         self.chunking = Chunking(
             chunk_bytes=salt.loss_chunk_mib << 20,
             logits_dtype=LOGITS_DTYPES[salt.logits_dtype],
@@ -133,6 +132,7 @@ class LossFunction:
             sequence_parallel=sequence_parallel,
         )
         self.teacher_head_WE: Tensor | None = None
+        # While an evaluation runs, the scores of its micro-batches so far.
         self.scored: list[TokenScores] | None = None
         self._sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=device)
 
