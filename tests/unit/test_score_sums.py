@@ -95,8 +95,7 @@ def token_by_token(scores: Any, mask: Any, teacher: Any, cuts: ThirdCuts) -> dic
         if mask[place] == 0:
             continue
         ce, confidence, correct, reference = (
-            float(x[place])
-            for x in (scores.ce_T, scores.confidence_T, scores.correct_T, teacher)
+            float(x[place]) for x in (scores.ce_T, scores.confidence_T, scores.correct_T, teacher)
         )
         third = 0 if reference <= cuts.first else 1 if reference <= cuts.second else 2
         which = min(14, math.floor(np.float32(confidence) * np.float32(15)))

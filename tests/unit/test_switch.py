@@ -123,8 +123,7 @@ def plain_rule(config: SaltConfig, evaluations: list[tuple[int, Any]]) -> int:
         run = within[last - config.switch_patience + 1 : last + 1]
         if all(
             not (
-                student - teacher > config.switch_margin_nats
-                and share > config.switch_better_share
+                student - teacher > config.switch_margin_nats and share > config.switch_better_share
             )
             for _, student, teacher, share in run
         ):
@@ -245,7 +244,9 @@ def test_settings_of_the_rule_are_those_that_only_it_reads() -> None:
         "min_kd_steps": {"switch_margin_nats": 0.25, "min_kd_steps": 17},
         "switch_patience": {"switch_margin_nats": 0.25, "switch_patience": 4},
     }
-    ends = {name: effective(salt(**s), seen(salt(**s), bad)).kd_steps for name, s in changed.items()}
+    ends = {
+        name: effective(salt(**s), seen(salt(**s), bad)).kd_steps for name, s in changed.items()
+    }
     assert ends == {
         "switch_margin_nats": 1,
         "switch_better_share": 1,
