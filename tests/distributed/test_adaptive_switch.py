@@ -26,8 +26,10 @@ from tiny_tags import write_tags
 
 from megatron_salt.checkpoint import list_checkpoints, read_manifest
 from megatron_salt.config import ADAPTIVE_ONLY, RunConfig, SaltConfig
+from megatron_salt.data.dataset import Choice
 from megatron_salt.dry_run import describe
 from megatron_salt.held_out import STUDENT_KEYS, TEACHER_KEYS
+from megatron_salt.resume import check_same_choice
 from megatron_salt.switch import SwitchState
 from megatron_salt.trainer import Run
 
@@ -215,6 +217,11 @@ def test_decided_run_is_the_run_with_that_end_from_the_start(
     for record in records:
         record.pop("switch_streak", None)
     assert records == expected
+    # Once it is over, by the decided end, a resumed run need not have the selection any more.
+    manifest = read_manifest(list_checkpoints(tmp_path / "adaptive")[-1])
+    check_same_choice(config, dataclasses.replace(manifest, step=2), Choice())
+    with pytest.raises(ValueError, match="data.tags: the KD phase of this run began with"):
+        check_same_choice(config, dataclasses.replace(manifest, step=1), Choice())
     for adaptive, fixed in results:
         assert all(np.array_equal(adaptive[name], weight) for name, weight in fixed.items())
 
