@@ -7,6 +7,7 @@
         deepspeed/           DeepSpeed's own files: weights, optimiser, loss scale; for resuming
         tokenizer/           a copy
         deepspeed.json       the DeepSpeed config of the run
+        held_out/            the teacher's loss on every held-out token, where there was a teacher
 
 A directory with its final name is complete: it is built as `.step_00000100.partial` and renamed
 after every file has been flushed, read back and hashed.
@@ -30,9 +31,11 @@ from torch import Tensor
 
 from megatron_salt.config import RunConfig
 from megatron_salt.model.weights import merge, weight_table
+from megatron_salt.switch import SwitchState
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+TEACHER_SCORES = "held_out/teacher.safetensors"
 VERSIONED_PACKAGES = ("torch", "megatron-core", "deepspeed", "safetensors", "megatron_salt")
 
 
@@ -82,6 +85,8 @@ class CheckpointManifest:
     """Fingerprint of the tags of every training dataset, if the run reads tags."""
     selection: list[str] = field(default_factory=list)
     """Fingerprint of the selected sequences of every training dataset, if the run selects."""
+    switch: SwitchState = field(default_factory=SwitchState)
+    """What the adaptive switch has seen and decided; with a fixed one nothing."""
     format_version: int = FORMAT_VERSION
 
 
@@ -149,6 +154,8 @@ def read_manifest(path: Path) -> CheckpointManifest:
     try:
         if values["evaluation"] is not None:
             values["evaluation"] = Evaluation(**values["evaluation"])
+        if "switch" in values:
+            values["switch"] = SwitchState(**values["switch"])
         return CheckpointManifest(**values)
     except (TypeError, KeyError) as error:
         raise ValueError(f"{source}: not a manifest of format {FORMAT_VERSION}: {error}") from error
@@ -221,6 +228,28 @@ def read_weights(path: Path, manifest: CheckpointManifest) -> dict[str, Tensor]:
             )
         full[name] = merge(parts.pop(name), spec)
     return full
+
+
+def write_teacher_scores(directory: Path, tensors: Mapping[str, Tensor], samples: str) -> None:
+    """Write what the teacher made of the held-out samples, of this fingerprint; see `held_out`."""
+    target = directory / TEACHER_SCORES
+    target.parent.mkdir()
+    save_file(dict(tensors), target, metadata={"samples": samples})
+
+
+def read_teacher_scores(
+    path: Path, manifest: CheckpointManifest
+) -> tuple[dict[str, Tensor], str] | None:
+    """The tensors and the fingerprint that `write_teacher_scores` wrote; None where it did not.
+
+    Raises: ValueError if the content does not match its hash.
+    """
+    if TEACHER_SCORES not in manifest.files:
+        return None
+    verify_hashes(path, manifest, [TEACHER_SCORES])
+    with safe_open(path / TEACHER_SCORES, framework="pt") as stored:
+        tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+        return tensors, stored.metadata()["samples"]
 
 
 def partial_dir(output_dir: str | Path, step: int) -> Path:

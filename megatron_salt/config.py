@@ -32,6 +32,9 @@ class Word(str):
 
 register_type(Word)
 
+# Settings of the rule that salt.switch = adaptive goes by.
+ADAPTIVE_ONLY = ("min_kd_steps", "switch_margin_nats", "switch_better_share", "switch_patience")
+
 # In this order whatever the order in data.objective, which then changes nothing.
 OBJECTIVES = ("causal", "prefix", "span_corruption")
 
@@ -154,7 +157,21 @@ class SaltConfig:
     """The method: a KD phase of kd_steps, then plain training. See docs/method.md."""
 
     kd_steps: int = 0
-    """Length n_KD of the KD phase in optimiser steps; 0: no KD phase."""
+    """Length n_KD of the KD phase in optimiser steps, with the adaptive switch its longest; 0: no
+    KD phase."""
+    switch: Literal["fixed", "adaptive"] = "fixed"
+    """When the KD phase ends: after kd_steps, or once the teacher does not help any more by the
+    rule of docs/method.md, then at kd_steps at the latest."""
+    min_kd_steps: int = 0
+    """Shortest KD phase of the adaptive switch, in optimiser steps."""
+    switch_margin_nats: float = 0.0
+    """The adaptive switch: the teacher does not help where the student's held-out CE exceeds its
+    own by this at most, in nats per token."""
+    switch_better_share: float = 0.0
+    """The adaptive switch: nor does it where its loss is the smaller one on this share of the
+    held-out tokens at most. 0: the CEs alone decide."""
+    switch_patience: int = 2
+    """The adaptive switch: evaluations in a row that must find so."""
     kd_weight: float = 0.5
     """w in (1-w) CE + w KL at its highest."""
     transition: Transition = "step"
@@ -500,6 +517,66 @@ def check_salt(config: RunConfig) -> None:
     for name in ("transition_steps", "warmup_steps", "inheritance_slope"):
         value = getattr(salt, name)
         _require(value >= 0, f"salt.{name} = {value}: must not be negative")
+    check_switch(config)
+
+
+def check_switch(config: RunConfig) -> None:
+    """The part of `check_config` that concerns the end of the KD phase."""
+    salt, train = config.salt, config.train
+    if salt.switch == "fixed":
+        for item in dataclasses.fields(SaltConfig):
+            value = getattr(salt, item.name)
+            _require(
+                item.name not in ADAPTIVE_ONLY or value == item.default,
+                f"salt.{item.name} = {value} has no effect with salt.switch = fixed: remove it, "
+                "or choose adaptive",
+            )
+        return
+    adaptive = "salt.switch = adaptive"
+    _require(
+        salt.kd_steps > 0 and salt.kd_weight > 0 and config.teacher.checkpoint is not None,
+        f"{adaptive} asks when the teacher stops helping, but there is no teacher that teaches: "
+        "set teacher.checkpoint, salt.kd_steps and salt.kd_weight above 0, or choose fixed",
+    )
+    _require(
+        salt.transition != "constant",
+        f"{adaptive}: salt.transition = constant means a teacher for the whole run; choose step, "
+        "which has the same w, or switch fixed",
+    )
+    _require(
+        salt.transition != "knowledge_inheritance",
+        f"{adaptive}: w of salt.transition = knowledge_inheritance is a function of step / "
+        "kd_steps, and would jump when the end is decided; choose linear_decay, or switch fixed",
+    )
+    _require(
+        train.eval_interval > 0,
+        f"{adaptive} decides at evaluations, and train.eval_interval is 0: set it, or choose fixed",
+    )
+    _require(
+        salt.switch_patience >= 1,
+        f"salt.switch_patience = {salt.switch_patience}: must be at least 1",
+    )
+    _require(
+        math.isfinite(salt.switch_margin_nats),
+        f"salt.switch_margin_nats = {salt.switch_margin_nats}: must be a finite number",
+    )
+    _require(
+        0.0 <= salt.switch_better_share < 1.0,
+        f"salt.switch_better_share = {salt.switch_better_share}: must be at least 0 and below 1, "
+        "where the teacher would never help",
+    )
+    _require(
+        salt.min_kd_steps >= 0, f"salt.min_kd_steps = {salt.min_kd_steps}: must not be negative"
+    )
+    decides = max(salt.switch_patience * train.eval_interval, salt.warmup_steps)
+    earliest = max(salt.min_kd_steps, decides + salt.transition_steps)
+    _require(
+        earliest < salt.kd_steps,
+        f"{adaptive} could not end the KD phase before step {earliest} (salt.min_kd_steps; or "
+        "salt.switch_patience evaluations, train.eval_interval apart, and salt.transition_steps), "
+        f"and it ends at salt.kd_steps = {salt.kd_steps} anyway: lower one of these, raise "
+        "kd_steps, or choose fixed",
+    )
 
 
 def check_train(train: TrainConfig) -> None:

@@ -6,6 +6,7 @@ Works in one process for any number of ranks, because layout, stage split and si
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -43,6 +44,7 @@ from megatron_salt.resume import (
     find_teacher,
     unseen_objectives,
 )
+from megatron_salt.switch import carried_over, effective
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -186,6 +188,8 @@ def describe(config: RunConfig, deepspeed_config: str) -> str:
     check_start(config, layout, settings, fingerprint, resume, resumed)
     if resumed is not None:
         check_same_choice(config, resumed, choice)
+        switch = carried_over(resumed.switch, resumed.config.salt, config.salt)
+        config = dataclasses.replace(config, salt=effective(config.salt, switch))
     teacher = None
     if config.teacher.checkpoint is not None:
         path, seq_length = config.teacher.checkpoint, config.data.seq_length
@@ -266,9 +270,10 @@ def _layout_lines(layout: Layout, settings: DeepSpeedSettings, config: RunConfig
 def _token_lines(config: RunConfig, settings: DeepSpeedSettings, choice: Choice) -> list[str]:
     per_step = settings.global_batch_size * config.data.seq_length
     total = per_step * config.train.steps
+    most = "at most " if config.salt.switch == "adaptive" else ""
     lines = [
         f"tokens: {per_step:,} a step x {config.train.steps:,} steps = {total:,} "
-        f"({per_step * config.salt.kd_steps:,} of them in the KD phase)"
+        f"({most}{per_step * config.salt.kd_steps:,} of them in the KD phase)"
     ]
     lines += [f"  {line}" for line in choice.describe()]
     if choice.selections:
@@ -318,10 +323,11 @@ def _teacher_lines(
     rows = settings.micro_batch_size * settings.num_micro_batches
     parts = split_rows(rows, layout.tp_size * layout.pp_size)
     sizes = sorted({stop - start for start, stop in parts})
+    most = "at most " if config.salt.switch == "adaptive" else ""
     share = " or ".join(str(size) for size in sizes)
     return [
         f"teacher: {count:,} parameters, a replica on each of "
-        f"{layout.world_size} ranks for {config.salt.kd_steps:,} steps",
+        f"{layout.world_size} ranks for {most}{config.salt.kd_steps:,} steps",
         f"  its work: the {rows} sequences of a replica's step over {len(parts)} ranks, {share} "
         f"each, {max(sizes) * config.data.seq_length:,} tokens at most",
     ]

@@ -30,6 +30,7 @@ from megatron_salt.data.dataset import Choice
 from megatron_salt.data.tokenizer import Tokenizer, check_same_tokens, load_tokenizer
 from megatron_salt.deepspeed_config import DeepSpeedSettings, read_json
 from megatron_salt.parallel.layout import Layout
+from megatron_salt.switch import carried_over, effective
 
 LOCK_WAIT_S = 120.0
 
@@ -271,7 +272,8 @@ def check_same_choice(config: RunConfig, resumed: CheckpointManifest, choice: Ch
 
     Once the KD phase is over neither is read, and both may be left out.
     """
-    if resumed.step >= config.salt.kd_steps:
+    switch = carried_over(resumed.switch, resumed.config.salt, config.salt)
+    if resumed.step >= effective(config.salt, switch).kd_steps:
         return
     tags, selection = choice.fingerprints()
     began = resumed.config

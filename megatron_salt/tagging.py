@@ -324,10 +324,9 @@ class Scorer:
             chunking=self.chunking,
             want=[*want, "entropy"] if self.with_entropy else want,
         )  # fmt: skip
-        ce_T, likelier_T, entropy_T = scores
-        assert ce_T is not None and likelier_T is not None
-        values = [ce_T, (likelier_T < self.settings.top_k).float()]
-        return torch.stack(values if entropy_T is None else [*values, entropy_T])
+        assert scores.ce_T is not None and scores.likelier_T is not None
+        values = [scores.ce_T, (scores.likelier_T < self.settings.top_k).float()]
+        return torch.stack(values if scores.entropy_T is None else [*values, scores.entropy_T])
 
 
 def _score_shards(

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_salt import checkpoint as ckpt
-from megatron_salt.config import RunConfig, write_config
+from megatron_salt.config import RunConfig, SaltConfig, write_config
 from megatron_salt.data.dataset import (
     Batch,
     Choice,
@@ -40,6 +40,7 @@ from megatron_salt.deepspeed_config import (
     load_deepspeed_config,
     read_json,
 )
+from megatron_salt.held_out import HeldOut
 from megatron_salt.metrics import MetricsLog, Stopwatch, allocated_bytes, console_line
 from megatron_salt.model.loss import LossSums, loss_body
 from megatron_salt.model.teacher import Lesson, Teacher
@@ -66,6 +67,7 @@ from megatron_salt.resume import (
     unseen_objectives,
 )
 from megatron_salt.salt import kd_weight, learning_rate, phase
+from megatron_salt.switch import SwitchState, carried_over, effective, update
 
 # With a loss scale that starts at 2^16 and halves every second overflow, more is no search.
 MAX_SKIPPED_FP16_STEPS = 64
@@ -126,6 +128,9 @@ class Run:
         self.first_step = resumed.step if resumed else 0
         self.tokens = resumed.tokens if resumed else 0
         self.evaluation = resumed.evaluation if resumed else None
+        self.switch = SwitchState()
+        if resumed:
+            self.switch = carried_over(resumed.switch, resumed.config.salt, config.salt)
         self.data = DataSource(
             config.data,
             self.tokenizer,
@@ -175,15 +180,18 @@ class Run:
         )
         self.lesson: tuple[int, Lesson] | None = None
         """The step whose hidden states the teacher has made ahead, and where they are."""
-        # Known from the checkpoint where the run is resumed after the teacher has gone.
-        self.teacher_valid_ce: float | None = None
-        if resumed and config.teacher.checkpoint is not None:
-            self.teacher_valid_ce = resumed.teacher_valid_ce_nats
+        self.held_out = HeldOut(config, settings, groups, self.data, self.student)
         self.teacher_fingerprint = resumed.teacher_fingerprint if resumed else None
-        if config.teacher.checkpoint and phase(config.salt, self.first_step) == "kd":
+        if config.teacher.checkpoint and phase(self.salt, self.first_step) == "kd":
             self._bring_teacher(resumed)
-        elif self.first_step == 0:
-            self._log_start(self._score_held_out(with_teacher=False))
+        elif config.teacher.checkpoint and resumed:
+            for warning in self.held_out.resume(resume_from, resumed):
+                self.say(f"WARNING {warning}")
+        if self.first_step == 0:
+            # The untrained student's score, as step 0: where every curve begins.
+            values = self.held_out.evaluate()
+            if self.log:
+                self.log.write({"step": 0, "tokens": 0, **values})
         self.batches = ReadAhead(self._read, self.first_step, config.train.steps, groups.device)
         self.clock = Stopwatch(groups.device)
         self.started = time.perf_counter()
@@ -225,13 +233,8 @@ class Run:
             dynamic_ncols=True,
         )
 
-    def _log_start(self, sums: LossSums) -> None:
-        """The untrained student's held-out score, as step 0: where every curve begins."""
-        if self.log:
-            self.log.write({"step": 0, "tokens": 0, **self._evaluation_values(sums)})
-
     def _bring_teacher(self, resumed: ckpt.CheckpointManifest | None) -> None:
-        """Load the teacher, check its tokenizer and its held-out CE, score the student as it is."""
+        """Load the teacher, check its tokenizer, score it on the held-out samples."""
         path = self.config.teacher.checkpoint
         assert path is not None  # check_config
         settings, parts = self.settings, self.student.parts
@@ -259,31 +262,15 @@ class Run:
             self.config, settings, self.groups.layout, self.tokenizer.vocab_size,
             manifest.config.model,
         )  # fmt: skip
-        self.plan = plan_teaching(shape, multiply_adds(shape), in_bubbles=self.teaches_ahead)
-        sums = self._score_held_out(with_teacher=True)
-        self.teacher_valid_ce = sums.teacher_ce_nats / sums.tokens
-        self._compare_with_stored(self.teacher, self.teacher_valid_ce)
-        self.teacher.prepare(self.plan, ahead=self.teaches_ahead)
-        self.say(f"teacher works {self.plan.describe()}")
-        if self.first_step == 0:
-            self._log_start(sums)
+        plan = plan_teaching(shape, multiply_adds(shape), in_bubbles=self.teaches_ahead)
+        self.say(self.held_out.score_teacher(self.teacher))
+        self.teacher.prepare(plan, ahead=self.teaches_ahead)
+        self.say(f"teacher works {plan.describe()}")
 
-    def _compare_with_stored(self, teacher: Teacher, now: float) -> None:
-        """Print the teacher's held-out CE beside the one stored with it; refuse one that moved."""
-        stored = teacher.manifest.evaluation
-        line = f"teacher {teacher.checkpoint}: held-out CE {now:.4f} nats/token"
-        if stored is None:
-            self.say(f"{line}; none was stored with it")
-            return
-        same = stored.data == self.data.evaluation_fingerprint(self.config.train.eval_samples)
-        note = "the same text" if same else "other text, so only a rough comparison"
-        self.say(f"{line}; stored when it was saved: {stored.ce_nats:.4f} ({note})")
-        limit = self.config.teacher.max_valid_ce_gap_nats
-        if same and not abs(now - stored.ce_nats) <= limit:
-            raise ValueError(
-                f"{line}, but {stored.ce_nats:.4f} was stored with it for the same text, more than "
-                f"teacher.max_valid_ce_gap_nats = {limit} away: its weights did not load as saved"
-            )
+    @property
+    def salt(self) -> SaltConfig:
+        """The method's settings, with the end of the KD phase as far as it is known by now."""
+        return effective(self.config.salt, self.switch)
 
     def _read(self, step: int) -> Batch:
         """This rank's rows of a step, on the CPU."""
@@ -291,11 +278,15 @@ class Run:
         rows = rows_of_rank(
             step, self.settings.global_batch_size, groups.dp_rank, groups.layout.dp_size
         )
-        return self.data.read(rows, phase(self.config.salt, step))
+        return self.data.read(rows, phase(self.salt, step))
+
+    def _restart_reading(self, step: int) -> None:
+        """Read on from `step`, anew: what was read ahead went by another end of the KD phase."""
+        self.batches.restart(step)
 
     def step(self, step: int) -> None:
         """One optimiser step (counted from 0), its metrics, and what is due after it."""
-        salt, train = self.config.salt, self.config.train
+        salt, train = self.salt, self.config.train
         if self.teacher is not None and phase(salt, step) == "lm":
             self._release_teacher(step)
         elif step == salt.kd_steps > 0 and self.teacher is None:
@@ -309,6 +300,7 @@ class Run:
             lr = learning_rate(train, self.settings.learning_rate, step)
             self.student.train_step(micro_batches, lr, self._lesson_for(step + 1))
             del hidden_RSE, micro_batches
+            self.student.whereabouts.enter("the sums of the step")
             sums = self.student.reduce_sums()
         self.clock.stop()
         done = step + 1
@@ -317,12 +309,14 @@ class Run:
         self._stop_if_diverged(done, sums.loss, record["grad_norm"])
         last = done == train.steps
         if last or (train.eval_interval and done % train.eval_interval == 0):
+            self.student.whereabouts.enter("the evaluation after it")
             record.update(self._evaluate(done))
         if self.log:
             self.log.write(record)
         if done % train.log_interval == 0 or last or done == self.first_step + 1:
             self._console(record)
         if last or (train.checkpoint_interval and done % train.checkpoint_interval == 0):
+            self.student.whereabouts.enter("the checkpoint after it")
             self.save(done)
 
     def _taught(self, step: int, batch: Batch) -> Tensor | None:
@@ -348,7 +342,7 @@ class Run:
         """What the teacher does ahead for `step` during the one before it; None if nothing."""
         if self.teacher is None or not self.teaches_ahead or step >= self.config.train.steps:
             return None
-        if phase(self.config.salt, step) == "lm":
+        if phase(self.salt, step) == "lm":
             return None
         batch = self.batches.peek(step)
         lesson = self.teacher.lesson(batch.tokens_RS, batch.prefix_R)
@@ -378,7 +372,7 @@ class Run:
         seconds = self.clock.seconds()
         return {
             "step": done,
-            "phase": phase(self.config.salt, done - 1),
+            "phase": phase(self.salt, done - 1),
             "ce_nats": sums.ce_nats / count,
             "kl_nats": sums.kl_nats / count if teaching else None,
             "kd_weight": weight,
@@ -393,56 +387,50 @@ class Run:
             "teacher_time_s": self.teacher.take_time_s() if self.teacher else 0.0,
         }
 
-    def _score_held_out(self, *, with_teacher: bool) -> LossSums:
-        """Sums over the held-out samples, M micro-batches at a time: the memory of a step."""
-        settings, layout = self.settings, self.groups.layout
-        batches = self.data.evaluation_batches(
-            self.config.train.eval_samples,
-            settings.micro_batch_size,
-            self.groups.dp_rank,
-            layout.dp_size,
-        )
-        total: LossSums | None = None
-        for start in range(0, len(batches), settings.num_micro_batches):
-            chunk = [
-                batch.to(self.groups.device)
-                for batch in batches[start : start + settings.num_micro_batches]
-            ]
-            scored = []
-            for batch in chunk:
-                hidden = None
-                if with_teacher and self.teacher is not None:
-                    hidden = self.teacher.hidden_states(batch.tokens_RS)
-                scored.append(self.student.scoring_batch(batch, hidden))
-            sums = self.student.evaluate(scored)
-            total = sums if total is None else total + sums
-        assert total is not None  # DataSource refuses empty held-out data
-        return total
-
     def _evaluate(self, done: int) -> dict[str, float]:
-        sums = self._score_held_out(with_teacher=False)
-        values = self._evaluation_values(sums)
+        """Score the student on the held-out samples; decide the switch by it, where it is due."""
+        values = self.held_out.evaluate()
         self.evaluation = ckpt.Evaluation(
             step=done,
             ce_nats=values["valid_ce_nats"],
             accuracy=values["valid_accuracy"],
-            tokens=int(sums.tokens),
-            data=self.data.evaluation_fingerprint(self.config.train.eval_samples),
+            tokens=int(values["valid_tokens"]),
+            data=self.held_out.fingerprint,
         )
         if not math.isfinite(values["valid_ce_nats"]):
             raise RuntimeError(f"step {done}: the held-out CE is {values['valid_ce_nats']}")
+        if self.config.salt.switch == "adaptive":
+            if self.teacher is not None:
+                self._update_switch(done, values)
+            values["switch_streak"] = self.switch.streak
+            values["kd_end_step"] = self.salt.kd_steps
         return values
 
-    def _evaluation_values(self, sums: LossSums) -> dict[str, float]:
-        values = {
-            "valid_ce_nats": sums.ce_nats / sums.tokens,
-            "valid_accuracy": sums.correct / sums.tokens,
-            "valid_tokens": int(sums.tokens),
-        }
-        if self.teacher_valid_ce is not None:
-            # Frozen weights and fixed samples: what was measured at the start stays true.
-            values["teacher_valid_ce_nats"] = self.teacher_valid_ce
-        return values
+    def _update_switch(self, done: int, values: dict[str, float]) -> None:
+        """Take an evaluation into the adaptive switch; at its decision read on by the new end.
+
+        Collectives: one broadcast from rank 0, so that no last bit can part the ranks.
+        """
+        undecided = self.switch.kd_end is None
+        self.switch = from_rank_0(
+            update(
+                self.switch,
+                self.config.salt,
+                done,
+                student_ce_nats=values["valid_ce_nats"],
+                teacher_ce_nats=values["teacher_valid_ce_nats"],
+                better_share=values["teacher_better_share"],
+            )
+        )
+        if undecided and self.switch.kd_end is not None:
+            self._restart_reading(done)
+            self.say(
+                f"step {done}: the teacher has not helped at {self.switch.streak} evaluations in a "
+                f"row (held-out CE {values['valid_ce_nats']:.4f}, the teacher's "
+                f"{values['teacher_valid_ce_nats']:.4f}, better on "
+                f"{values['teacher_better_share']:.1%} of the tokens): the KD phase ends after "
+                f"step {self.switch.kd_end}"
+            )
 
     def _console(self, record: dict[str, Any]) -> None:
         done = record["step"] - self.first_step
@@ -466,7 +454,9 @@ class Run:
         before, size = self._memory_of_ranks(), self.teacher.num_bytes()
         self.student.loss_function.teacher_head_WE = None
         self.student.drop_buffers()
-        self.lesson = None
+        if self.lesson is not None:  # an adaptive end came after the next batch had been taught
+            self.student.finish(self.lesson[1])
+            self.lesson = None
         self.teacher.release()
         self.teacher = None
         self.say(
@@ -488,6 +478,7 @@ class Run:
                 self.tokenizer.save(partial / "tokenizer")
                 text = json.dumps(dict(settings.values), indent=2)
                 (partial / "deepspeed.json").write_text(text, encoding="utf-8")
+                self.held_out.write(partial)
                 if self.log:
                     self.log.sync()
         self.student.save(partial)
@@ -511,7 +502,7 @@ class Run:
         tags, selection = self.choice.fingerprints()
         return ckpt.CheckpointManifest(
             step=done,
-            phase=phase(self.config.salt, done),
+            phase=phase(self.salt, done),
             tokens=self.tokens,
             data_rows=done * self.settings.global_batch_size,
             data=self.data.fingerprints(),
@@ -524,10 +515,11 @@ class Run:
             zero_stage=self.settings.zero_stage,
             precision=self.settings.precision,
             evaluation=self.evaluation,
-            teacher_valid_ce_nats=self.teacher_valid_ce,
+            teacher_valid_ce_nats=self.held_out.teacher_ce_nats,
             teacher_fingerprint=self.teacher_fingerprint,
             tags=tags,
             selection=selection,
+            switch=self.switch,
             versions=ckpt.installed_versions(),
             files=dict(sorted(files.items())),
         )

@@ -1,4 +1,4 @@
-"""What one model says about every token: loss, rank, entropy; no gradient.
+"""What one model says about every token: loss, rank, entropy, its guess; no gradient.
 
 Letters: T tokens, E width, W vocabulary columns on this rank, N tokens of a chunk.
 """
@@ -17,10 +17,11 @@ from torch.distributed import ProcessGroup
 from megatron_salt.kernels.choose import Impl
 from megatron_salt.kernels.chunks import Chunking, Heads
 from megatron_salt.kernels.kd_loss import KdLoss, kd_loss
+from megatron_salt.kernels.reference import vocab_parallel_argmax
 from megatron_salt.kernels.rows import all_reduce
 from megatron_salt.kernels.vocab import VocabShard
 
-Wanted = Literal["ce", "likelier", "entropy"]
+Wanted = Literal["ce", "likelier", "entropy", "confidence", "correct"]
 
 
 class TokenScores(NamedTuple):
@@ -32,6 +33,10 @@ class TokenScores(NamedTuple):
     """How many tokens have a larger logit than the label; below k: it is among the k likeliest."""
     entropy_T: Tensor | None = None
     """Of the distribution over the vocabulary, nats."""
+    confidence_T: Tensor | None = None
+    """Probability of the likeliest token."""
+    correct_T: Tensor | None = None
+    """1 where the label has the largest logit (of equals the smallest id counts), else 0."""
 
 
 @torch.no_grad()
@@ -48,11 +53,13 @@ def token_scores(
     """Scores of each label under softmax(hidden weight^T), logits made a chunk at a time.
 
     Math: ce = logsumexp(z) - z[label]; entropy = log V - KL(p || uniform), which the loss's own
-        code computes in one pass; both at temperature 1.
+        code computes in one pass; confidence = exp(-ce of the likeliest token); all at
+        temperature 1.
     Shapes: hidden [T, E], or [T / tp, E] under chunking.sequence_parallel; weight [W, E]; labels
         [T], global ids; results [T].
-    Collectives: those of `kd_loss` over chunking.tp_group, once for ce and once for entropy; for
-        likelier two SUMs of 1 float a token; under sequence parallelism an all-gather per chunk.
+    Collectives: those of `kd_loss` over chunking.tp_group, once each for ce, entropy and
+        confidence; for likelier two SUMs of 1 float a token, for confidence and correct those of
+        `vocab_parallel_argmax`; under sequence parallelism an all-gather per chunk.
     Memory: a chunk's logits; for entropy as much again.
     Raises: ValueError as `linear_kd_loss` does.
     """
@@ -67,11 +74,21 @@ def token_scores(
         labels_N = heads.of_all_parts(labels_T, chunk.start, chunk.stop)
         if "entropy" in names and uniform_NW is None:  # the first chunk is the largest
             uniform_NW = torch.zeros_like(logits_NW)
+        best_N: Tensor | None = None
+        if "confidence" in names or "correct" in names:
+            best_N = vocab_parallel_argmax(logits_NW, vocab, chunking.tp_group)
+            best_N.clamp_(max=vocab.size - 1)  # logits that are nan have no largest one
         for name, value_T in found.items():
             if name == "likelier":
                 value_N = _count_likelier_(logits_NW, labels_N, vocab, chunking.tp_group)
             elif name == "ce":
                 value_N = _kd_loss(logits_NW, None, labels_N, vocab, chunking, impl).ce_T
+            elif name == "confidence":
+                assert best_N is not None
+                value_N = _kd_loss(logits_NW, None, best_N, vocab, chunking, impl).ce_T.neg().exp()
+            elif name == "correct":
+                assert best_N is not None
+                value_N = (best_N == labels_N).float()
             else:
                 assert uniform_NW is not None
                 uniform = uniform_NW[: len(logits_NW)]

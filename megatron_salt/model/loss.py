@@ -7,7 +7,8 @@ W vocabulary columns on this rank.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import astuple, dataclass
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,14 +19,12 @@ from megatron_salt.config import SaltConfig
 from megatron_salt.kernels import (
     Body,
     Chunking,
-    Heads,
     KdLoss,
+    TokenScores,
     VocabShard,
     choose_body,
-    kd_loss,
     linear_kd_loss,
     token_scores,
-    vocab_parallel_argmax,
 )
 from megatron_salt.kernels.token_scores import Wanted
 from megatron_salt.model.routing import keep_taught, share_of_sequences
@@ -56,24 +55,18 @@ class LossSums:
     ce_nats: float
     kl_nats: float
     tokens: float
-    correct: float
-    teacher_ce_nats: float
     taught: float
     """Tokens with a KD weight."""
     ce_counted: float
     """Tokens with a CE weight."""
 
-    def __add__(self, other: LossSums) -> LossSums:
-        mine, theirs = astuple(self), astuple(other)
-        return LossSums(*(a + b for a, b in zip(mine, theirs, strict=True)))
 
-
-def _counted_sum(values_T: Tensor, mask_T: Tensor) -> Tensor:
+def counted_sum(values_T: Tensor, mask_T: Tensor) -> Tensor:
     """Sum over the counted tokens; an inf or nan where the mask is 0 does not spoil it."""
     return torch.where(mask_T > 0, values_T * mask_T, 0.0).sum()
 
 
-def _in_order_of_tokens(values_BS: Tensor) -> Tensor:
+def in_order_of_tokens(values_BS: Tensor) -> Tensor:
     """[B, S] to [T], sequence positions outermost as in the student's hidden states."""
     return values_BS.transpose(0, 1).reshape(-1)
 
@@ -93,6 +86,8 @@ class Tokens(NamedTuple):
 
 
 NUM_SUMS = len(dataclasses.fields(LossSums))
+CE_ALONE: tuple[Wanted, ...] = ("ce",)
+HELD_OUT_SCORES: tuple[Wanted, ...] = ("ce", "confidence", "correct")
 LOGITS_DTYPES = {"fp32": torch.float32, "model": None}
 
 
@@ -130,7 +125,6 @@ class LossFunction:
     ) -> None:
         self.vocab = vocab
         self.salt = salt
-        self.tp_group = tp_group
         self.chunking = Chunking(
             chunk_bytes=salt.loss_chunk_mib << 20,
             logits_dtype=LOGITS_DTYPES[salt.logits_dtype],
@@ -138,24 +132,30 @@ class LossFunction:
             sequence_parallel=sequence_parallel,
         )
         self.teacher_head_WE: Tensor | None = None
-        self.evaluating = False
+        # While an evaluation runs, the scores of its micro-batches so far.
+        self.scored: list[TokenScores] | None = None
         self._sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=device)
 
     def __call__(self, hidden_SBD: Tensor, head_WD: Tensor, targets: Targets) -> Tensor:
         """Scalar loss of one micro-batch: sum over its tokens of ce_weight CE + kd_weight KL.
 
+        In an evaluation, while `scored` is a list: the CE alone, and `scored` gets what was found
+        per token. Nothing is added to the sums.
         Collectives: those of `linear_kd_loss` over tp.
         """
         reference_BS = targets.reference_loss_BS
         has_reference = reference_BS.numel() > 0
-        labels_T, mask_T, ce_weight_T, kd_weight_T = map(_in_order_of_tokens, targets[:4])
+        labels_T, mask_T, ce_weight_T, kd_weight_T = map(in_order_of_tokens, targets[:4])
         tokens = Tokens(
             hidden_SBD.flatten(0, 1), head_WD, self._teacher_hidden(targets.teacher_hidden_BSE),
             labels_T, mask_T, ce_weight_T, kd_weight_T,
-            _in_order_of_tokens(reference_BS) if has_reference else None,
+            in_order_of_tokens(reference_BS) if has_reference else None,
         )  # fmt: skip
-        if self.evaluating:
-            return self._evaluate(tokens)
+        if self.scored is not None:
+            scores = self._student_scores(tokens, HELD_OUT_SCORES)
+            self.scored.append(scores)
+            assert scores.ce_T is not None
+            return counted_sum(scores.ce_T, mask_T)
         # In the LM phase there is neither a teacher nor a reference, and nothing is routed.
         if self._routes_by_model and (tokens.teacher_hidden_TE is not None or has_reference):
             tokens = self._routed(tokens, targets.labels_BS.shape)
@@ -205,7 +205,7 @@ class LossFunction:
             taught_BS = (gap_BS > 0).float()
         elif salt.kd_tokens in ("low_entropy", "high_entropy"):
             sign = 1.0 if salt.kd_tokens == "high_entropy" else -1.0
-            entropy_BS = by_row(self._teacher_scores(tokens, "entropy")) * sign
+            entropy_BS = by_row(self._teacher_score(tokens, "entropy")) * sign
             taught_BS = share_of_sequences(entropy_BS, counted_BS, salt.kd_token_share)
         if taught_BS is not None:
             ce_weight_BS, kd_weight_BS = keep_taught(
@@ -222,31 +222,51 @@ class LossFunction:
         )
 
     def _student_ce(self, tokens: Tokens) -> Tensor:
-        scores = token_scores(
-            tokens.hidden_TD, tokens.head_WD, tokens.labels_T, vocab=self.vocab,
-            chunking=self.chunking, impl=self.salt.loss_impl,
-        )  # fmt: skip
+        scores = self._student_scores(tokens, CE_ALONE)
         assert scores.ce_T is not None
         return scores.ce_T
+
+    def _student_scores(self, tokens: Tokens, want: Collection[Wanted]) -> TokenScores:
+        return token_scores(
+            tokens.hidden_TD, tokens.head_WD, tokens.labels_T, vocab=self.vocab,
+            chunking=self.chunking, want=want, impl=self.salt.loss_impl,
+        )  # fmt: skip
 
     def _teacher_ce(self, tokens: Tokens) -> Tensor:
         """Of the teacher in memory, else of the model that tagged the data."""
         if tokens.teacher_hidden_TE is not None:
-            return self._teacher_scores(tokens, "ce")
+            return self._teacher_score(tokens, "ce")
         assert tokens.reference_loss_T is not None  # `_route`
         return tokens.reference_loss_T
 
-    def _teacher_scores(self, tokens: Tokens, want: Wanted) -> Tensor:
-        """ce or entropy. The teacher's states are whole on every rank, whatever the student's."""
-        assert tokens.teacher_hidden_TE is not None and self.teacher_head_WE is not None
-        scores = token_scores(
-            tokens.teacher_hidden_TE, self.teacher_head_WE, tokens.labels_T, vocab=self.vocab,
-            chunking=dataclasses.replace(self.chunking, sequence_parallel=False), want=(want,),
-            impl=self.salt.loss_impl,
-        )  # fmt: skip
+    def _teacher_score(self, tokens: Tokens, want: Wanted) -> Tensor:
+        """ce or entropy."""
+        assert tokens.teacher_hidden_TE is not None
+        scores = self._teacher_scores(tokens.teacher_hidden_TE, tokens.labels_T, (want,))
         found = scores.ce_T if want == "ce" else scores.entropy_T
         assert found is not None
         return found
+
+    def _teacher_scores(
+        self, hidden_TE: Tensor, labels_T: Tensor, want: Collection[Wanted]
+    ) -> TokenScores:
+        """The teacher's states are whole on every rank, whatever the student's."""
+        assert self.teacher_head_WE is not None
+        return token_scores(
+            hidden_TE, self.teacher_head_WE, labels_T, vocab=self.vocab,
+            chunking=dataclasses.replace(self.chunking, sequence_parallel=False), want=want,
+            impl=self.salt.loss_impl,
+        )  # fmt: skip
+
+    def score_teacher(self, hidden_BSE: Tensor, labels_BS: Tensor) -> TokenScores:
+        """What the teacher says about held-out tokens, in the order of `in_order_of_tokens`.
+
+        Collectives: those of `token_scores` over tp.
+        Raises: RuntimeError after the teacher has gone.
+        """
+        hidden_TE = self._teacher_hidden(hidden_BSE)
+        assert hidden_TE is not None
+        return self._teacher_scores(hidden_TE, in_order_of_tokens(labels_BS), HELD_OUT_SCORES)
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -268,56 +288,12 @@ class LossFunction:
         return hidden_BSE.transpose(0, 1).flatten(0, 1)
 
     @torch.no_grad()
-    def _evaluate(self, tokens: Tokens) -> Tensor:
-        """The loss; adds right guesses and the teacher's CE to the sums, which need the logits."""
-        teacher_head_WE = None if tokens.teacher_hidden_TE is None else self.teacher_head_WE
-        heads = Heads.of(
-            tokens.hidden_TD, tokens.head_WD, tokens.teacher_hidden_TE, teacher_head_WE, self.vocab,
-            self.chunking,
-        )  # fmt: skip
-        loss = torch.zeros((), device=tokens.hidden_TD.device)
-        for chunk in heads.chunks():
-            part = tokens._replace(
-                **{
-                    name: heads.of_all_parts(getattr(tokens, name), chunk.start, chunk.stop)
-                    for name in ("labels_T", "mask_T", "ce_weight_T", "kd_weight_T")
-                }
-            )
-            labels_N, mask_N = part.labels_T, part.mask_T
-            result = kd_loss(
-                chunk.student_logits_NW, chunk.teacher_logits_NW, labels_N,
-                ce_weight_T=part.ce_weight_T, kd_weight_T=part.kd_weight_T,
-                tp_group=self.tp_group,
-                **self._options,
-            )  # fmt: skip
-            best_N = vocab_parallel_argmax(chunk.student_logits_NW, self.vocab, self.tp_group)
-            correct = _counted_sum((best_N == labels_N).float(), mask_N)
-            teacher_ce = torch.zeros_like(correct)
-            if chunk.teacher_logits_NW is not None:
-                scored = kd_loss(
-                    chunk.teacher_logits_NW, None, labels_N, ce_weight_T=1.0, kd_weight_T=0.0,
-                    vocab=self.vocab, tp_group=self.tp_group, impl=self.salt.loss_impl,
-                )  # fmt: skip
-                teacher_ce = _counted_sum(scored.ce_T, mask_N)
-            self._add(part, result, correct, teacher_ce)
-            loss += result.loss
-        return loss
-
-    @torch.no_grad()
-    def _add(
-        self,
-        tokens: Tokens,
-        result: KdLoss,
-        correct: Tensor | None = None,
-        teacher_ce: Tensor | None = None,
-    ) -> None:
-        zero = self._sums.new_zeros(())
+    def _add(self, tokens: Tokens, result: KdLoss) -> None:
         mask_T = tokens.mask_T
         values = (
-            result.loss, _counted_sum(result.ce_T, mask_T), _counted_sum(result.kl_T, mask_T),
-            mask_T.sum(), zero if correct is None else correct,
-            zero if teacher_ce is None else teacher_ce,
-            torch.count_nonzero(tokens.kd_weight_T), torch.count_nonzero(tokens.ce_weight_T),
+            result.loss, counted_sum(result.ce_T, mask_T), counted_sum(result.kl_T, mask_T),
+            mask_T.sum(), torch.count_nonzero(tokens.kd_weight_T),
+            torch.count_nonzero(tokens.ce_weight_T),
         )  # fmt: skip
         self._sums += torch.stack([value.double() for value in values])
 
@@ -326,7 +302,3 @@ class LossFunction:
         taken = self._sums.clone()
         self._sums.zero_()
         return taken
-
-    def add_sums(self, sums: Tensor) -> None:
-        """Put back what `take_sums` took, so that an evaluation leaves a step's sums alone."""
-        self._sums += sums

@@ -25,6 +25,7 @@ from megatron_salt.checkpoint import write_weights
 from megatron_salt.config import RunConfig
 from megatron_salt.data.dataset import Batch
 from megatron_salt.deepspeed_config import DeepSpeedSettings, engine_config
+from megatron_salt.kernels import TokenScores
 from megatron_salt.model.layers import ModelParts, canonical_parameters
 from megatron_salt.model.loss import LossFunction, LossSums, Targets
 from megatron_salt.model.routing import keep_taught
@@ -203,13 +204,10 @@ class StudentEngine:
             ce_weight_RS = ce_weight_RS * masks[salt.ce_tokens]
         return ce_weight_RS, kd_weight_RS
 
-    def scoring_batch(self, batch: Batch, teacher_hidden_BSE: Tensor | None) -> MicroBatch:
+    def scoring_batch(self, batch: Batch) -> MicroBatch:
         """A micro-batch to be evaluated: every counted token weighs 1 in the CE."""
         nothing = torch.zeros_like(batch.mask_RS)
-        targets = Targets(
-            batch.labels_RS, batch.mask_RS, batch.mask_RS, nothing, nothing[:, :0],
-            teacher_hidden_BSE,
-        )  # fmt: skip
+        targets = Targets(batch.labels_RS, batch.mask_RS, batch.mask_RS, nothing, nothing[:, :0])
         return MicroBatch(batch.tokens_RS, targets, batch.prefix_R)
 
     def train_step(
@@ -269,10 +267,15 @@ class StudentEngine:
         """The masks of these micro-batches, for as long as they run."""
         return self.parts.prefix_masks.of_step([one.prefix_B for one in micro_batches])
 
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> LossSums:
-        """Score micro-batches without gradients; sums over all ranks."""
-        self.loss_function.evaluating = True
-        held_back = self.loss_function.take_sums()
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[TokenScores]:
+        """Score micro-batches without gradients.
+
+        Returns: on ranks of the last stage the scores of each micro-batch's tokens, sequence
+            positions outermost, equal on all tp ranks; elsewhere nothing.
+        Memory: 3 floats per token, besides those of a forward pass.
+        """
+        scored: list[TokenScores] = []
+        self.loss_function.scored = scored
         try:
             with self._prefix_masks(micro_batches):
                 if self.is_pipeline:
@@ -286,31 +289,27 @@ class StudentEngine:
                     with torch.no_grad():
                         for tokens_BS, targets, _ in micro_batches:
                             self.engine(tokens_BS, targets)
-            sums = self.reduce_sums()
         finally:
-            self.loss_function.evaluating = False
-        self.loss_function.add_sums(held_back)
-        return sums
+            self.loss_function.scored = None
+        return scored
 
     def reduce_sums(self) -> LossSums:
         """Take the loss function's sums, added over dp, known on every rank.
 
-        Collectives: one all-reduce of 8 numbers over all ranks. Host sync: one.
+        Collectives: one all-reduce of 6 numbers over all ranks. Host sync: one.
         """
         sums = self.loss_function.take_sums()
         # Only the last stage has seen losses, and its tp ranks hold the same numbers.
         if self.groups.tp_rank != 0:
             sums.zero_()
         dist.all_reduce(sums)
-        loss, ce, kl, tokens, correct, teacher_ce, taught, ce_counted = sums.tolist()
+        loss, ce, kl, tokens, taught, ce_counted = sums.tolist()
         return LossSums(
             # The weights carried M * dp to undo DeepSpeed's means.
             loss=loss / (self.groups.layout.dp_size * self.settings.num_micro_batches),
             ce_nats=ce,
             kl_nats=kl,
             tokens=tokens,
-            correct=correct,
-            teacher_ce_nats=teacher_ce,
             taught=taught,
             ce_counted=ce_counted,
         )

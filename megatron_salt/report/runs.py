@@ -39,6 +39,7 @@ CONFIG_KEYS = (
     "model.num_attention_heads",
     "data.seq_length",
     "salt.kd_steps",
+    "salt.switch",
     "salt.kd_weight",
     "salt.selection",
     "salt.kd_tokens",
@@ -46,7 +47,7 @@ CONFIG_KEYS = (
     "train.seed",
 )
 
-NAMES = ("salt.kd_tokens", "salt.ce_tokens")
+NAMES = ("salt.switch", "salt.kd_tokens", "salt.ce_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -158,7 +158,7 @@ def _perturbed(config: RunConfig, deepspeed_config: str) -> list[np.ndarray | No
     micro_batches = [
         run.student.scoring_batch(
             Batch(tokens_RS=tokens_RS[rows], labels_RS=tokens_RS[rows], mask_RS=nothing[rows],
-                  prefix_R=prefix_R[rows]), None,
+                  prefix_R=prefix_R[rows])
         )
         for rows in (slice(start, start + 2) for start in range(0, len(tokens_RS), 2))
     ]  # fmt: skip

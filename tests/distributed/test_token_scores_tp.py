@@ -22,6 +22,7 @@ def _scores(vocab_size: int, sequence_parallel: bool) -> dict[str, np.ndarray]:
     hidden = torch.randn(T, E, generator=rng) * 2
     weight = torch.randn(vocab_size, E, generator=rng)
     labels = torch.randint(vocab_size, (T,), generator=rng)
+    labels[::4] = (hidden @ weight.T).argmax(dim=1)[::4]
     padded = padded_vocab_size(vocab_size, 64, size)
     vocab = VocabShard.of_rank(size=vocab_size, padded_size=padded, tp_rank=rank, tp_size=size)
     mine = torch.full((padded // size, E), 50.0)  # padding is larger than any logit
@@ -32,8 +33,9 @@ def _scores(vocab_size: int, sequence_parallel: bool) -> dict[str, np.ndarray]:
         chunk_bytes=6_000, tp_group=dist.group.WORLD, sequence_parallel=sequence_parallel
     )
     scores = token_scores(
-        hidden, mine, labels, vocab=vocab, chunking=chunking, want=("ce", "likelier", "entropy")
-    )
+        hidden, mine, labels, vocab=vocab, chunking=chunking,
+        want=("ce", "likelier", "entropy", "confidence", "correct"),
+    )  # fmt: skip
     return {name: value.numpy() for name, value in scores._asdict().items()}  # type: ignore[union-attr]
 
 
@@ -45,6 +47,7 @@ def test_shards_give_what_the_whole_gives(
     expected: dict[str, Any] = run_ranks(1, _scores, vocab_size, False)[0]
     for got in run_ranks(tp, _scores, vocab_size, sequence_parallel):
         np.testing.assert_array_equal(got["likelier_T"], expected["likelier_T"])
-        for name in ("ce_T", "entropy_T"):
+        np.testing.assert_array_equal(got["correct_T"], expected["correct_T"])
+        for name in ("ce_T", "entropy_T", "confidence_T"):
             np.testing.assert_allclose(got[name], expected[name], rtol=1e-5, atol=1e-5)
     assert len(set(expected["likelier_T"].tolist())) > 20  # ranks of all kinds were compared

@@ -189,6 +189,8 @@ def test_only_the_first_rank_speaks(
 
 
 # Changes to a config that is good, and what the refusal says. Dotted names are its settings.
+ADAPTIVE = {"salt.switch": "adaptive", "train.eval_interval": 10}
+
 CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"train.steps": 0}, "train.steps = 0"),
     ({"data.seq_length": 0}, "data.seq_length = 0"),
@@ -244,6 +246,27 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
      "infinite at kd_weight 1"),
     ({"teacher.checkpoint": None}, "salt.kd_steps = 40 but teacher.checkpoint is not set"),
     ({"salt.kd_steps": 0}, "teacher.checkpoint is set but salt.kd_steps is 0"),
+    ({"salt.min_kd_steps": 3}, "salt.min_kd_steps = 3 has no effect with salt.switch = fixed"),
+    ({"salt.switch_margin_nats": 0.1}, "salt.switch_margin_nats = 0.1 has no effect .* adaptive"),
+    ({"salt.switch_better_share": 0.1}, "salt.switch_better_share = 0.1 has no effect"),
+    ({"salt.switch_patience": 3}, "salt.switch_patience = 3 has no effect with salt.switch = fix"),
+    ({**ADAPTIVE, "teacher.checkpoint": None, "salt.kd_steps": 0}, "no teacher .* or choose fixed"),
+    ({**ADAPTIVE, "salt.kd_weight": 0.0, "teacher.checkpoint": None}, "there is no teacher that"),
+    ({**ADAPTIVE, "salt.kd_weight": 0.0}, "salt.kd_weight above 0, or choose fixed"),
+    ({**ADAPTIVE, "salt.transition": "constant"}, "constant means a teacher .* choose step"),
+    ({**ADAPTIVE, "salt.transition": "knowledge_inheritance"}, "would jump .* linear_decay"),
+    ({**ADAPTIVE, "train.eval_interval": 0}, "decides at evaluations, and train.eval_interval is"),
+    ({**ADAPTIVE, "salt.switch_patience": 0}, "salt.switch_patience = 0: must be at least 1"),
+    ({**ADAPTIVE, "salt.switch_margin_nats": float("inf")}, "salt.switch_margin_nats = inf"),
+    ({**ADAPTIVE, "salt.switch_better_share": 1.0}, "salt.switch_better_share = 1.0: .* below 1"),
+    ({**ADAPTIVE, "salt.switch_better_share": -0.1}, "salt.switch_better_share = -0.1"),
+    ({**ADAPTIVE, "salt.min_kd_steps": -1}, "salt.min_kd_steps = -1: must not be negative"),
+    ({**ADAPTIVE, "salt.min_kd_steps": 40}, "before step 40 .* salt.kd_steps = 40 anyway"),
+    ({**ADAPTIVE, "train.eval_interval": 20}, "before step 40 .* lower one of these"),
+    ({**ADAPTIVE, "salt.transition": "linear_decay", "salt.transition_steps": 20},
+     "before step 40"),
+    ({**ADAPTIVE, "salt.transition": "wsd", "salt.transition_steps": 15, "salt.warmup_steps": 25},
+     "before step 40"),
     ({"train.lr_warmup_steps": 101}, "train.lr_warmup_steps = 101 exceeds train.steps = 100"),
     ({"train.lr_warmup_steps": -1}, "train.lr_warmup_steps = -1"),
     ({"train.lr_decay_steps": 0}, "train.lr_decay_steps = 0"),
@@ -308,6 +331,15 @@ def test_contradiction_is_refused(settings: dict[str, Any], message: str, good: 
         {"data.tags": ["a", "b"], "data.objective": ["1", "causal", "1", "prefix"]},
         {"salt.selection": ["a", "b"], "salt.kd_weight": 0.0, "teacher.checkpoint": None},
         {"salt.kd_tokens": "high_entropy", "salt.kd_token_share": 0.85},
+        ADAPTIVE,
+        {**ADAPTIVE, "salt.min_kd_steps": 39, "salt.switch_margin_nats": -0.1},
+        {**ADAPTIVE, "salt.switch_better_share": 0.4, "salt.switch_patience": 3},
+        {
+            **ADAPTIVE,
+            "salt.transition": "wsd",
+            "salt.transition_steps": 14,
+            "salt.warmup_steps": 25,
+        },
         {
             "data.tags": ["a", "b"],
             "salt.ce_tokens": "excess_loss",

@@ -1,4 +1,4 @@
-"""`token_scores` against fp64 from whole logits: loss, rank and entropy of every label."""
+"""`token_scores` against fp64 from whole logits: loss, rank, entropy and guess of every token."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ def make_case(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tenso
     weight = torch.randn(V, E, generator=rng)
     labels = torch.randint(V, (T,), generator=rng)
     labels[:3] = torch.tensor([0, V - 1, 128])
+    labels[3::4] = (hidden.double() @ weight.double().T).argmax(dim=1)[3::4]  # a few right ones
     return hidden.to(dtype), weight.to(dtype), labels
 
 
@@ -40,7 +41,8 @@ def test_scores_equal_fp64(body: str, dtype: torch.dtype, chunk_bytes: int) -> N
     with chosen(body):
         scores = token_scores(
             hidden, padded, labels, vocab=VocabShard(size=V, start=0, stop=V),
-            chunking=Chunking(chunk_bytes=chunk_bytes), want=("ce", "likelier", "entropy"),
+            chunking=Chunking(chunk_bytes=chunk_bytes),
+            want=("ce", "likelier", "entropy", "confidence", "correct"),
         )  # fmt: skip
     ce, rank, entropy = oracle(hidden, weight, labels)
     assert scores.ce_T is not None and scores.entropy_T is not None
@@ -48,6 +50,10 @@ def test_scores_equal_fp64(body: str, dtype: torch.dtype, chunk_bytes: int) -> N
     torch.testing.assert_close(scores.entropy_T.double(), entropy, rtol=1e-5, atol=1e-5)
     assert scores.likelier_T is not None
     assert scores.likelier_T.tolist() == rank.tolist()
+    best = (hidden.double() @ weight.double().T).softmax(dim=1).max(dim=1)
+    assert scores.confidence_T is not None and scores.correct_T is not None
+    torch.testing.assert_close(scores.confidence_T.double(), best.values, rtol=1e-5, atol=1e-5)
+    assert scores.correct_T.tolist() == (best.indices == labels).tolist()
 
 
 def test_equal_logits_count_for_the_label() -> None:
@@ -60,6 +66,15 @@ def test_equal_logits_count_for_the_label() -> None:
     )  # fmt: skip
     assert scores.likelier_T is not None and scores.ce_T is None
     assert scores.likelier_T.tolist() == [0, 1, 3]
+
+
+def test_logits_that_are_nan_are_no_other_error() -> None:
+    """A diverged model has a loss of nan, which the trainer reports; it is no wrong label."""
+    scores = token_scores(
+        torch.full((2, 1), torch.nan), torch.ones(4, 1), torch.tensor([0, 3]),
+        vocab=VocabShard(size=4, start=0, stop=4), want=("ce", "confidence", "correct"),
+    )  # fmt: skip
+    assert scores.ce_T is not None and scores.ce_T.isnan().all()
 
 
 def test_entropy_at_its_ends() -> None:
