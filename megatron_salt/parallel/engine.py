@@ -344,8 +344,10 @@ class StudentEngine:
             raise RuntimeError(f"{checkpoint}/deepspeed: DeepSpeed could not load its state")
 
     def drop_buffers(self) -> None:
-        """Let go of the last step's inputs, labels and teacher states in the pipeline's buffers."""
+        """Let go of the last step's inputs, labels and teacher states in the pipeline's hands."""
         if self.is_pipeline:
+            # Read to its last element but not beyond, an iterator still holds its list.
+            self.engine.set_dataiterator(None)
             for slots in self.engine.pipe_buffers.values():
                 slots[:] = [None] * len(slots)
 

@@ -6,12 +6,13 @@ This generator is what training runs and what the simulator is given.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from statistics import fmean
 
 from deepspeed.runtime.pipe.schedule import PipeInstruction, PipeSchedule, TrainSchedule
 
 from megatron_salt.parallel.placement import Placement
-from megatron_salt.parallel.simulator import Kind, Op
+from megatron_salt.parallel.simulator import Kind, Op, Times, channel
 
 
 class TeacherForward(PipeInstruction):
@@ -109,3 +110,40 @@ def teaching_programs(micro_batches: int, stages: int, placement: Placement) -> 
         program(TeachingSchedule(micro_batches, stages, stage, placement))
         for stage in range(stages)
     ]
+
+
+Trace = Sequence[tuple[PipeInstruction, float, float]]
+"""A stage's instructions of one step, with the seconds at which each began and ended."""
+
+
+def measured_times(traces: Sequence[Trace], update: float = 0.0) -> Times:
+    """Times for the simulator from a traced step: means by stage, and by chunk of the teacher.
+
+    Args:
+        traces: of every stage, as `Instructions.trace` notes them.
+    """
+    forward: list[float] = []
+    backward: list[float] = []
+    chunks: dict[int, list[float]] = {}
+    waits: dict[tuple[str, int, int], list[float]] = {}
+    for stage, trace in enumerate(traces):
+        taken: dict[Kind, list[float]] = {}
+        count: dict[Kind, int] = {}
+        for instruction, start, stop in trace:
+            kind = KINDS[type(instruction).__name__]
+            taken.setdefault(kind, []).append(stop - start)
+            if kind == "teacher":
+                chunks.setdefault(instruction.chunk, []).append(stop - start)
+            link = channel(Op(kind, count.get(kind, 0)), stage)
+            count[kind] = count.get(kind, 0) + 1
+            if link is not None:
+                waits.setdefault(link, []).append(stop - start)
+        forward.append(fmean(taken["forward"]))
+        backward.append(fmean(taken["backward"]))
+    # The end that came later to a transfer has not waited: its time is the transfer's.
+    transfers = [min(ends) for ends in waits.values()]
+    means = {chunk: fmean(each) for chunk, each in chunks.items()}
+    return Times(
+        forward=forward, backward=backward, teacher=lambda piece, chunk: means[chunk],
+        transfer=fmean(transfers) if transfers else 0.0, update=update,
+    )  # fmt: skip

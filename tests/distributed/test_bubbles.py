@@ -13,13 +13,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from deepspeed.runtime.pipe.schedule import TrainSchedule
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, TrainSchedule
 from ranks import RankError, run_ranks, run_ranks_to_the_end
 from tiny import LLAMA, local_weights, make_config, make_deepspeed, metrics_of, without_times
 
 from megatron_salt.config import RunConfig
 from megatron_salt.parallel.instructions import Instructions
-from megatron_salt.parallel.schedule import TeachingSchedule
+from megatron_salt.parallel.placement import with_teacher
+from megatron_salt.parallel.schedule import (
+    KINDS,
+    RecvHidden,
+    SendHidden,
+    TeacherForward,
+    TeachingSchedule,
+    measured_times,
+    plain_programs,
+)
+from megatron_salt.parallel.simulator import simulate
 from megatron_salt.trainer import Run, prepare
 
 # Six layers on four stages: they have unequal work, so shares of the teacher's rows differ too.
@@ -212,3 +223,68 @@ def test_what_the_teacher_took_is_returned_on_every_rank(
             assert parts["buffers"] == 2 * row
         # The rotary table goes as well.
         assert sum(parts.values()) <= before - after <= sum(parts.values()) + 4096
+
+
+FORWARD_S, CHUNK_S = 0.012, 0.006
+
+
+def _traced_step(config: RunConfig, deepspeed_config: str) -> tuple[Any, Any]:
+    """What this stage did in step 1, whose work is mostly sleep, and the plan of the run."""
+    run = prepare(config, deepspeed_config)
+    instructions, engine = instructions_of(run), run.student.engine
+    stage_s = FORWARD_S * (1.0 + 0.25 * (run.groups.pp_rank % 2))
+    sleeps = {ForwardPass: stage_s, BackwardPass: 2 * stage_s, TeacherForward: CHUNK_S}
+
+    def slow(meaning: Any, seconds: float) -> Any:
+        def run_slowly(engine: Any, **arguments: Any) -> None:
+            time.sleep(seconds)
+            meaning(engine, **arguments)
+
+        return run_slowly
+
+    meanings = {**PipelineEngine._INSTRUCTION_MAP, TeacherForward: instructions._teacher_forward}
+    for kind, seconds in sleeps.items():
+        engine._INSTRUCTION_MAP[kind] = instructions._noted(kind, slow(meanings[kind], seconds))
+    run.step(0)
+    instructions.trace = []
+    run.step(1)
+    assert run.teacher is not None and run.teacher._plan is not None
+    named = [(type(i).__name__, i.kwargs, start, stop) for i, start, stop in instructions.trace]
+    placement = run.teacher._plan.placement
+    assert placement is not None
+    return named, placement.before
+
+
+def test_simulated_step_agrees_with_a_traced_one(
+    dataset: Path, teacher: Path, tmp_path: Path
+) -> None:
+    """Measured times of the parts, on the simulator's clock, give the measured time of the step."""
+    config = make_config(
+        dataset, tmp_path / "run", train__steps=5, salt__kd_steps=4,
+        teacher__checkpoint=str(teacher), **PP4,
+    )  # fmt: skip
+    deepspeed_config = make_deepspeed(tmp_path, train_micro_batch_size_per_gpu=1)
+    results = run_ranks(4, _traced_step, config, deepspeed_config)
+    known = {kind.__name__: kind for kind in (*PipelineEngine._INSTRUCTION_MAP, TeacherForward,
+                                              SendHidden, RecvHidden)}  # fmt: skip
+    traces = [
+        [(known[name](**arguments), start, stop) for name, arguments, start, stop in named]
+        for named, _ in results
+    ]
+    before = results[0][1]
+    assert all(other == before for _, other in results)  # one plan on all ranks
+    times = measured_times(traces)
+    programs = with_teacher(plain_programs(8, 4), before)
+    for trace, ops in zip(traces, programs, strict=True):
+        assert [KINDS[type(instruction).__name__] for instruction, _, _ in trace] == [
+            op.kind for op in ops
+        ]
+    simulated = simulate(programs, times).backward_end
+    began = min(trace[0][1] for trace in traces)
+    met = max(
+        start
+        for trace in traces
+        for instruction, start, _ in trace
+        if type(instruction).__name__ == "ReduceTiedGrads"
+    )
+    assert simulated == pytest.approx(met - began, rel=0.05)
