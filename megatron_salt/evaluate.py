@@ -78,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.output:
             arguments.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     dist.barrier()
+    # Its threads, left to the interpreter's end, can abort a rank that is done.
+    dist.destroy_process_group()
 
 
 def held_out_data(own: DataConfig, arguments: argparse.Namespace) -> DataConfig:

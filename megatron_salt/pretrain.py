@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"pretrain: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     train(run)
+    del run
+    # Its threads, left to the interpreter's end, can abort a rank that is done.
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -525,7 +525,8 @@ class Run:
         )
 
     def finish(self) -> None:
-        """Close the files. A run whose checkpoint is already complete has nothing else to do."""
+        """Close files and threads. A run whose checkpoint is already complete has nothing else to do."""
+        self.batches.close()
         if self.log:
             self.log.close()
             self.lock.close()

@@ -37,6 +37,11 @@ class ReadAhead:
         self._next = step
         self._submit(step + DEPTH)
 
+    def close(self) -> None:
+        """End the thread; what it has read is let go."""
+        self.restart(self._stop)
+        self._reader.shutdown()
+
     def _submit(self, stop: int) -> None:
         while self._next < min(stop, self._stop):
             self._pending[self._next] = self._reader.submit(self._read, self._next)

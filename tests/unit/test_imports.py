@@ -83,7 +83,10 @@ def test_kernels_import_only_kernels_and_torch() -> None:
             assert not heavy & {"deepspeed", "megatron", "numpy"}, name
 
 
-@pytest.mark.parametrize("name", ["parallel.layout", "parallel.simulator", "parallel.placement", "data.order", "salt", "switch"])
+@pytest.mark.parametrize(
+    "name",
+    ["parallel.layout", "parallel.simulator", "parallel.placement", "data.order", "salt", "switch"],
+)
 def test_integer_arithmetic_needs_no_processes(name: str) -> None:
     for module in {f"megatron_salt.{name}"} | reachable(f"megatron_salt.{name}"):
         heavy = {target.split(".")[0] for target in foreign(module)}

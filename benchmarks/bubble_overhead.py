@@ -1,0 +1,201 @@
+"""What does the teacher cost in a real step: before it, and in the pipeline's waits?
+
+    python benchmarks/bubble_overhead.py
+
+Two pipeline stages on two CPU cores, one thread each, gloo: a waiting stage leaves its core idle,
+so its wait can be used. One student, one teacher of about half its work, the same batch; in turn,
+in the same processes: a step without a teacher, one that is given the teacher's states (what its
+head and the KL cost), one with the teacher's forward before it, one with the next batch's in the
+waits. Ratios of the medians of the rounds, beside what the simulator says for the multiply-adds
+that training plans with, and for the times traced in one of these steps. Writes
+results/bubble_overhead.json with machine and versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_salt.config import RunConfig
+from megatron_salt.model.teacher import Lesson
+from megatron_salt.parallel.schedule import measured_times, plain_programs, teaching_programs
+from megatron_salt.parallel.simulator import simulate
+from megatron_salt.parallel.teaching import StepShape, multiply_adds, plan_teaching
+from megatron_salt.report.markdown import describe_machine
+from megatron_salt.trainer import prepare
+
+REPO = Path(__file__).parents[1]
+VOCAB_SIZE, SEQ_LENGTH, MICRO_BATCHES = 2048, 256, 8
+STUDENT = {"num_layers": 8, "hidden_size": 256, "num_attention_heads": 8, "ffn_hidden_size": 704}
+TEACHER = {"num_layers": 8, "hidden_size": 192, "num_attention_heads": 6, "ffn_hidden_size": 512}
+DEEPSPEED = {
+    "train_batch_size": MICRO_BATCHES, "train_micro_batch_size_per_gpu": 1,
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument(
+        "--output", type=Path, default=REPO / "benchmarks/results/bubble_overhead.json"
+    )
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        work(arguments.worker, arguments.rounds, arguments.output)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prefix = make_data(folder)
+        one = {**DEEPSPEED, "train_batch_size": 1}
+        write(folder, "teacher", run_of(prefix, folder, "teacher", TEACHER, {}), one)
+        launch(1, "-m", "megatron_salt.pretrain", "--config", folder / "teacher.json",
+               "--deepspeed_config", folder / "teacher_deepspeed.json")  # fmt: skip
+        student = run_of(prefix, folder, "student", STUDENT, {
+            "parallel": {"pipeline_model_parallel_size": 2},
+            "teacher": {"checkpoint": str(folder / "teacher"), "placement": "bubble"},
+            "salt": {"kd_steps": 1},
+        })  # fmt: skip
+        write(folder, "student", student, DEEPSPEED)
+        launch(2, __file__, "--worker", folder, "--rounds", arguments.rounds,
+               "--output", arguments.output)  # fmt: skip
+    print(arguments.output.read_text(encoding="utf-8"))
+
+
+def launch(processes: int, *words: object) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc-per-node", str(processes), *map(str, words)]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+    subprocess.run(command, check=True, cwd=REPO, env=environment)
+
+
+def make_data(folder: Path) -> Path:
+    def tool(name: str, *words: object) -> None:
+        command = [sys.executable, str(REPO / "tools" / name), *map(str, words)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    text, tokenizer = folder / "text.jsonl", folder / "tokenizer.json"
+    tool("make_corpus.py", "--output", text)
+    tool("train_tokenizer.py", "--input", text, "--output", tokenizer, "--vocab-size", VOCAB_SIZE)
+    tool("preprocess_data.py", "--input", text, "--tokenizer", tokenizer, "--output-prefix",
+         folder / "data")  # fmt: skip
+    return folder / "data_text_document"
+
+
+def run_of(
+    prefix: Path, folder: Path, name: str, model: dict[str, Any], more: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "model": model,
+        "data": {"train_data_path": [str(prefix)], "split": "95,5", "seq_length": SEQ_LENGTH},
+        "train": {"steps": 1, "output_dir": str(folder / name), "eval_samples": 1,
+                  "tensorboard": False},
+        **more,
+    }  # fmt: skip
+
+
+def write(folder: Path, name: str, run: dict[str, Any], deepspeed: dict[str, Any]) -> None:
+    (folder / f"{name}.json").write_text(json.dumps(run), encoding="utf-8")
+    (folder / f"{name}_deepspeed.json").write_text(json.dumps(deepspeed), encoding="utf-8")
+
+
+def work(folder: Path, rounds: int, output: Path) -> None:
+    """One stage: the three kinds of step in turn; rank 0 writes what was found."""
+    torch.set_num_threads(1)
+    values = json.loads((folder / "student.json").read_text(encoding="utf-8"))
+    config = RunConfig.from_dict(values, source="student.json")
+    run = prepare(config, str(folder / "student_deepspeed.json"))
+    student, teacher = run.student, run.teacher
+    assert teacher is not None and student.instructions is not None
+    batch = run.batches.take(0)
+    shape = StepShape.of_run(config, run.settings, run.groups.layout, VOCAB_SIZE,
+                             teacher.manifest.config.model)  # fmt: skip
+    plan = plan_teaching(shape, multiply_adds(shape), in_bubbles=True)
+    equal = plan_teaching(shape, multiply_adds(shape), in_bubbles=False)
+    shares_RSE = teacher._new_buffer(equal, SEQ_LENGTH)
+    hidden_RSE = teacher.hidden_states(batch.tokens_RS)
+
+    def plain() -> None:
+        student.train_step(student.micro_batches(batch, 0.0, None, "lm"), 1e-4)
+
+    def before_step() -> None:
+        lesson = Lesson(teacher, equal, batch.tokens_RS, None, shares_RSE)
+        lesson.run_all()
+        student.train_step(student.micro_batches(batch, 0.5, lesson.finish()), 1e-4)
+
+    def in_waits() -> None:
+        nonlocal hidden_RSE
+        lesson = teacher.lesson(batch.tokens_RS, None)
+        student.train_step(student.micro_batches(batch, 0.5, hidden_RSE), 1e-4, lesson)
+        hidden_RSE = student.finish(lesson)
+
+    def with_head() -> None:
+        """The teacher's states for nothing: what its head and the KL cost the last stage."""
+        student.train_step(student.micro_batches(batch, 0.5, hidden_RSE), 1e-4)
+
+    kinds = {"plain": plain, "states_given": with_head, "before_step": before_step,
+             "bubble": in_waits}  # fmt: skip
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    for index in range(rounds + 1):
+        for name, step in kinds.items():
+            dist.barrier()
+            started = time.perf_counter()
+            step()
+            dist.barrier()
+            if index:  # the first round warms up
+                seconds[name].append(time.perf_counter() - started)
+    student.instructions.trace = trace = []
+    dist.barrier()
+    in_waits()
+    traces: list[Any] = [None, None]
+    dist.all_gather_object(traces, trace)
+    if run.groups.rank == 0:
+        assert plan.placement is not None
+        medians = {name: statistics.median(each) for name, each in seconds.items()}
+        report(shape, plan.placement, traces, medians, rounds, output)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def report(
+    shape: StepShape, placement: Any, traces: list[Any], medians: dict[str, float], rounds: int,
+    output: Path,
+) -> None:  # fmt: skip
+    measured = measured_times(traces)
+    programs = plain_programs(MICRO_BATCHES, 2)
+    alone = simulate(programs, measured).backward_end
+    taught = simulate(teaching_programs(MICRO_BATCHES, 2, placement), measured).backward_end
+    counted = multiply_adds(shape)
+    of_a_row = sum(counted.teacher(0, chunk) for chunk in range(len(shape.chunk_bounds)))
+    found = {
+        "machine": describe_machine(), "student": STUDENT, "teacher": TEACHER,
+        "vocab_size": VOCAB_SIZE, "seq_length": SEQ_LENGTH, "stages": 2,
+        "micro_batches": MICRO_BATCHES, "rounds": rounds,
+        "teacher_over_student_forward": round(of_a_row / sum(counted.forward), 3),
+        "step_over_plain_step": {name: round(each / medians["plain"], 4)
+                                 for name, each in medians.items()},
+        "bubble_over_states_given": round(medians["bubble"] / medians["states_given"], 4),
+        "before_step_over_states_given": round(
+            medians["before_step"] / medians["states_given"], 4),
+        "simulated": {"overhead_counted_in_multiply_adds": round(placement.overhead, 4),
+                      "overhead_at_traced_times": round(taught / alone - 1.0, 4)},
+    }  # fmt: skip
+    output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
