@@ -126,7 +126,7 @@ def work(folder: Path, rounds: int, output: Path) -> None:
                              teacher.manifest.config.model)  # fmt: skip
     plan = plan_teaching(shape, multiply_adds(shape), in_bubbles=True)
     equal = plan_teaching(shape, multiply_adds(shape), in_bubbles=False)
-    shares_RSE = teacher._new_buffer(equal, SEQ_LENGTH)
+    shares_RSE = teacher._empty(teacher._buffer_shape(equal, SEQ_LENGTH))
     hidden_RSE = teacher.hidden_states(batch.tokens_RS)
 
     def plain() -> None:

@@ -51,8 +51,10 @@ from megatron_salt.parallel.groups import (
     initialize,
     same_error_everywhere,
 )
+from megatron_salt.parallel.schedule import measured_times
 from megatron_salt.parallel.teaching import (
     StepShape,
+    TeachingPlan,
     multiply_adds,
     plan_teaching,
     teaches_ahead,
@@ -71,6 +73,9 @@ from megatron_salt.switch import SwitchState, carried_over, effective, update
 
 # With a loss scale that starts at 2^16 and halves every second overflow, more is no search.
 MAX_SKIPPED_FP16_STEPS = 64
+# The first steps of a process are slower than the others; this one's times decide where in a step
+# the teacher works.
+MEASURED_STEP = 2
 
 
 def prepare(config: RunConfig, deepspeed_config: str) -> Run:
@@ -258,14 +263,15 @@ class Run:
             dtype=DTYPES[settings.precision],
         )
         self.student.loss_function.teacher_head_WE = self.teacher.head_WE
-        shape = StepShape.of_run(
+        self.shape = StepShape.of_run(
             self.config, settings, self.groups.layout, self.tokenizer.vocab_size,
             manifest.config.model,
         )  # fmt: skip
-        plan = plan_teaching(shape, multiply_adds(shape), in_bubbles=self.teaches_ahead)
+        costs = multiply_adds(self.shape)
+        plan = plan_teaching(self.shape, costs, in_bubbles=self.teaches_ahead)
         self.say(self.held_out.score_teacher(self.teacher))
         self.teacher.prepare(plan, ahead=self.teaches_ahead)
-        self.say(f"teacher works {plan.describe()}")
+        self.say(f"teacher works {plan.describe('multiply-adds')}")
 
     @property
     def salt(self) -> SaltConfig:
@@ -298,12 +304,16 @@ class Run:
             hidden_RSE = self._taught(step, batch)
             micro_batches = self.student.micro_batches(batch, weight, hidden_RSE, phase(salt, step))
             lr = learning_rate(train, self.settings.learning_rate, step)
+            if step == self.first_step + MEASURED_STEP:
+                self.student.start_trace()
             self.student.train_step(micro_batches, lr, self._lesson_for(step + 1))
             del hidden_RSE, micro_batches
             self.student.whereabouts.enter("the sums of the step")
             sums = self.student.reduce_sums()
         self.clock.stop()
         done = step + 1
+        if step == self.first_step + MEASURED_STEP:
+            self._place_anew(step)
         record = self._record(done, sums, weight, lr)
         self.tokens = record["tokens"]
         self._stop_if_diverged(done, sums.loss, record["grad_norm"])
@@ -337,6 +347,29 @@ class Run:
         lesson = self.teacher.lesson(batch.tokens_RS, batch.prefix_R)
         lesson.run_all()
         return lesson.finish()
+
+    def _place_anew(self, step: int) -> None:
+        """Plan the teacher's work by the times of this step, which has been traced.
+
+        Multiply-adds know nothing of how well a device does them. Pieces stay, so the numbers do
+        too, whoever computes them and when. Rank 0's pipeline is taken for all.
+
+        Collectives: an all-gather of the traces over pp, a broadcast of the plan over all ranks.
+        """
+        trace, teacher = self.student.take_trace(), self.teacher
+        if trace is None or teacher is None or not self.teaches_ahead:
+            return
+        if phase(self.salt, step + 2) == "lm":  # nothing more to be taught ahead
+            return
+        traces: list[Any] = [None] * self.groups.layout.pp_size
+        dist.all_gather_object(traces, trace, group=self.groups.pp)
+        plan: TeachingPlan | None = None
+        if self.groups.rank == 0:
+            times = measured_times(traces, self.shape.pieces, self.shape.chunk_bounds)
+            plan = plan_teaching(self.shape, times, in_bubbles=True)
+        plan = from_rank_0(plan)
+        teacher.prepare(plan, ahead=True)
+        self.say(f"teacher placed anew {plan.describe('measured times')}")
 
     def _lesson_for(self, step: int) -> Lesson | None:
         """What the teacher does ahead for `step` during the one before it; None if nothing."""
@@ -525,7 +558,7 @@ class Run:
         )
 
     def finish(self) -> None:
-        """Close files and threads. A run whose checkpoint is already complete has nothing else to do."""
+        """Close files and threads; what was trained lies in the last checkpoint."""
         self.batches.close()
         if self.log:
             self.log.close()

@@ -75,7 +75,7 @@ class Teacher:
         self.head_WE: Tensor | None = None
         self._load(vocab, head_columns)
         self.timer = LapTimer(groups.device)
-        self._plan: TeachingPlan | None = None
+        self.plan: TeachingPlan | None = None
         self._buffers: deque[Tensor] = deque()
 
     def _build_body(self) -> nn.ModuleList:
@@ -131,35 +131,39 @@ class Teacher:
         pieces = teacher_pieces(len(tokens_RS), self.micro_batch_size, layout)
         shares = share_pieces(pieces, layout, [0.0] * layout.pp_size, 1.0)
         plan = TeachingPlan(pieces=pieces, shares=shares, num_chunks=1, placement=None)
-        buffer = self._new_buffer(plan, tokens_RS.shape[1])
-        lesson = Lesson(self, plan, tokens_RS, prefix_R, buffer)
+        out_RSE = self._empty(self._buffer_shape(plan, tokens_RS.shape[1]))
+        lesson = Lesson(self, plan, tokens_RS, prefix_R, out_RSE)
         lesson.run_all()
         return lesson.finish()
 
     def prepare(self, plan: TeachingPlan, *, ahead: bool) -> None:
-        """Allocate what the steps of the KD phase need for hidden states, once.
+        """Allocate what the steps of the KD phase need for hidden states, and keep it.
 
         On the last stage [R, S, E] for a whole step, elsewhere this rank's rows; on the last stage
-        twice if the next batch is taught `ahead`, while the student still reads this one's.
+        twice if the next batch is taught `ahead`, while the student still reads this one's. With
+        another plan of the same pieces only a rank that has other rows gets another buffer.
         """
+        self.plan = plan
         count = 2 if ahead and self.groups.is_last_stage else 1
-        self._plan = plan
-        length = self.parts.seq_length
-        self._buffers = deque(self._new_buffer(plan, length) for _ in range(count))
+        shape = self._buffer_shape(plan, self.parts.seq_length)
+        if [tuple(buffer.shape) for buffer in self._buffers] != [shape] * count:
+            self._buffers = deque(self._empty(shape) for _ in range(count))
 
-    def _new_buffer(self, plan: TeachingPlan, seq_length: int) -> Tensor:
+    def _buffer_shape(self, plan: TeachingPlan, seq_length: int) -> tuple[int, int, int]:
         num_rows = plan.pieces[-1][1]
         if not self.groups.is_last_stage:
             start, stop = plan.rows(self.groups.pp_rank, self.groups.tp_rank)
             num_rows = stop - start
-        shape = (num_rows, seq_length, self.parts.model.hidden_size)
+        return num_rows, seq_length, self.parts.model.hidden_size
+
+    def _empty(self, shape: tuple[int, int, int]) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.groups.device)
 
     def lesson(self, tokens_RS: Tensor, prefix_R: Tensor | None) -> Lesson:
         """The work on a training batch, into the buffer that has not been used for longest."""
-        assert self._plan is not None  # prepare
+        assert self.plan is not None  # prepare
         self._buffers.rotate()
-        return Lesson(self, self._plan, tokens_RS, prefix_R, self._buffers[0])
+        return Lesson(self, self.plan, tokens_RS, prefix_R, self._buffers[0])
 
     def chunk(self, number: int, num_chunks: int) -> list[nn.Module]:
         """The layers of one part of a forward pass; embedding and last norm go with the ends."""

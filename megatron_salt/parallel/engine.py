@@ -241,6 +241,14 @@ class StudentEngine:
                     self._teach_beside(lesson)
                 self.engine.step()
 
+    def start_trace(self) -> None:
+        """Note when every instruction of the pipeline begins and ends; see `Instructions`."""
+        if self.instructions:
+            self.instructions.start_trace()
+
+    def take_trace(self) -> list[tuple[Any, float, float]] | None:
+        return self.instructions.take_trace() if self.instructions else None
+
     def _teach_beside(self, lesson: Lesson) -> None:
         """One stage has no bubbles: the teacher works beside gradient reduction and optimizer.
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from deepspeed.runtime.pipe.schedule import PipeInstruction, PipeSchedule
 
 from megatron_salt.model.teacher import Lesson
@@ -19,6 +20,16 @@ from megatron_salt.parallel.schedule import (
 from megatron_salt.parallel.whereabouts import Whereabouts
 
 Run = Callable[..., None]
+Mark = float | torch.cuda.Event
+"""A moment on this rank: `perf_counter`'s seconds, or an event on the stream."""
+
+
+def _seconds(beginning: Mark, moment: Mark) -> float:
+    if isinstance(moment, torch.cuda.Event):
+        assert isinstance(beginning, torch.cuda.Event)
+        moment.synchronize()
+        return float(beginning.elapsed_time(moment)) / 1000.0
+    return moment
 
 
 class Instructions:
@@ -34,9 +45,7 @@ class Instructions:
     def __init__(self, engine: Any, whereabouts: Whereabouts) -> None:
         self.engine, self.whereabouts = engine, whereabouts
         self.lesson: Lesson | None = None
-        self.trace: list[tuple[PipeInstruction, float, float]] | None = None
-        """Set to a list to have every instruction's start and end noted, in `perf_counter`'s
-        seconds; for a CPU, where an instruction is done when it returns."""
+        self._marks: list[tuple[PipeInstruction, Mark, Mark]] | None = None
         own: dict[type[PipeInstruction], Run] = {
             TeacherForward: self._teacher_forward,
             SendHidden: self._send_hidden,
@@ -70,12 +79,39 @@ class Instructions:
         def run(engine: Any, **arguments: Any) -> None:
             instruction = kind(**arguments)
             self.whereabouts.enter(repr(instruction))
-            started = time.perf_counter()
+            if self._marks is None:
+                meaning(engine, **arguments)
+                return
+            start = self._mark()
             meaning(engine, **arguments)
-            if self.trace is not None:
-                self.trace.append((instruction, started, time.perf_counter()))
+            self._marks.append((instruction, start, self._mark()))
 
         return run
+
+    def _mark(self) -> Mark:
+        if self.engine.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def start_trace(self) -> None:
+        """Note from now on when every instruction begins and ends; on CUDA by events."""
+        self._marks = []
+
+    def take_trace(self) -> list[tuple[PipeInstruction, float, float]] | None:
+        """What was noted, in seconds of any one beginning, and stop; None without `start_trace`.
+
+        Host sync: waits for the last event on CUDA.
+        """
+        marks, self._marks = self._marks, None
+        if not marks:
+            return None if marks is None else []
+        beginning = marks[0][1]
+        return [
+            (instruction, _seconds(beginning, start), _seconds(beginning, stop))
+            for instruction, start, stop in marks
+        ]
 
     def _piece(self, piece: int) -> int | None:
         """The piece of this tensor-parallel rank where the schedule, shared by all of them, names

@@ -82,7 +82,7 @@ def place(
     limits = [(k / (DEADLINES - 1), o) for o in OVERHANGS for k in range(DEADLINES)]
     for share, overhang in limits[:: max(1, -(-len(limits) // attempts))]:
         shortest = best[0] if best else plain.backward_end + max(work)
-        if shortest <= bound * (1 + CLOSE_ENOUGH):
+        if best and shortest <= bound * (1 + CLOSE_ENOUGH):
             break
         deadline = plain.backward_end + share * (shortest - plain.backward_end)
         filling = _Filling(programs, times, pieces, num_chunks, plain, slack, deadline, overhang)

@@ -7,7 +7,7 @@ This generator is what training runs and what the simulator is given.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from statistics import fmean
+from statistics import median
 
 from deepspeed.runtime.pipe.schedule import PipeInstruction, PipeSchedule, TrainSchedule
 
@@ -116,34 +116,47 @@ Trace = Sequence[tuple[PipeInstruction, float, float]]
 """A stage's instructions of one step, with the seconds at which each began and ended."""
 
 
-def measured_times(traces: Sequence[Trace], update: float = 0.0) -> Times:
-    """Times for the simulator from a traced step: means by stage, and by chunk of the teacher.
+def measured_times(
+    traces: Sequence[Trace],
+    pieces: Sequence[tuple[int, int]],
+    chunk_bounds: Sequence[tuple[int, int]],
+) -> Times:
+    """Times for the simulator from a traced step of all stages: medians by stage.
+
+    The teacher's time is that of one row in one layer, the same on every stage.
 
     Args:
-        traces: of every stage, as `Instructions.trace` notes them.
+        traces: as `Instructions.take_trace` gives them.
+        pieces, chunk_bounds: rows and layers [start, stop) of the teacher's pieces and chunks.
     """
     forward: list[float] = []
     backward: list[float] = []
-    chunks: dict[int, list[float]] = {}
-    waits: dict[tuple[str, int, int], list[float]] = {}
+    row_layers: list[float] = []
+    ends: dict[tuple[str, int, int], list[float]] = {}
     for stage, trace in enumerate(traces):
         taken: dict[Kind, list[float]] = {}
-        count: dict[Kind, int] = {}
         for instruction, start, stop in trace:
             kind = KINDS[type(instruction).__name__]
-            taken.setdefault(kind, []).append(stop - start)
             if kind == "teacher":
-                chunks.setdefault(instruction.chunk, []).append(stop - start)
-            link = channel(Op(kind, count.get(kind, 0)), stage)
-            count[kind] = count.get(kind, 0) + 1
+                (row, end), (first, last) = (
+                    pieces[instruction.piece], chunk_bounds[instruction.chunk]
+                )  # fmt: skip
+                row_layers.append((stop - start) / ((end - row) * (last - first)))
+            link = channel(Op(kind, len(taken.get(kind, ()))), stage)
             if link is not None:
-                waits.setdefault(link, []).append(stop - start)
-        forward.append(fmean(taken["forward"]))
-        backward.append(fmean(taken["backward"]))
+                ends.setdefault(link, []).append(stop - start)
+            taken.setdefault(kind, []).append(stop - start)
+        forward.append(median(taken["forward"]))
+        backward.append(median(taken["backward"]))
     # The end that came later to a transfer has not waited: its time is the transfer's.
-    transfers = [min(ends) for ends in waits.values()]
-    means = {chunk: fmean(each) for chunk, each in chunks.items()}
+    transfers = [min(both) for both in ends.values()]
+    row_layer = median(row_layers) if row_layers else 0.0
+
+    def teacher(piece: int, chunk: int) -> float:
+        (row, end), (first, last) = pieces[piece], chunk_bounds[chunk]
+        return row_layer * (end - row) * (last - first)
+
     return Times(
-        forward=forward, backward=backward, teacher=lambda piece, chunk: means[chunk],
-        transfer=fmean(transfers) if transfers else 0.0, update=update,
+        forward=forward, backward=backward, teacher=teacher,
+        transfer=median(transfers) if transfers else 0.0,
     )  # fmt: skip

@@ -104,8 +104,8 @@ class TeachingPlan:
     placement: Placement | None
     """Where in the pipeline's step; None: the whole share before the student's step."""
 
-    def describe(self) -> str:
-        """For people: when the teacher works, and what that should cost."""
+    def describe(self, costs: str) -> str:
+        """For people: when the teacher works, and what that should cost by these `costs`."""
         rows = self.pieces[0][1] - self.pieces[0][0]
         work = f"{len(self.pieces)} pieces of {rows} rows for each replica"
         if self.placement is None:
@@ -113,8 +113,7 @@ class TeachingPlan:
         counts = [len(ranks[0]) for ranks in self.shares]
         return (
             f"in the pipeline's waits: {work}, {counts} by stage, each in {self.num_chunks} "
-            f"chunks; counted in multiply-adds a step takes {self.placement.overhead:.1%} longer "
-            "than without it"
+            f"chunks; by {costs} a step takes {self.placement.overhead:.1%} longer than without it"
         )
 
     def of_tp_rank(self, piece: int, tp_rank: int) -> int | None:

@@ -280,3 +280,10 @@ def test_schedules_that_cannot_work_are_refused() -> None:
     programs[1][0:0] = [Op("recv_hidden", 0)]
     with pytest.raises(RuntimeError, match="after its hidden states were sent"):
         simulate(programs, times)
+
+
+def test_work_that_takes_no_time_is_placed_too() -> None:
+    shape = shape_of(2, 4)
+    times = Times(forward=[1.0, 1.0], backward=[2.0, 2.0])
+    placement = check(plan_teaching(shape, times, in_bubbles=True), times, 2, 4)
+    assert placement.overhead == 0.0
