@@ -35,7 +35,6 @@ class ReadAhead:
         self._pending.clear()
         self._on_device.clear()
         self._next = step
-        self._submit(step + DEPTH)
 
     def close(self) -> None:
         """End the thread; what it has read is let go."""
@@ -50,6 +49,7 @@ class ReadAhead:
     def peek(self, step: int) -> Batch:
         """A batch that a later `take` will hand out. Raises what reading it has raised."""
         if step not in self._on_device:
+            self._submit(step + 1)
             self._on_device[step] = self._pending.pop(step).result().to(self._device)
         return self._on_device[step]
 
