@@ -270,6 +270,7 @@ class Run:
         costs = multiply_adds(self.shape)
         plan = plan_teaching(self.shape, costs, in_bubbles=self.teaches_ahead)
         self.say(self.held_out.score_teacher(self.teacher))
+        self.teacher.take_time_s()  # steps count their own
         self.teacher.prepare(plan, ahead=self.teaches_ahead)
         self.say(f"teacher works {plan.describe('multiply-adds')}")
 
