@@ -68,5 +68,5 @@ class Whereabouts:
         while not self._stop.wait(min(5.0, self._patience_s / 4)):
             since = self._since
             if time.monotonic() - since > self._patience_s and since != said:
-                print(f"WARNING {self}: it waits for other ranks", file=sys.stderr, flush=True)
+                print(f"WARNING {self}, and has not moved since", file=sys.stderr, flush=True)
                 said = since
