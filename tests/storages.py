@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable
 
-import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
