@@ -489,9 +489,8 @@ def stage_memory(sizes: Sizes, plan: TeachingPlan | None = None) -> list[StageMe
         last = stage == layout.pp_size - 1
         states = model_states(count, sizes.settings, layout)
         moment = max(backward_bytes(sizes), teacher_forward_bytes(sizes))
-        if last:
-            head_gradients = 4.0 * config.model.hidden_size * sizes.columns + sizes.hidden_bytes
-            moment = max(loss_bytes(sizes), head_gradients + moment)
+        if last:  # the head's gradient has been added to the others when the layers' turn comes
+            moment = max(loss_bytes(sizes), moment)
         head = sizes.columns * teacher.model.hidden_size if teacher and last else 0
         result.append(
             StageMemory(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def storages(tensors: Iterable[Tensor | None]) -> dict[int, int]:
@@ -32,14 +35,49 @@ def alive() -> int:
     return num_bytes([*tensors, *gradients])
 
 
+class Peak(TorchDispatchMode):
+    """Within it, the bytes of new storages that are alive at once, at most, are in `most`.
+
+    Every operation's results are seen, in the backward too; what an operation allocates and frees
+    within itself is not.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known: dict[int, Any] = {}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        # The operands' storages are from before, or have been seen as results.
+        given = {
+            each.untyped_storage()._cdata
+            for each in tree_leaves((args, kwargs))
+            if isinstance(each, Tensor)
+        }
+        for each in tree_leaves(result):
+            if isinstance(each, Tensor) and each.device.type == "cpu":
+                storage = each.untyped_storage()
+                if storage._cdata not in given and storage._cdata not in self._known:
+                    self._add(storage)
+        return result
+
+    def _add(self, storage: Any) -> None:
+        address, size = storage._cdata, storage.nbytes()
+        self.now += size
+        self.most = max(self.most, self.now)
+
+        def gone(_: Any) -> None:
+            self.now -= size
+            self._known.pop(address, None)
+
+        self._known[address] = weakref.ref(storage, gone)
+
+
 def most_allocated(function: Callable[[], object]) -> int:
     """Bytes that were allocated at once, at most, while a function ran; from its start."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with Peak() as peak:
         function()
-    result = profiler.profiler.kineto_results  # type: ignore[union-attr]
-    events = [event for event in result.events() if event.name() == "[memory]"]
-    total = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        total += event.nbytes()
-        most = max(most, total)
-    return most
+    return peak.most
