@@ -204,7 +204,7 @@ def stage_parameters(config: RunConfig, vocab_size: int, bounds: list[int]) -> l
 def accumulation_bytes(settings: DeepSpeedSettings) -> int:
     """Of one element of the sum of gradients over micro-batches."""
     wanted = settings.values.get("data_types", {}).get("grad_accum_dtype")
-    return BYTES.get(wanted, BYTES[settings.precision])
+    return BYTES[wanted or settings.precision]
 
 
 def communication_bytes(settings: DeepSpeedSettings) -> int:
@@ -214,7 +214,7 @@ def communication_bytes(settings: DeepSpeedSettings) -> int:
     gradients were added up in.
     """
     wanted = settings.values.get("communication_data_type")
-    return BYTES.get(wanted, BYTES[settings.precision])
+    return BYTES[wanted or settings.precision]
 
 
 def uses_bf16_optimizer(settings: DeepSpeedSettings) -> bool:
@@ -255,7 +255,7 @@ def model_states(parameters: int, settings: DeepSpeedSettings, layout: Layout) -
     state = STATE_BYTES.get(kind, 8)
     bucket = float(zero.get("reduce_bucket_size", REDUCED_TOGETHER)) * w
     if stage == 0:
-        flat = w * min(parameters, REDUCED_TOGETHER) if d > 1 else 0
+        flat = float(w * min(parameters, REDUCED_TOGETHER) if d > 1 else 0)
         if settings.precision == "fp32":
             return _states(parameters, w, w, state, 0.0, flat)
         # FP16_Optimizer: master weights, and at the step all gradients in fp32.
@@ -264,7 +264,7 @@ def model_states(parameters: int, settings: DeepSpeedSettings, layout: Layout) -
     if uses_bf16_optimizer(settings):
         # Gradients are sums in fp32 and, of the micro-batch at hand, in bf16. They are reduced
         # in one piece: copied together unless that is too much, and in the precision that travels.
-        flat = 4 * parameters if parameters <= REDUCED_TOGETHER else 0
+        flat = 4.0 * parameters if parameters <= REDUCED_TOGETHER else 0.0
         sent = communication_bytes(settings)
         flat += sent * parameters if sent != 4 else 0
         return _states(parameters, w, 6, optimizer, 0.0, flat)
@@ -274,7 +274,7 @@ def model_states(parameters: int, settings: DeepSpeedSettings, layout: Layout) -
         whole = states.weights + w * live
         return ModelStates(**{**vars(states), "weights": whole})
     buckets = bucket * (2 if zero.get("overlap_comm") else 1)
-    gradients = a / d if stage == 2 else w + (a if a != w else 0)
+    gradients = a / d if stage == 2 else w + (a if a != w else 0.0)
     # This rank's part of the gradient, flattened, in fp32 for the optimizer.
     flat = parameters * (4 + (a if stage == 1 else 0)) / d
     if layout.pp_size > 1:  # the pipeline reduces at the end, and makes another bucket for that
