@@ -198,7 +198,7 @@ def _stage_lines(sizes: Sizes) -> list[str]:
         "stages (GiB per rank on CUDA; the allocator's gaps and the libraries' own not counted):",
         "  either masks, activations, buckets and loss at once, or the update's copies",
     ]
-    memory = stage_memory(sizes, _teaching_plan(sizes))
+    memory = stage_memory(sizes, teaching_plan(sizes))
     for stage, part in enumerate(memory):
         start, stop = sizes.bounds[stage], sizes.bounds[stage + 1]
         cost = sum(costs[1 + start : 1 + stop]) + (costs[-1] if stage == len(memory) - 1 else 0)
@@ -225,7 +225,7 @@ def _stage_lines(sizes: Sizes) -> list[str]:
     return lines
 
 
-def _teaching_plan(sizes: Sizes) -> TeachingPlan | None:
+def teaching_plan(sizes: Sizes) -> TeachingPlan | None:
     """Who will teach which rows; as `trainer.Run` decides it."""
     if sizes.teacher is None:
         return None

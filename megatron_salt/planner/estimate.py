@@ -13,7 +13,6 @@ from megatron_salt.parallel.teaching import TeachingPlan, plan_teaching, teaches
 from megatron_salt.planner.hardware import Machine
 from megatron_salt.planner.times import (
     Measured,
-    counted,
     hidden_exchange_s,
     hidden_row_bytes,
     step_times,
@@ -33,7 +32,7 @@ class Steps:
     kd_bound_s: float | None = None
     """No step in the bubbles with this division of the rows can be shorter."""
     plan: TeachingPlan | None = None
-    """Of the bubbles: the one that training makes (`trainer.Run`)."""
+    """Of the bubbles, made as training makes it, by these seconds."""
 
     def kd_s(self, *, ahead: bool) -> float:
         """Of a KD step; without a teacher it is a plain one."""
@@ -52,14 +51,13 @@ def simulated(sizes: Sizes, machine: Machine, measured: Measured | None = None) 
     times = measured.applied_to(step_times(sizes, machine), sizes)
     exchange = hidden_exchange_s(sizes, machine)
     kd_before = _before_the_step(sizes, times, programs)
-    plan = plan_teaching(sizes.shape, counted(sizes), in_bubbles=True)
-    work = teacher_work(plan, times)
+    plan = plan_teaching(sizes.shape, times, in_bubbles=True)
     if plan.placement is None:
         kd_bubble = _beside_the_update(simulate(programs, times), times, plan)
         bound = kd_bubble.step_time
     else:
         kd_bubble = simulate(with_teacher(programs, plan.placement.before), times)
-        bound = work_bound(times, programs, work) + times.update
+        bound = work_bound(times, programs, teacher_work(plan, times)) + times.update
     return Steps(
         lm_s=lm.step_time,
         lm=lm,
@@ -81,7 +79,7 @@ def teacher_work(plan: TeachingPlan, times: Times) -> list[float]:
 
 
 def _before_the_step(sizes: Sizes, times: Times, programs: Sequence[Program]) -> Timeline:
-    plan = plan_teaching(sizes.shape, counted(sizes), in_bubbles=False)
+    plan = plan_teaching(sizes.shape, times, in_bubbles=False)
     lessons = [
         {0: tuple(Op("teacher", piece, k) for piece in ranks[0] for k in range(plan.num_chunks))}
         for ranks in plan.shares
@@ -98,7 +96,7 @@ def _arrival(sizes: Sizes, machine: Machine, times: Times) -> float:
     rows = sizes.shape.num_rows / sizes.layout.tp_size * (pp - 1) / pp
     rate = machine.link_bytes_s(sizes.layout.world_size)
     received = rows * hidden_row_bytes(sizes) / rate
-    plan = plan_teaching(sizes.shape, counted(sizes), in_bubbles=False)
+    plan = plan_teaching(sizes.shape, times, in_bubbles=False)
     return max(times.hidden_transfer, received - teacher_work(plan, times)[-1])
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_salt.memory import StageMemory
 from megatron_salt.parallel.simulator import Timeline
+from megatron_salt.parallel.teaching import TeachingPlan
 from megatron_salt.planner.estimate import Estimate, Overheads
 from megatron_salt.planner.hardware import Machine
 from megatron_salt.planner.inputs import Inputs
@@ -157,11 +158,20 @@ def _describe_own(plan: Plan, own: Estimate) -> list[str]:
     ]
     assert own.steps is not None
     if own.steps.plan is not None:
-        lines.append(f"The teacher works {own.steps.plan.describe()}.")
+        lines.append(_describe_teaching(own.steps.plan))
     lines.append(f"A step\n\n{steps_table(own)}")
     if plan.overheads:
         lines.append(f"A KD step by number of micro-batches\n\n{overheads_table(plan.overheads)}")
     return [*lines, _describe_run(plan, own)]
+
+
+def _describe_teaching(plan: TeachingPlan) -> str:
+    rows = plan.pieces[0][1] - plan.pieces[0][0]
+    counts = ", ".join(f"{len(ranks[0])}" for ranks in plan.shares)
+    return (
+        f"In the bubbles the teacher reads a replica's step in {len(plan.pieces)} pieces of {rows} "
+        f"rows, a rank of each stage {counts} of them, in {plan.num_chunks} chunks each."
+    )
 
 
 def _describe_run(plan: Plan, own: Estimate) -> str:

@@ -36,12 +36,6 @@ def gather_s(num_bytes: float, ranks: int, bytes_s: float) -> float:
     return (ranks - 1) / ranks * num_bytes / bytes_s
 
 
-def counted(sizes: Sizes) -> Times:
-    """The run's own costs (`multiply_adds`), each of the teacher's computed once."""
-    times = multiply_adds(sizes.shape)
-    return replace(times, teacher=cache(times.teacher))
-
-
 @dataclass(frozen=True, kw_only=True)
 class TensorParallel:
     """Collectives of a micro-batch over tp, which nothing hides."""
@@ -121,7 +115,7 @@ def step_times(sizes: Sizes, machine: Machine) -> Times:
     Two floating-point operations for each multiply-add of `multiply_adds`; a stage's collectives
     are added to its forward and backward, because megatron-core and DeepSpeed wait for them.
     """
-    base, layout = counted(sizes), sizes.layout
+    base, layout = multiply_adds(sizes.shape), sizes.layout
     per_multiply_add = 2.0 / machine.flops_s(sizes.settings.precision)
     over_tp = tensor_parallel(sizes, machine)
     counts = stage_parameters(sizes.config, sizes.vocab_size, sizes.bounds)

@@ -16,7 +16,7 @@ from tiny import GPT, LLAMA, make_config, make_deepspeed, run_to_end
 
 from megatron_salt.config import RunConfig
 from megatron_salt.deepspeed_config import DeepSpeedSettings
-from megatron_salt.dry_run import teacher_size
+from megatron_salt.dry_run import teacher_size, teaching_plan
 from megatron_salt.memory import Sizes, StageMemory, layer_bytes, stage_memory
 from megatron_salt.model.layers import DecoderLayer, ModelParts
 from megatron_salt.parallel.engine import DTYPES
@@ -95,8 +95,8 @@ def _measure(config: RunConfig, deepspeed: str) -> dict[str, tuple[Count, StageM
     stage = run.groups.pp_rank
     if run.teacher is not None:
         with_teacher = replace(sizes, teacher=teacher_size(run.teacher.manifest))
-        predicted = stage_memory(with_teacher, run.plan)[stage]
-        found["KD"] = _count(run, 1), predicted
+        counted = _count(run, 1)
+        found["KD"] = counted, stage_memory(with_teacher, teaching_plan(with_teacher))[stage]
         step = KD_STEPS - 1
         run.step(step)
         run.step(step + 1)
