@@ -244,15 +244,19 @@ def model_states(parameters: int, settings: DeepSpeedSettings, layout: Layout) -
       optimizer  state 8 P (Adam), and a master copy 4 P of 16-bit weights; both divided by d from
                  stage 1 on, where fp32 weights have a master copy too
       buckets    reduce_bucket_size elements in stages 1 to 3, twice with overlap_comm
-      update     copies while gradients are reduced and the optimizer runs
+      update     copies while gradients are reduced and the optimizer runs; PyTorch's own Adam
+                 (torch_adam) makes two more of its part, which DeepSpeed's does not
 
     Source: ZeRO, arXiv 1910.02054, section 3, and DeepSpeed 0.19's `BF16_Optimizer`,
     `DeepSpeedZeroOptimizer` and `DeepSpeedZeroOptimizer_Stage3`, which keep more than it counts.
     """
     w, a, d = BYTES[settings.precision], accumulation_bytes(settings), layout.dp_size
     stage, zero = settings.zero_stage, settings.values.get("zero_optimization", {})
-    kind = str(settings.values.get("optimizer", {}).get("type", "")).lower()
-    state = STATE_BYTES.get(kind, 8)
+    optimizer_section = settings.values.get("optimizer", {})
+    state = STATE_BYTES.get(str(optimizer_section.get("type", "")).lower(), 8)
+    # PyTorch's own Adam makes its denominator anew, twice, of a flat part of all weights.
+    torch_adam = bool(optimizer_section.get("params", {}).get("torch_adam"))
+    scratch = 8.0 * parameters / d if torch_adam and stage > 0 else 0.0
     bucket = float(zero.get("reduce_bucket_size", REDUCED_TOGETHER)) * w
     if stage == 0:
         flat = float(w * min(parameters, REDUCED_TOGETHER) if d > 1 else 0)
@@ -267,10 +271,10 @@ def model_states(parameters: int, settings: DeepSpeedSettings, layout: Layout) -
         flat = 4.0 * parameters if parameters <= REDUCED_TOGETHER else 0.0
         sent = communication_bytes(settings)
         flat += sent * parameters if sent != 4 else 0
-        return _states(parameters, w, 6, optimizer, 0.0, flat)
+        return _states(parameters, w, 6, optimizer, 0.0, max(flat, scratch))
     if stage == 3:
         live = min(parameters, int(zero.get("stage3_max_live_parameters", 1e9)))
-        states = _states(parameters, w / d, a / d, optimizer, bucket, 0.0)
+        states = _states(parameters, w / d, a / d, optimizer, bucket, scratch)
         whole = states.weights + w * live
         return ModelStates(**{**vars(states), "weights": whole})
     buckets = bucket * (2 if zero.get("overlap_comm") else 1)
@@ -279,7 +283,7 @@ def model_states(parameters: int, settings: DeepSpeedSettings, layout: Layout) -
     flat = parameters * (4 + (a if stage == 1 else 0)) / d
     if layout.pp_size > 1:  # the pipeline reduces at the end, and makes another bucket for that
         flat += bucket + buckets
-    return _states(parameters, w, gradients, optimizer, buckets, flat)
+    return _states(parameters, w, gradients, optimizer, buckets, flat + scratch)
 
 
 def _states(
