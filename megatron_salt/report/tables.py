@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from megatron_salt.report.runs import CONFIG_KEYS, Run, find_crossing
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table, padded so that it also reads well in a terminal; numbers to the right."""
     header, *rows = ([cell.replace("|", "\\|") for cell in row] for row in (header, *rows))
     columns = [list(column) for column in zip(header, *rows, strict=True)]
@@ -70,7 +70,7 @@ def results_table(
         "tokens",
         "training s",
     ]
-    return _table(header, rows)
+    return markdown_table(header, rows)
 
 
 def crossing_table(runs: Sequence[Run]) -> str:
@@ -102,7 +102,7 @@ def crossing_table(runs: Sequence[Run]) -> str:
         "training s (interpolated)",
         "time saving",
     ]
-    return _table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _saving(value: float, baseline: float) -> str:
@@ -142,7 +142,7 @@ def step_time_table(runs: Sequence[Run]) -> str:
         "LM mean ms",
         "LM ratio",
     ]
-    return _table(header, rows)
+    return markdown_table(header, rows)
 
 
 def config_table(runs: Sequence[Run]) -> str | None:
@@ -151,4 +151,4 @@ def config_table(runs: Sequence[Run]) -> str | None:
     if not keys:
         return None
     rows = [[run.label, *(str(run.config.get(key, "")) for key in keys)] for run in runs]
-    return _table(["run", *(f"`{key}`" for key in keys)], rows)
+    return markdown_table(["run", *(f"`{key}`" for key in keys)], rows)

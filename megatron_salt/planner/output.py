@@ -1,0 +1,289 @@
+"""The plan for people, and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_salt.memory import StageMemory
+from megatron_salt.parallel.simulator import Timeline
+from megatron_salt.parallel.teaching import TeachingPlan
+from megatron_salt.planner.estimate import Estimate, Overheads
+from megatron_salt.planner.hardware import Machine
+from megatron_salt.planner.inputs import Inputs
+from megatron_salt.planner.ranking import Ranking
+from megatron_salt.report.tables import markdown_table
+
+GIB = 2.0**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All that `tools/plan.py` has found."""
+
+    inputs: Inputs
+    machine: Machine
+    own: Estimate | None
+    """The config's own layout; None: the GPUs do not allow it."""
+    overheads: list[Overheads]
+    """Of the own layout."""
+    ranking: Ranking | None
+    problem: str = ""
+    """Why there is no ranking."""
+    steps_saved: float | None = None
+    """Share of the baseline's steps that SALT is taken to save; the caller's, not a claim."""
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """Plain values for a JSON file; bytes and seconds."""
+    inputs = plan.inputs
+    return {
+        "gpus": inputs.world_size,
+        "machine": dataclasses.asdict(plan.machine),
+        "vocab_size": inputs.vocab_size,
+        "global_batch_size": inputs.settings.global_batch_size,
+        "precision": inputs.settings.precision,
+        "zero_stage": inputs.settings.zero_stage,
+        "own": None if plan.own is None else _estimate_dict(plan, plan.own),
+        "own_problem": inputs.own_problem,
+        "overheads": [dataclasses.asdict(one) for one in plan.overheads],
+        "ranking": None
+        if plan.ranking is None
+        else {
+            "listed": [_estimate_dict(plan, one) for one in plan.ranking.listed],
+            "num_fitting": plan.ranking.num_fitting,
+            "refused": plan.ranking.refused,
+        },
+        "problem": plan.problem,
+    }
+
+
+def _estimate_dict(plan: Plan, one: Estimate) -> dict[str, Any]:
+    sizes, steps = one.sizes, one.steps
+    found = {
+        **dataclasses.asdict(sizes.layout),
+        "micro_batch_size": sizes.settings.micro_batch_size,
+        "num_micro_batches": sizes.settings.num_micro_batches,
+        "stage_bounds": sizes.bounds,
+        "memory_bytes": {
+            phase: [{**dataclasses.asdict(part), "total": part.total} for part in parts]
+            for phase, parts in one.memory.items()
+        },
+        "fits": one.largest_bytes <= plan.machine.usable_bytes,
+        "simulated": steps is not None,
+        "lm_step_s": one.lm_s,
+        "kd_step_s": one.kd_s,
+        "run": totals(plan, one),
+    }
+    if steps is not None:
+        found["kd_before_step_s"] = steps.kd_before_s
+        found["kd_bubble_s"] = steps.kd_bubble_s
+        found["kd_bound_s"] = steps.kd_bound_s
+        found["idle_share"] = {name: idle_shares(t) for name, t in timelines(one).items()}
+    return found
+
+
+def timelines(one: Estimate) -> dict[str, Timeline]:
+    """Those that were simulated: before the step above in the bubbles above the plain step."""
+    steps = one.steps
+    if steps is None:
+        return {}
+    found = {
+        "KD, teacher before the step": steps.kd_before,
+        "KD, teacher in the bubbles": steps.kd_bubble,
+        "LM": steps.lm,
+    }
+    return {name: timeline for name, timeline in found.items() if timeline is not None}
+
+
+def idle_shares(timeline: Timeline) -> list[float]:
+    """Of the step, by stage."""
+    return [timeline.idle(stage) / timeline.step_time for stage in range(len(timeline.spans))]
+
+
+def totals(plan: Plan, one: Estimate) -> dict[str, float]:
+    """Of the whole run in hours: with a teacher, the same steps without, and with fewer steps."""
+    config, gpus = one.sizes.config, one.sizes.layout.world_size
+    steps, kd_steps = config.train.steps, config.salt.kd_steps
+    found = {
+        "salt_h": one.total_s / 3600,
+        "baseline_h": steps * one.lm_s / 3600,
+        "salt_gpu_h": one.total_s / 3600 * gpus,
+        "baseline_gpu_h": steps * one.lm_s / 3600 * gpus,
+    }
+    if plan.steps_saved is not None:
+        fewer = max(kd_steps, round(steps * (1 - plan.steps_saved)))
+        seconds = kd_steps * one.kd_s + (fewer - kd_steps) * one.lm_s
+        found |= {"fewer_steps_h": seconds / 3600, "fewer_steps_gpu_h": seconds / 3600 * gpus}
+    return found
+
+
+def describe(plan: Plan) -> str:
+    """The whole plan as text; tables in Markdown."""
+    inputs, machine = plan.inputs, plan.machine
+    gpu, settings = machine.gpu, inputs.settings
+    parts = [
+        f"{inputs.world_size} GPUs {gpu.name} ({gpu.source}), {machine.gpus_per_node} in a node, "
+        f"network {machine.network_gb_s:g} GB/s each; {settings.precision}, ZeRO "
+        f"{settings.zero_stage}, {settings.global_batch_size} sequences a step.\n"
+        f"Assumed: products at {machine.efficiency:.0%} of their peak, links and memory at "
+        f"{machine.link_efficiency:.0%}, {machine.usable:.0%} of {gpu.memory_gb:g} GB for tensors. "
+        "Every time below stands and falls with them."
+    ]
+    if plan.own is None:
+        parts.append(f"The config's own layout: {inputs.own_problem}")
+    else:
+        parts += _describe_own(plan, plan.own)
+    if plan.ranking is None:
+        parts.append(f"No ranking: {plan.problem}")
+    else:
+        parts += _describe_ranking(plan, plan.ranking)
+    return "\n\n".join(parts)
+
+
+def _describe_own(plan: Plan, own: Estimate) -> list[str]:
+    sizes, usable = own.sizes, plan.machine.usable_bytes
+    layout, settings = sizes.layout, sizes.settings
+    fits = "fits" if own.largest_bytes <= usable else "does NOT fit"
+    lines = [
+        f"The config's own layout: tp {layout.tp_size}, pp {layout.pp_size}, dp {layout.dp_size}, "
+        f"{settings.num_micro_batches} micro-batches of {settings.micro_batch_size}. It {fits}: "
+        f"{own.largest_bytes / GIB:.1f} of {usable / GIB:.1f} GiB."
+    ]
+    lines += [
+        f"Memory of a rank in the {phase} phase, GiB\n\n{memory_table(parts)}"
+        for phase, parts in own.memory.items()
+    ]
+    assert own.steps is not None
+    if own.steps.plan is not None:
+        lines.append(_describe_teaching(own.steps.plan))
+    lines.append(f"A step\n\n{steps_table(own)}")
+    if plan.overheads:
+        lines.append(f"A KD step by number of micro-batches\n\n{overheads_table(plan.overheads)}")
+    return [*lines, _describe_run(plan, own)]
+
+
+def _describe_teaching(plan: TeachingPlan) -> str:
+    rows = plan.pieces[0][1] - plan.pieces[0][0]
+    counts = ", ".join(f"{len(ranks[0])}" for ranks in plan.shares)
+    return (
+        f"In the bubbles the teacher reads a replica's step in {len(plan.pieces)} pieces of {rows} "
+        f"rows, a rank of each stage {counts} of them, in {plan.num_chunks} chunks each."
+    )
+
+
+def _describe_run(plan: Plan, own: Estimate) -> str:
+    config, found = own.sizes.config, totals(plan, own)
+    text = (
+        f"The run: {config.salt.kd_steps:,} KD and "
+        f"{config.train.steps - config.salt.kd_steps:,} LM steps take {found['salt_h']:,.1f} h, "
+        f"{found['salt_gpu_h']:,.0f} GPU hours; {config.train.steps:,} plain steps "
+        f"{found['baseline_h']:,.1f} h, {found['baseline_gpu_h']:,.0f} GPU hours: "
+        f"{found['salt_h'] / found['baseline_h'] - 1:+.1%}. The teacher's own training is not "
+        "counted."
+    )
+    if plan.steps_saved is not None:
+        text += (
+            f"\nIf SALT needs {plan.steps_saved:.0%} fewer steps (--steps-saved, not a claim): "
+            f"{found['fewer_steps_h']:,.1f} h, {found['fewer_steps_gpu_h']:,.0f} GPU hours, "
+            f"{found['fewer_steps_h'] / found['baseline_h'] - 1:+.1%}."
+        )
+    return text
+
+
+MEMORY_COLUMNS = {
+    "weights": "weights", "gradients": "gradients", "optimizer": "optimizer", "teacher": "teacher",
+    "teacher_head": "its head", "hidden_states": "hidden states", "inputs": "inputs",
+    "pipeline": "pipeline", "masks": "masks", "activations": "activations", "buckets": "buckets",
+    "loss": "loss", "update": "update", "total": "in all",
+}  # fmt: skip
+
+
+def memory_table(parts: Sequence[StageMemory]) -> str:
+    """GiB; columns that are zero everywhere are left out."""
+    columns = {
+        name: [getattr(part, name) for part in parts]
+        for name in MEMORY_COLUMNS
+        if any(getattr(part, name) for part in parts)
+    }
+    rows = [
+        [str(stage), f"{part.parameters:,}"]
+        + [f"{values[stage] / GIB:.2f}" for values in columns.values()]
+        for stage, part in enumerate(parts)
+    ]
+    return markdown_table(
+        ["stage", "parameters", *(MEMORY_COLUMNS[name] for name in columns)], rows
+    )
+
+
+def steps_table(one: Estimate) -> str:
+    """Seconds, overhead and idle share of every stage, of each placement."""
+    steps = one.steps
+    assert steps is not None
+    seconds = {
+        "KD, teacher before the step": steps.kd_before_s,
+        "KD, teacher in the bubbles": steps.kd_bubble_s,
+        "LM": steps.lm_s,
+    }
+    rows = []
+    for name, timeline in timelines(one).items():
+        step_s = seconds[name]
+        assert step_s is not None
+        idle = " ".join(f"{share:.1%}" for share in idle_shares(timeline))
+        rows.append([name, f"{step_s:.4g}", f"{step_s / steps.lm_s - 1:+.1%}", idle])
+    if steps.kd_bound_s is not None:
+        bound = steps.kd_bound_s
+        rows.insert(-1, ["  no placement can beat", f"{bound:.4g}",
+                         f"{bound / steps.lm_s - 1:+.1%}", ""])  # fmt: skip
+    return markdown_table(["", "s", "against LM", "idle by stage"], rows)
+
+
+def overheads_table(found: Sequence[Overheads]) -> str:
+    rows = [
+        [f"{one.num_micro_batches}", f"{one.lm_s:.4g}", f"{one.before_step:+.1%}",
+         f"{one.bubble:+.1%}", f"{one.bound:+.1%}"]
+        for one in found
+    ]  # fmt: skip
+    return markdown_table(["micro-batches", "LM s", "before the step", "bubbles", "bound"], rows)
+
+
+def _describe_ranking(plan: Plan, ranking: Ranking) -> list[str]:
+    rows = []
+    for place, one in enumerate(ranking.listed, start=1):
+        layout, settings = one.sizes.layout, one.sizes.settings
+        hours = totals(plan, one)
+        rows.append(
+            [
+                f"{place}", f"{layout.tp_size}", f"{layout.pp_size}", f"{layout.dp_size}",
+                f"{settings.micro_batch_size}", f"{settings.num_micro_batches}",
+                f"{one.largest_bytes / GIB:.1f}", f"{one.lm_s:.4g}", f"{one.kd_s:.4g}",
+                f"{one.kd_s / one.lm_s - 1:+.1%}", f"{hours['salt_h']:,.1f}",
+                f"{hours['salt_gpu_h']:,.0f}", "" if one.steps else "closed form",
+            ]
+        )  # fmt: skip
+    header = ["", "tp", "pp", "dp", "micro-batch", "number", "GiB", "LM s", "KD s", "KD against LM",
+              "run h", "GPU h", "times from"]  # fmt: skip
+    if all(one.steps for one in ranking.listed):
+        header, rows = header[:-1], [row[:-1] for row in rows]
+    counts = "".join(f"\n- {number}: {reason}" for reason, number in ranking.refused.items())
+    return [
+        f"The fastest of {ranking.num_fitting} layouts and micro-batch sizes that fit, one of "
+        f"each layout\n\n{markdown_table(header, rows)}",
+        f"Refused{counts}" if counts else "Refused: none",
+    ]
+
+
+def timeline_rows(values: Mapping[str, Timeline]) -> list[list[str]]:
+    """Step, overhead against the last one and idle share by stage, for a table of timelines."""
+    last = list(values.values())[-1]
+    return [
+        [
+            name,
+            f"{timeline.step_time:.4g}",
+            f"{timeline.step_time / last.step_time - 1:+.1%}",
+            *(f"{share:.1%}" for share in idle_shares(timeline)),
+        ]
+        for name, timeline in values.items()
+    ]

@@ -1,0 +1,238 @@
+"""Seconds: products at a share of the peak, transfers at a share of the links.
+
+Letters: B micro-batch, S sequence, D student width, E teacher width, P parameters on a rank, t
+tensor-parallel and d data-parallel ranks, w bytes of an element in the model's precision.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+
+from megatron_salt.config import nearest
+from megatron_salt.memory import (
+    Sizes,
+    communication_bytes,
+    stage_parameters,
+)
+from megatron_salt.parallel.simulator import Times
+from megatron_salt.parallel.teaching import multiply_adds
+from megatron_salt.planner.hardware import Machine
+
+
+def all_reduce_s(num_bytes: float, ranks: int, bytes_s: float) -> float:
+    """Of a ring: each rank sends 2 (n - 1) / n of the data.
+
+    Source: Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms, 2009, section 3.
+    """
+    return 2.0 * gather_s(num_bytes, ranks, bytes_s)
+
+
+def gather_s(num_bytes: float, ranks: int, bytes_s: float) -> float:
+    """All-gather to, or reduce-scatter from, `num_bytes` on every rank: half of an all-reduce."""
+    return (ranks - 1) / ranks * num_bytes / bytes_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorParallel:
+    """Collectives of a micro-batch over tp, which nothing hides."""
+
+    layer_forward: float
+    layer_backward: float
+    embedding: float
+    loss: float
+
+
+def tensor_parallel(sizes: Sizes, machine: Machine) -> TensorParallel:
+    """Of w B S D bytes: 2 all-reduces in a layer's forward and 2 in its backward, one for the
+    embedding and one for the hidden states' gradient of the loss. Under sequence parallelism an
+    all-gather and a reduce-scatter stand for each, and the backward gathers both inputs again.
+
+    Source: Megatron-LM, arXiv 1909.08053, section 3; Korthikanti et al., arXiv 2205.05198, section
+    4.2.2; `linear_kd_loss`.
+    """
+    tp = sizes.layout.tp_size
+    whole = sizes.tokens * sizes.config.model.hidden_size * sizes.width
+    once = all_reduce_s(whole, tp, machine.link_bytes_s(tp)) if tp > 1 else 0.0
+    parallel = sizes.config.parallel
+    backward = (3.0 if parallel.sequence_parallel else 2.0) * once
+    if parallel.recompute_granularity == "full":
+        backward += 2.0 * once
+    return TensorParallel(
+        layer_forward=2.0 * once,
+        layer_backward=backward,
+        embedding=once / 2 if parallel.sequence_parallel else once,
+        loss=once,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataParallel:
+    """What the data-parallel ranks of a stage exchange, and the optimizer."""
+
+    reduction: float
+    """Of the gradients, once a step."""
+    update: float
+    """Of the optimizer, and weights brought back."""
+    forward: float = 0.0
+    """Weights gathered for each micro-batch's forward (ZeRO 3)."""
+    backward: float = 0.0
+    """Gradients reduced in each micro-batch's backward (ZeRO 2 and 3), weights gathered for it."""
+
+
+def data_parallel(parameters: int, sizes: Sizes, machine: Machine) -> DataParallel:
+    """Gradients are all-reduced in stages 0 and 1 once a step, in stage 2 each micro-batch, and
+    reduce-scattered in stage 3; weights come back by an all-gather from stage 1 on. The optimizer
+    reads gradient, master weight and two moments and writes all but the first: 28 + w bytes.
+
+    Source: ZeRO, arXiv 1910.02054, section 7; DeepSpeed 0.19 all-reduces where a reduce-scatter
+    would do (`buffered_allreduce_fallback`, use_multi_rank_bucket_allreduce).
+    """
+    layout, settings, w = sizes.layout, sizes.settings, sizes.width
+    d, stage = layout.dp_size, settings.zero_stage
+    in_node = max(1, machine.gpus_per_node // layout.tp_size)
+    rate = machine.link_bytes_s(layout.tp_size * d, min(d, in_node))
+    gradients = parameters * communication_bytes(settings)
+    reduction = all_reduce_s(gradients, d, rate)
+    weights = gather_s(parameters * w, d, rate) if stage else 0.0
+    share = parameters / (d if stage else 1)
+    optimizer = share * (28 + w) / machine.memory_bytes_s
+    if stage <= 1:
+        return DataParallel(reduction=reduction, update=optimizer + weights)
+    if stage == 2:
+        return DataParallel(reduction=0.0, update=optimizer + weights, backward=reduction)
+    return DataParallel(
+        reduction=0.0, update=optimizer, forward=weights, backward=reduction / 2 + weights
+    )
+
+
+def step_times(sizes: Sizes, machine: Machine) -> Times:
+    """What the parts of a step take, for the simulator.
+
+    Two floating-point operations for each multiply-add of `multiply_adds`; a stage's collectives
+    are added to its forward and backward, because megatron-core and DeepSpeed wait for them.
+    """
+    base, layout = multiply_adds(sizes.shape), sizes.layout
+    per_multiply_add = 2.0 / machine.flops_s(sizes.settings.precision)
+    over_tp = tensor_parallel(sizes, machine)
+    counts = stage_parameters(sizes.config, sizes.vocab_size, sizes.bounds)
+    over_dp = [data_parallel(count, sizes, machine) for count in counts]
+    forward, backward = [], []
+    for stage in range(layout.pp_size):
+        layers = sizes.bounds[stage + 1] - sizes.bounds[stage]
+        ends = over_tp.embedding if stage == 0 else 0.0
+        ends += over_tp.loss if stage == layout.pp_size - 1 else 0.0
+        forward.append(
+            base.forward[stage] * per_multiply_add
+            + layers * over_tp.layer_forward
+            + ends
+            + over_dp[stage].forward
+        )
+        backward.append(
+            base.backward[stage] * per_multiply_add
+            + layers * over_tp.layer_backward
+            + over_dp[stage].backward
+        )
+    transfer = hidden_transfer = 0.0
+    if layout.pp_size > 1:
+        rate = machine.link_bytes_s(layout.world_size)
+        transfer = sizes.hidden_bytes / rate
+        if sizes.partitioned:
+            tp = layout.tp_size
+            transfer = transfer / tp + gather_s(sizes.hidden_bytes, tp, machine.link_bytes_s(tp))
+        if sizes.teacher is not None:
+            start, stop = sizes.shape.pieces[0]
+            hidden_transfer = (stop - start) * hidden_row_bytes(sizes) / rate
+    return Times(
+        forward=forward,
+        backward=backward,
+        teacher=cache(lambda piece, chunk: base.teacher(piece, chunk) * per_multiply_add),
+        transfer=transfer,
+        hidden_transfer=hidden_transfer,
+        update=max(each.reduction + each.update for each in over_dp),
+    )
+
+
+def hidden_row_bytes(sizes: Sizes) -> int:
+    """Of the teacher's hidden states of one row: S E w."""
+    assert sizes.teacher is not None
+    return sizes.config.data.seq_length * sizes.teacher.model.hidden_size * sizes.width
+
+
+def hidden_exchange_s(sizes: Sizes, machine: Machine) -> float:
+    """The broadcasts over tp that end a lesson on the last stage: R S E w bytes in all.
+
+    Source: `Lesson.finish`.
+    """
+    tp = sizes.layout.tp_size
+    if tp == 1 or sizes.teacher is None:
+        return 0.0
+    return sizes.shape.num_rows * hidden_row_bytes(sizes) / machine.link_bytes_s(tp)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Seconds that were measured, of the config's own layout; each replaces what is computed."""
+
+    forward_s: Sequence[float] | None = None
+    """Of one micro-batch, by stage, in the LM phase."""
+    forward_kd_s: Sequence[float] | None = None
+    """The same in the KD phase, whose loss has two heads."""
+    backward_s: Sequence[float] | None = None
+    teacher_row_s: float | None = None
+    """Of the teacher's whole forward on one row."""
+    transfer_s: float | None = None
+    hidden_transfer_s: float | None = None
+    """Of a piece's hidden states to the last stage."""
+    update_s: float | None = None
+
+    def applied_to(self, times: Times, sizes: Sizes) -> Times:
+        forward = self.forward_kd_s if sizes.teacher is not None else self.forward_s
+        changes: dict[str, object] = {}
+        for name, values in (("forward", forward), ("backward", self.backward_s)):
+            if values is None:
+                continue
+            if len(values) != sizes.layout.pp_size:
+                raise ValueError(
+                    f"measured times: {name} of {len(values)} stages, the config has "
+                    f"{sizes.layout.pp_size}: give one number for each"
+                )
+            changes[name] = list(values)
+        for name in ("transfer", "hidden_transfer", "update"):
+            if (value := getattr(self, f"{name}_s")) is not None:
+                changes[name] = value
+        if self.teacher_row_s is not None and sizes.teacher is not None:
+            pieces, num_layers = sizes.shape.pieces, sizes.teacher.model.num_layers
+            chunks, row_s = sizes.shape.chunk_bounds, self.teacher_row_s
+
+            def teacher(piece: int, chunk: int) -> float:
+                (start, stop), (first, end) = pieces[piece], chunks[chunk]
+                return row_s * (stop - start) * (end - first) / num_layers
+
+            changes["teacher"] = teacher
+        return replace(times, **changes)  # type: ignore[arg-type]
+
+
+def read_measured(path: str) -> Measured:
+    """Raises: ValueError naming file and key for anything that is not `Measured`'s."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"--measured {path}: {error}") from error
+    known = [field.name for field in fields(Measured)]
+    if not isinstance(values, dict):
+        raise ValueError(f"--measured {path}: expected an object with {', '.join(known)}")
+    for key, value in values.items():
+        if key not in known:
+            raise ValueError(f"--measured {path}: unknown key {key!r}.{nearest(key, known)}")
+        by_stage = key.startswith(("forward", "backward"))
+        numbers = value if by_stage else [value]
+        if not isinstance(numbers, list) or not all(
+            isinstance(n, int | float) and not isinstance(n, bool) and n >= 0 for n in numbers
+        ):
+            what = "a list of seconds, one for each stage" if by_stage else "seconds"
+            raise ValueError(f"--measured {path}: {key} = {value!r}: expected {what}")
+    return Measured(**values)

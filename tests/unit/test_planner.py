@@ -1,0 +1,439 @@
+"""The planner's arithmetic by hand and by brute force, its ranking, its messages, its files."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import ROOT, run_command
+from tiny import GPT, LLAMA, make_config, make_deepspeed
+
+from megatron_salt.memory import Sizes, TeacherSize, hidden_state_bytes, model_states, stage_memory
+from megatron_salt.model.weights import padded_vocab
+from megatron_salt.parallel.layout import Layout, layer_costs
+from megatron_salt.planner import command, hardware, ranking, times
+from megatron_salt.planner.estimate import (
+    closed_form,
+    full_estimate,
+    overheads,
+    quick_estimate,
+    simulated,
+    water_level,
+)
+from megatron_salt.planner.inputs import Inputs, read_inputs
+from megatron_salt.planner.output import as_dict, describe, timelines
+from megatron_salt.report.timeline import draw_timelines
+
+H100 = hardware.Machine(gpu=hardware.GPUS["h100"], network_gb_s=50.0)
+# Equal stages: no head to speak of.
+FLAT = {**LLAMA, "num_layers": 8, "make_vocab_size_divisible_by": 1}
+VOCAB_SIZE = 64
+
+
+def inputs_of(
+    folder: Path, world_size: int, *, teacher: bool = True, json_values: Any = (), **settings: Any
+) -> Inputs:
+    config = make_config("data", folder / "run", **settings)
+    if teacher:
+        config = replace(config, salt=replace(config.salt, kd_steps=2))
+    path = make_deepspeed(
+        folder, **{"train_batch_size": 64, "train_micro_batch_size_per_gpu": 1, **dict(json_values)}
+    )
+    inputs = read_inputs(config, path, world_size, vocab_size=VOCAB_SIZE, teacher_config=None)
+    size = TeacherSize(model=config.model, vocab_size=VOCAB_SIZE, position_rows=16)
+    return replace(inputs, teacher=size) if teacher else inputs
+
+
+def at(inputs: Inputs, tp: int, pp: int, dp: int, micro_batch_size: int = 1) -> Sizes:
+    return inputs.at(Layout(tp_size=tp, pp_size=pp, dp_size=dp), micro_batch_size)
+
+
+# Hardware
+
+
+def test_unknown_names_come_with_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"--gpu h10: .*h100, h200.*Did you mean 'h100'"):
+        hardware.find_gpu("h10")
+    with pytest.raises(ValueError, match=r"--interconnect nrd: .*edr, hdr, ndr.*Did you mean"):
+        hardware.find_network("nrd")
+    with pytest.raises(ValueError, match="above 0"):
+        hardware.find_network("-3")
+    assert hardware.find_gpu("H200").memory_gb == 141
+    assert hardware.find_network("ndr") == 50.0 and hardware.find_network("12.5") == 12.5
+
+
+def test_links_within_and_between_nodes() -> None:
+    nvlink, network = 450e9 * 0.8, 50e9 * 0.8
+    assert H100.link_bytes_s(8) == nvlink
+    assert H100.link_bytes_s(9) == H100.link_bytes_s(16, 1) == network
+    assert H100.link_bytes_s(64, 4) == 4 * network
+    assert H100.link_bytes_s(64, 100) == nvlink  # never more than it can take in
+
+
+# Times
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_an_all_reduce_is_a_ring_of_reduce_scatter_and_all_gather(ranks: int) -> None:
+    """By sending the n parts of a vector round a ring: 2 (n - 1) turns, one part each."""
+    vectors = [[random.random() for _ in range(ranks)] for _ in range(ranks)]
+    total = [sum(column) for column in zip(*vectors, strict=True)]
+    sent = 0.0
+    for turn in range(2 * (ranks - 1)):
+        parts = [(rank - turn) % ranks for rank in range(ranks)]
+        moving = [vectors[rank][part] for rank, part in enumerate(parts)]
+        for rank, part in enumerate(parts):
+            there = (rank + 1) % ranks
+            adds = turn < ranks - 1
+            vectors[there][part] = moving[rank] + (vectors[there][part] if adds else 0.0)
+        sent += 1.0 / ranks
+    for vector in vectors:
+        assert vector == pytest.approx(total)
+    assert times.all_reduce_s(1.0, ranks, 1.0) == pytest.approx(sent)
+    assert times.gather_s(1.0, ranks, 1.0) == pytest.approx(sent / 2)
+
+
+def test_products_and_collectives_of_a_step(tmp_path: Path) -> None:
+    inputs = inputs_of(tmp_path, 8, teacher=False)
+    sizes = at(inputs, 1, 1, 8)
+    costs = layer_costs(sizes.config.model, VOCAB_SIZE, 16)
+    found = times.step_times(sizes, H100)
+    seconds = 2 * 16 / (67e12 * 0.5)  # fp32: two operations, 16 tokens
+    assert found.forward == pytest.approx([(sum(costs[:-1]) + 3 * costs[-1]) * seconds])
+    assert found.backward == pytest.approx([2 * sum(costs[:-1]) * seconds])
+    assert found.transfer == found.hidden_transfer == 0.0
+    parameters = stage_memory(sizes)[0].parameters
+    reduced = times.all_reduce_s(4 * parameters, 8, 450e9 * 0.8)
+    adam = 32 * parameters / (3350e9 * 0.8)
+    assert found.update == pytest.approx(reduced + adam)
+
+    over_tp = times.step_times(at(inputs, 2, 1, 4), H100)
+    once = times.all_reduce_s(16 * 32 * 4, 2, 450e9 * 0.8)  # S D in fp32
+    layers = sizes.config.model.num_layers
+    padded = padded_vocab(sizes.config.model, VOCAB_SIZE, 2)
+    assert padded == VOCAB_SIZE
+    # In each layer two, one for the embedding and one for the loss; none of it is hidden.
+    assert over_tp.forward[0] == pytest.approx(found.forward[0] / 2 + (2 * layers + 2) * once)
+    assert over_tp.backward[0] == pytest.approx(found.backward[0] / 2 + 2 * layers * once)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_zero_moves_gradients_and_weights(tmp_path: Path, stage: int) -> None:
+    """ZeRO's section 7 in units of the gradient's all-reduce: an all-gather is a half."""
+    inputs = inputs_of(
+        tmp_path, 8, teacher=False, json_values={"zero_optimization": {"stage": stage}}
+    )
+    sizes = at(inputs, 1, 1, 8)
+    found = times.data_parallel(1_000_000, sizes, H100)
+    unit = times.all_reduce_s(4e6, 8, 450e9 * 0.8)
+    adam = 32e6 / (8 if stage else 1) / (3350e9 * 0.8)
+    expected = {
+        0: (unit, adam, 0.0, 0.0),
+        1: (unit, adam + unit / 2, 0.0, 0.0),
+        2: (0.0, adam + unit / 2, 0.0, unit),
+        3: (0.0, adam, unit / 2, unit),
+    }[stage]
+    seen = (found.reduction, found.update, found.forward, found.backward)
+    assert seen == pytest.approx(expected)
+
+
+def test_a_pipeline_sends_hidden_states_over_the_network(tmp_path: Path) -> None:
+    inputs = inputs_of(tmp_path, 16)
+    found = times.step_times(at(inputs, 1, 4, 4, 2), H100)
+    assert found.transfer == pytest.approx(2 * 16 * 32 * 4 / (50e9 * 0.8))
+    assert found.hidden_transfer == found.transfer  # the teacher is as wide, a piece as large
+    partitioned = times.step_times(at(inputs, 2, 4, 2, 2), H100)
+    gathered = times.gather_s(2 * 16 * 32 * 4, 2, 450e9 * 0.8)
+    assert partitioned.transfer == pytest.approx(found.transfer / 2 + gathered)
+
+
+def test_measured_times_replace_computed_ones(tmp_path: Path) -> None:
+    sizes = at(inputs_of(tmp_path, 2), 1, 2, 1)
+    path = tmp_path / "measured.json"
+    values = {"backward_s": [3.0, 4.0], "teacher_row_s": 8.0, "update_s": 0.5}
+    path.write_text(json.dumps(values))
+    computed = times.step_times(sizes, H100)
+    found = times.read_measured(str(path)).applied_to(computed, sizes)
+    assert found.backward == [3.0, 4.0] and found.update == 0.5
+    assert found.forward == computed.forward and found.transfer == computed.transfer
+    whole = sum(found.teacher(0, chunk) for chunk in range(len(sizes.shape.chunk_bounds)))
+    assert whole == pytest.approx(8.0)
+    with pytest.raises(ValueError, match="backward of 2 stages, the config has 1"):
+        other = at(inputs_of(tmp_path, 2), 1, 1, 2)
+        times.read_measured(str(path)).applied_to(computed, other)
+    for text, message in (
+        ('{"backwards_s": [1]}', "Did you mean 'backward_s'"),
+        ('{"update_s": -1}', "expected seconds"),
+        ('{"forward_s": 1}', "a list of seconds"),
+        ("[", "--measured"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            times.read_measured(str(path))
+
+
+# Steps
+
+
+def test_water_level_against_bisection() -> None:
+    for seed in range(50):
+        draw = random.Random(seed)
+        busy = [draw.uniform(0, 5) for _ in range(draw.randint(1, 6))]
+        work = draw.uniform(0, 20)
+        low, high = 0.0, 30.0
+        for _ in range(80):
+            middle = (low + high) / 2
+            filled = sum(max(0.0, middle - each) for each in busy)
+            low, high = (low, middle) if filled >= work else (middle, high)
+        assert water_level(busy, work) == pytest.approx(max(high, *busy))
+
+
+@pytest.mark.parametrize("pp", [1, 2, 4])
+def test_closed_form_is_the_simulators_step(tmp_path: Path, pp: int) -> None:
+    """Exactly for equal stages; for unequal ones, with transfers, within a few per cent."""
+    fast = replace(H100, network_gb_s=1e9, gpu=replace(H100.gpu, nvlink_gb_s=1e9))
+    settings = {"model": FLAT, "data__seq_length": 64}
+    sizes = at(inputs_of(tmp_path, pp, teacher=False, **settings), 1, pp, 1)
+    lm_s, kd_s = closed_form(sizes, fast)
+    assert lm_s == kd_s
+    assert lm_s == pytest.approx(simulated(sizes, fast).lm_s, rel=0.05)
+    sizes = at(inputs_of(tmp_path, pp, **settings), 1, pp, 1)
+    steps = simulated(sizes, fast)
+    assert steps.kd_bound_s is not None and steps.kd_bubble_s is not None
+    assert steps.kd_bubble_s >= steps.kd_bound_s * (1 - 1e-9)
+    assert closed_form(sizes, fast)[1] <= steps.kd_bubble_s * 1.05
+
+
+@pytest.mark.parametrize("num_micro", [2, 4, 16, 64])
+def test_bound_is_the_formula_of_equal_stages(tmp_path: Path, num_micro: int) -> None:
+    """max(0, r M - 3 (p - 1)) / (3 (M + p - 1)) of a step, but for the heads."""
+    values = {"train_batch_size": num_micro}
+    wide = {**FLAT, "hidden_size": 256, "ffn_hidden_size": 1024}
+    sizes = at(inputs_of(tmp_path, 4, json_values=values, model=wide), 1, 4, 1)
+    machine = replace(H100, network_gb_s=1e9, gpu=replace(H100.gpu, memory_gb_s=1e9))
+    found = next(one for one in overheads(sizes, machine) if one.num_micro_batches == num_micro)
+    bound = max(0.0, num_micro - 9) / (3 * (num_micro + 3))  # r = 1: the teacher is the student
+    assert found.bound == pytest.approx(bound, abs=0.03)
+    assert found.bound - 1e-9 <= found.bubble <= found.before_step + 1e-9
+
+
+# Memory
+
+
+def test_buffers_for_hidden_states_are_those_of_the_teacher(tmp_path: Path) -> None:
+    inputs = inputs_of(tmp_path, 4)
+    sizes = at(inputs, 1, 4, 1, 2)
+    row = 16 * 32 * 4
+    plan = simulated(sizes, H100).plan
+    assert plan is not None
+    for stage in range(3):
+        start, stop = plan.rows(stage, 0)
+        assert hidden_state_bytes(sizes, stage, plan) == (stop - start) * row
+        assert hidden_state_bytes(sizes, stage, None) == 64 // 4 * row
+    assert hidden_state_bytes(sizes, 3, plan) == 2 * 64 * row
+    before = replace(sizes.config.teacher, placement="before_step")
+    sizes = replace(sizes, config=replace(sizes.config, teacher=before))
+    assert hidden_state_bytes(sizes, 3, None) == 64 * row
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage", "accumulate", "expected"),
+    [
+        ("fp32", 0, None, (4, 4, 8)),
+        ("fp32", 1, None, (4, 4, 12 / 4)),
+        ("fp16", 1, None, (2, 2, 12 / 4)),
+        ("bf16", 1, "fp32", (2, 6, 12 / 4)),
+        ("bf16", 2, "fp32", (2, 4 / 4, 12 / 4)),
+        ("bf16", 2, None, (2, 2 / 4, 12 / 4)),
+        ("bf16", 3, "fp32", (2 / 4 + 2, 4 / 4, 12 / 4)),
+    ],
+)
+def test_bytes_of_a_parameter(
+    tmp_path: Path, precision: str, stage: int, accumulate: str | None, expected: tuple[float, ...]
+) -> None:
+    values: dict[str, Any] = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 10}}
+    if accumulate:
+        values["data_types"] = {"grad_accum_dtype": accumulate}
+    settings = replace(
+        inputs_of(tmp_path, 4).settings, values=values, precision=precision, zero_stage=stage
+    )
+    found = model_states(1000, settings, Layout(tp_size=1, pp_size=1, dp_size=4))
+    seen = (found.weights, found.gradients, found.optimizer)
+    assert seen == pytest.approx(tuple(1000 * each for each in expected))
+
+
+# Ranking
+
+
+@pytest.mark.parametrize("model", [LLAMA, GPT], ids=["llama", "gpt"])
+def test_ranking_against_brute_force(tmp_path: Path, model: dict[str, Any]) -> None:
+    inputs = inputs_of(tmp_path, 32, model=model)
+    found = ranking.rank(inputs, H100, top=40)
+    possible = set()
+    for tp in (1, 2, 4, 8):
+        for pp in range(1, 5):  # as many as there are layers
+            if 32 % (tp * pp) or 2 * tp > 8 or (model is LLAMA and tp > 2):
+                continue  # 4 heads; LLAMA has 2 groups
+            dp = 32 // (tp * pp)
+            possible |= {(tp, pp, dp, b) for b in range(1, 65) if 64 % (dp * b) == 0}
+    assert found.num_fitting == len(possible)
+    listed = [one.sizes for one in found.listed]
+    assert {s.layout for s in listed} == {
+        Layout(tp_size=tp, pp_size=pp, dp_size=dp) for tp, pp, dp, _ in possible
+    }
+    for sizes in listed:
+        layout, settings = sizes.layout, sizes.settings
+        where = (layout.tp_size, layout.pp_size, layout.dp_size, settings.micro_batch_size)
+        assert where in possible and layout.world_size == 32
+        rows = settings.micro_batch_size * settings.num_micro_batches * layout.dp_size
+        assert rows == settings.global_batch_size == 64
+    hours = [one.total_s for one in found.listed]
+    assert hours == sorted(hours)
+    again = ranking.rank(inputs, H100, top=40)
+    assert [one.sizes.layout for one in again.listed] == [s.layout for s in listed]
+
+
+def test_what_does_not_fit_is_not_listed(tmp_path: Path) -> None:
+    inputs = inputs_of(tmp_path, 8)
+    refused: Counter[str] = Counter()
+    needs = [
+        quick_estimate(sizes, H100).largest_bytes
+        for sizes in ranking.candidates(inputs, H100, refused)
+    ]
+    limit = sorted(needs)[len(needs) // 2]
+    small = replace(H100, usable=1.0, gpu=replace(H100.gpu, memory_gb=limit / 1e9))
+    found = ranking.rank(inputs, small, top=100)
+    assert 0 < found.num_fitting < len(needs)
+    assert found.num_fitting + found.refused[ranking.MEMORY] == len(needs)
+    assert all(one.largest_bytes <= limit for one in found.listed)
+
+
+def test_where_nothing_fits_the_closest_is_named(tmp_path: Path) -> None:
+    inputs = inputs_of(tmp_path, 8)
+    tiny = replace(H100, gpu=replace(H100.gpu, memory_gb=1e-6))
+    with pytest.raises(ValueError, match=r"Closest is tp \d, pp \d.*needs.*too many.*recompute"):
+        ranking.rank(inputs, tiny)
+    with pytest.raises(ValueError, match="ZeRO 2 and 3 need one stage"):
+        zero3 = inputs_of(tmp_path, 8, json_values={"zero_optimization": {"stage": 3}})
+        ranking.rank(zero3, tiny)
+
+
+def test_refusals_are_counted_by_reason(tmp_path: Path) -> None:
+    values = {"zero_optimization": {"stage": 2}}
+    found = ranking.rank(inputs_of(tmp_path, 8, json_values=values), H100)
+    assert all(one.sizes.layout.pp_size == 1 for one in found.listed)
+    assert found.refused["ZeRO 2 and 3 need one stage"] > 0
+    assert found.refused["heads, groups or MLP width not divisible by tp"] > 0
+    assert all(len(reason) < 60 for reason in found.refused)
+
+
+# Output
+
+
+def test_the_plan_as_text_and_json(tmp_path: Path) -> None:
+    inputs = inputs_of(tmp_path, 8, parallel__pipeline_model_parallel_size=2)
+    plans = [command.plan_run(inputs, H100, steps_saved=0.4) for _ in range(2)]
+    texts, values = [describe(plan) for plan in plans], [as_dict(plan) for plan in plans]
+    assert texts[0] == texts[1] and values[0] == values[1]
+    assert json.loads(json.dumps(values[0])) == values[0]
+    run = values[0]["own"]["run"]
+    step, plain = values[0]["own"]["kd_step_s"], values[0]["own"]["lm_step_s"]
+    assert run["salt_h"] == pytest.approx((2 * step + 3 * plain) / 3600)
+    assert run["baseline_gpu_h"] == pytest.approx(8 * 5 * plain / 3600)
+    assert run["fewer_steps_h"] == pytest.approx((2 * step + 1 * plain) / 3600)
+    for phrase in ("KD, teacher in the bubbles", "no placement can beat", "40% fewer steps",
+                   "| stage |", "Refused", "micro-batches"):  # fmt: skip
+        assert phrase in texts[0], phrase
+    assert values[0]["ranking"]["listed"][0]["fits"]
+
+
+def test_a_picture_of_the_steps(tmp_path: Path) -> None:
+    sizes = at(inputs_of(tmp_path, 4), 1, 4, 1)
+    drawn = timelines(full_estimate(sizes, H100))
+    assert list(drawn) == ["KD, teacher before the step", "KD, teacher in the bubbles", "LM"]
+    draw_timelines(drawn, tmp_path / "steps.png")
+    assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_committed_timelines_are_the_scripts(tmp_path: Path) -> None:
+    done = run_command("docs/make_timelines.py", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    committed = ROOT / "docs" / "timeline"
+    assert (tmp_path / "README.md").read_text() == (committed / "README.md").read_text(), (
+        "run: python docs/make_timelines.py"
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in committed.iterdir())
+    assert all(path.stat().st_size < 150_000 for path in committed.glob("*.png"))
+
+
+# The command
+
+PAPER = (
+    "--config", "examples/configs/paper_2.8b_student.yaml",
+    "--deepspeed_config", "examples/deepspeed/paper_zero1_bf16.json",
+)  # fmt: skip
+
+
+def test_thousands_of_gpus_in_seconds(tmp_path: Path) -> None:
+    """From nothing but YAML: no data, tokenizer or teacher exists."""
+    started = time.monotonic()
+    done = run_command(
+        "tools/plan.py", *PAPER, "--gpus", "4096", "--gpu", "h100", "--vocab-size", "32000",
+        "--teacher-config", "examples/configs/paper_1.5b_teacher.yaml",
+        "--json", str(tmp_path / "plan.json"), "--timeline", str(tmp_path / "plan.png"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert time.monotonic() - started < 20
+    values = json.loads((tmp_path / "plan.json").read_text())
+    assert values["own"]["dp_size"] == 512 and values["global_batch_size"] == 2048
+    for one in values["ranking"]["listed"]:
+        sizes = math.prod(one[name] for name in ("tp_size", "pp_size", "dp_size"))
+        assert sizes == 4096 and one["fits"]
+    assert (tmp_path / "plan.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpu", "h10"], "Did you mean 'h100'"),
+        (["--gpu", "h100"], "give --vocab-size"),
+        (["--gpu", "h100", "--vocab-size", "32000"], "give its YAML by --teacher-config"),
+        (["--gpu", "h100", "--steps-saved", "1.5"], "--steps-saved 1.5"),
+        (["--gpu", "h100", "--efficiency", "50"], "a share"),
+        (["--gpu", "h100", "--salt.kd_stepz", "5"], "salt.kd_steps"),
+        (["--gpu", "h100", "--vocab-size", "9", "--teacher-config", "no.yaml"], "no.yaml"),
+    ],
+)
+def test_bad_input_is_refused(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    import tools.plan
+
+    monkeypatch.chdir(ROOT)
+    try:
+        status = tools.plan.main([*PAPER, "--gpus", "64", *words])
+    except SystemExit as error:  # a setting of the run: as training refuses it
+        status = int(str(error.code))
+    assert status in (1, 2)
+    error_text = capsys.readouterr().err
+    assert message in error_text and "Traceback" not in error_text
+
+
+def test_an_impossible_own_layout_leaves_the_ranking(tmp_path: Path) -> None:
+    inputs = inputs_of(
+        tmp_path, 8, parallel__pipeline_model_parallel_size=3, model={**LLAMA, "num_layers": 3}
+    )
+    assert inputs.own is None and "not a multiple" in inputs.own_problem
+    plan = command.plan_run(inputs, H100)
+    assert plan.own is None and plan.ranking is not None
+    assert "not a multiple" in describe(plan)
+    with pytest.raises(ValueError, match="--measured is of the config's own layout"):
+        command.plan_run(inputs, H100, measured=times.Measured())
