@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 from megatron_salt.config import ModelConfig, RunConfig, parse_objective
 from megatron_salt.deepspeed_config import DeepSpeedSettings
@@ -41,6 +41,7 @@ class TeacherSize:
     vocab_size: int
     position_rows: int
 
+    @cached_property
     def numel(self) -> int:
         """Parameters of the replica that a rank keeps: all but an output layer of its own.
 
@@ -53,6 +54,25 @@ class TeacherSize:
             for name, spec in table.items()
             if name != OUTPUT_LAYER
         )
+
+
+@cache
+def stage_bounds(
+    model: ModelConfig, vocab_size: int, seq_length: int, num_stages: int
+) -> tuple[int, ...]:
+    """`layout.balanced_stages` of a model, each found once: a planner asks for the same ones at
+    many sizes of the other axes."""
+    return tuple(balanced_stages(layer_costs(model, vocab_size, seq_length), num_stages))
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownShape(StepShape):
+    """A `StepShape` whose stages are found once."""
+
+    @property
+    def stage_bounds(self) -> list[int]:
+        found = stage_bounds(self.student, self.vocab_size, self.seq_length, self.layout.pp_size)
+        return list(found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +107,7 @@ class Sizes:
     @cached_property
     def bounds(self) -> list[int]:
         """Transformer layers of the stages (`layout.balanced_stages`)."""
-        config = self.config
-        costs = layer_costs(config.model, self.vocab_size, config.data.seq_length)
-        return balanced_stages(costs, self.layout.pp_size)
+        return self.shape.stage_bounds
 
     @cached_property
     def columns(self) -> int:
@@ -100,12 +118,18 @@ class Sizes:
     @cached_property
     def shape(self) -> StepShape:
         teacher = None if self.teacher is None else self.teacher.model
-        return StepShape.of_run(self.config, self.settings, self.layout, self.vocab_size, teacher)
+        return KnownShape.of_run(self.config, self.settings, self.layout, self.vocab_size, teacher)
 
     @cached_property
     def hidden_bytes(self) -> int:
         """Of one micro-batch's hidden state between two layers."""
         return self.local_tokens * self.config.model.hidden_size * self.width
+
+    @cached_property
+    def has_prefixes(self) -> bool:
+        """Whether rows may have a prefix, which is read in both directions."""
+        objectives = parse_objective(self.config.data.objective)
+        return not {"prefix", "span_corruption"}.isdisjoint(objectives)
 
     @property
     def partitioned(self) -> bool:
@@ -314,12 +338,6 @@ def _norm_bytes(sizes: Sizes) -> int:
     return sizes.local_tokens * per_token
 
 
-def has_prefixes(sizes: Sizes) -> bool:
-    return "prefix" in parse_objective(sizes.config.data.objective) or (
-        "span_corruption" in parse_objective(sizes.config.data.objective)
-    )
-
-
 def layer_bytes(sizes: Sizes) -> int:
     """What one transformer layer keeps of a micro-batch for its backward, without recomputation.
 
@@ -338,7 +356,7 @@ def layer_bytes(sizes: Sizes) -> int:
     key = model.query_groups * model.head_size // tp
     rope = model.position_embedding_type == "rope"
     attention = 3 * query + 3 * key if rope else 2 * query + 2 * key
-    if has_prefixes(sizes) and key < query:
+    if sizes.has_prefixes and key < query:
         attention = 4 * query if rope else 4 * query + 2 * key
     mlp = 2 if model.activation == "gelu" else 3 if sizes.on_cuda else 5
     per_token = w * (attention + mlp * model.ffn_size // tp) + 4 * model.num_attention_heads // tp
@@ -413,7 +431,7 @@ def teacher_forward_bytes(sizes: Sizes) -> float:
 def mask_bytes(sizes: Sizes, stage: int) -> float:
     """[B, 1, S, S] in the model's precision for each micro-batch in flight, where rows have a
     prefix, and one of the teacher's (`PrefixMasks.use`)."""
-    if not has_prefixes(sizes):
+    if not sizes.has_prefixes:
         return 0.0
     count = sizes.in_flight(stage) + (1 if sizes.teacher else 0)
     return float(count * sizes.tokens * sizes.config.data.seq_length * sizes.width)
@@ -500,7 +518,7 @@ def stage_memory(sizes: Sizes, plan: TeachingPlan | None = None) -> list[StageMe
             StageMemory(
                 parameters=count,
                 **vars(states),
-                teacher=float(teacher.numel() * sizes.width) if teacher else 0.0,
+                teacher=float(teacher.numel * sizes.width) if teacher else 0.0,
                 teacher_head=float(head * sizes.width),
                 hidden_states=hidden_state_bytes(sizes, stage, plan),
                 inputs=input_bytes(sizes),

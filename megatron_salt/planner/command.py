@@ -71,7 +71,7 @@ def plan_run(
     if inputs.own is not None:
         sizes = inputs.at(inputs.own, inputs.settings.micro_batch_size)
         own = full_estimate(sizes, machine, measured)
-        by_number = overheads(sizes, machine)
+        by_number = overheads(sizes, machine, None if measured else own.steps)
     elif measured is not None:
         raise ValueError(
             f"--measured is of the config's own layout, which is not possible: {inputs.own_problem}"

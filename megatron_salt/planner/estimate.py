@@ -219,10 +219,13 @@ class Overheads:
     bound: float
 
 
-def overheads(sizes: Sizes, machine: Machine, limit: int = 512) -> list[Overheads]:
+def overheads(
+    sizes: Sizes, machine: Machine, own_steps: Steps | None = None, limit: int = 512
+) -> list[Overheads]:
     """At p, 2 p, 4 p, 8 p micro-batches and the run's own, with everything else as it is.
 
     Args:
+        own_steps: those of the run's own number, if they are known.
         limit: of p times M, beyond which the search for places takes too long.
     """
     if sizes.teacher is None:
@@ -232,8 +235,11 @@ def overheads(sizes: Sizes, machine: Machine, limit: int = 512) -> list[Overhead
     for num in sorted({own, *(p * k for k in (1, 2, 4, 8))}):
         if p * num > limit and num != own:
             continue
-        settings = replace(sizes.settings, num_micro_batches=num)
-        steps = simulated(replace(sizes, settings=settings), machine)
+        if num == own and own_steps is not None:
+            steps = own_steps
+        else:
+            settings = replace(sizes.settings, num_micro_batches=num)
+            steps = simulated(replace(sizes, settings=settings), machine)
         assert steps.kd_before_s and steps.kd_bubble_s and steps.kd_bound_s
         found.append(
             Overheads(
