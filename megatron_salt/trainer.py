@@ -51,7 +51,7 @@ from megatron_salt.parallel.groups import (
     initialize,
     same_error_everywhere,
 )
-from megatron_salt.parallel.schedule import measured_times
+from megatron_salt.parallel.schedule import measured_times, measured_values
 from megatron_salt.parallel.teaching import (
     StepShape,
     TeachingPlan,
@@ -355,6 +355,7 @@ class Run:
         Multiply-adds know nothing of how well a device does them. Pieces stay, so the numbers do
         too, whoever computes them and when. Rank 0's pipeline is taken for all.
 
+        Also writes measured_times.json into output_dir, for `tools/plan.py --measured`.
         Collectives: an all-gather of the traces over pp, a broadcast of the plan over all ranks.
         """
         trace, teacher = self.student.take_trace(), self.teacher
@@ -368,6 +369,8 @@ class Run:
         if self.groups.rank == 0:
             times = measured_times(traces, self.shape.pieces, self.shape.chunk_bounds)
             plan = plan_teaching(self.shape, times, in_bubbles=True)
+            text = json.dumps(measured_values(times, self.shape.pieces, plan.num_chunks), indent=2)
+            (self.output_dir / "measured_times.json").write_text(text + "\n", encoding="utf-8")
         plan = from_rank_0(plan)
         teacher.prepare(plan, ahead=True)
         self.say(f"teacher placed anew {plan.describe('measured times')}")

@@ -160,3 +160,16 @@ def measured_times(
         forward=forward, backward=backward, teacher=teacher,
         transfer=median(transfers) if transfers else 0.0,
     )  # fmt: skip
+
+
+def measured_values(
+    times: Times, pieces: Sequence[tuple[int, int]], num_chunks: int
+) -> dict[str, float | list[float]]:
+    """Measured times of the KD phase as `tools/plan.py --measured` reads them; seconds."""
+    rows = pieces[0][1] - pieces[0][0]
+    return {
+        "forward_kd_s": list(times.forward),
+        "backward_s": list(times.backward),
+        "teacher_row_s": sum(times.teacher(0, chunk) for chunk in range(num_chunks)) / rows,
+        "transfer_s": times.transfer,
+    }

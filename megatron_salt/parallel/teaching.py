@@ -39,7 +39,7 @@ class StepShape:
     recompute: bool = False
     num_chunks: int | None = None
     """Parts, by layers, of one forward pass of the teacher, no more than it has layers; None: as
-    many as make a part at most half of a stage's forward pass, at least 4."""
+    many as make a part at most a quarter of a stage's forward pass, at least 4."""
 
     @classmethod
     def of_run(
@@ -88,7 +88,7 @@ class StepShape:
             layout = self.layout
             ratio = teacher / student * layout.pp_size * layout.tp_size
             rows = self.pieces[0][1] - self.pieces[0][0]
-            num_chunks = max(4, math.ceil(2.0 * ratio * rows / self.micro_batch_size))
+            num_chunks = max(4, math.ceil(4.0 * ratio * rows / self.micro_batch_size))
         return split_rows(num_layers, min(num_chunks, num_layers))
 
 

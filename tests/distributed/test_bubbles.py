@@ -29,6 +29,7 @@ from megatron_salt.parallel.schedule import (
     teaching_programs,
 )
 from megatron_salt.parallel.simulator import simulate
+from megatron_salt.planner.times import read_measured
 from megatron_salt.trainer import Run, prepare
 
 # Six layers on four stages: they have unequal work, so shares of the teacher's rows differ too.
@@ -294,4 +295,8 @@ def test_simulated_step_agrees_with_a_traced_one(
     assert measured != counted and measured.pieces == counted.pieces
     again = simulate(teaching_programs(8, 4, measured.placement), times).backward_end
     assert again <= simulated
+    # The planner takes what the run has written.
+    given = read_measured(str(tmp_path / "run" / "measured_times.json"))
+    assert given.forward_kd_s == pytest.approx(times.forward, rel=0.3)
+    assert given.teacher_row_s is not None and given.teacher_row_s >= 2 * CHUNK_S
     assert len(metrics_of(tmp_path / "run")) == 6
