@@ -272,7 +272,7 @@ class Run:
         self.say(self.held_out.score_teacher(self.teacher))
         self.teacher.take_time_s()  # steps count their own
         self.teacher.prepare(plan, ahead=self.teaches_ahead)
-        self.say(f"teacher works {plan.describe('multiply-adds')}")
+        self.say(f"teacher: {plan.describe('multiply-adds')}")
 
     @property
     def salt(self) -> SaltConfig:
@@ -373,7 +373,7 @@ class Run:
             (self.output_dir / "measured_times.json").write_text(text + "\n", encoding="utf-8")
         plan = from_rank_0(plan)
         teacher.prepare(plan, ahead=True)
-        self.say(f"teacher placed anew {plan.describe('measured times')}")
+        self.say(f"teacher, placed anew: {plan.describe('measured times')}")
 
     def _lesson_for(self, step: int) -> Lesson | None:
         """What the teacher does ahead for `step` during the one before it; None if nothing."""

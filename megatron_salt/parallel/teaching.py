@@ -1,7 +1,8 @@
-"""Who teaches what and when in a step of the KD phase, decided once from sizes alone.
+"""Who teaches what and when in a step of the KD phase: which rows, in which parts, at which place.
 
-All costs are multiply-adds, so every rank finds the same plan without a word. `tools/plan.py` puts
-seconds in their place.
+A plan is a function of sizes and costs. In multiply-adds these are known before the first step, and
+every rank finds the same plan without a word; later a run, and `tools/plan.py`, put seconds in
+their place.
 """
 
 from __future__ import annotations
@@ -109,11 +110,11 @@ class TeachingPlan:
         rows = self.pieces[0][1] - self.pieces[0][0]
         work = f"{len(self.pieces)} pieces of {rows} rows for each replica"
         if self.placement is None:
-            return f"on {work}"
+            return f"{work}, all at once"
         counts = [len(ranks[0]) for ranks in self.shares]
         return (
-            f"in the pipeline's waits: {work}, {counts} by stage, each in {self.num_chunks} "
-            f"chunks; by {costs} a step takes {self.placement.overhead:.1%} longer than without it"
+            f"{work}, {counts} by stage, in {self.num_chunks} chunks each, where the pipeline "
+            f"waits; by {costs} a step takes {self.placement.overhead:.1%} longer than without it"
         )
 
     def of_tp_rank(self, piece: int, tp_rank: int) -> int | None:
