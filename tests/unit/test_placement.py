@@ -163,6 +163,71 @@ def test_tensor_parallel_ranks_share_a_schedule() -> None:
         plan.of_tp_rank(99, 0)
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_every_rank_of_a_stage_does_its_share_once(seed: int) -> None:
+    """Sizes and times by chance: fewer pieces than ranks, a short last piece, one layer, no waits.
+
+    Of every tensor-parallel rank: all rows once, in the plan's order, each piece sent when it is
+    whole, and received in the order in which its stage sends. However bad the times, the step is
+    never longer than with all of the teacher's work at its end.
+    """
+    rng = random.Random(seed)
+    stages, tp, micro_batches = rng.choice([2, 3, 5]), rng.choice([1, 2, 3]), rng.randint(1, 9)
+    shape = StepShape(
+        student=ModelConfig(num_layers=7, hidden_size=64, num_attention_heads=4),
+        teacher=ModelConfig(num_layers=rng.choice([1, 3]), hidden_size=64, num_attention_heads=4),
+        vocab_size=rng.choice([64, 5000]), seq_length=16, micro_batch_size=rng.randint(1, 4),
+        num_micro_batches=micro_batches, num_chunks=rng.choice([None, 1, 1000]),
+        layout=Layout(tp_size=tp, pp_size=stages, dp_size=1),
+    )  # fmt: skip
+    times = multiply_adds(shape)
+    if seed % 2:
+        chunk = rng.choice([0.0, 0.01, 0.3, 5.0])
+        times = Times(
+            forward=[rng.uniform(0.1, 3.0) for _ in range(stages)],
+            backward=[rng.uniform(0.1, 5.0) for _ in range(stages)],
+            teacher=lambda piece, _: chunk * (shape.pieces[piece][1] - shape.pieces[piece][0]),
+            transfer=rng.choice([0.0, 0.5]),
+        )
+    plan = plan_teaching(shape, times, in_bubbles=True)
+    placement = check(plan, times, stages, micro_batches)
+    work = max(
+        sum(times.teacher(piece, chunk) for piece in ranks[0] for chunk in range(plan.num_chunks))
+        for ranks in plan.shares
+    )
+    assert placement.bound <= placement.timeline.backward_end * (1 + 1e-9)
+    assert placement.timeline.backward_end <= (placement.plain.backward_end + work) * (1 + 1e-9)
+    taught: list[int] = []
+    for tp_rank in range(tp):
+        received: list[int] = []
+        for stage, ops in enumerate(teaching_programs(micro_batches, stages, placement)):
+            done: dict[int, int] = {}
+            sent: list[int] = []
+            for kind, number, chunk in ops:
+                if kind not in ("teacher", "send_hidden", "recv_hidden"):
+                    continue
+                own = plan.of_tp_rank(number, tp_rank)
+                if own is None:
+                    continue
+                if kind == "teacher":
+                    assert done.get(own, 0) == chunk
+                    done[own] = chunk + 1
+                elif kind == "send_hidden":
+                    assert done[own] == plan.num_chunks
+                    sent.append(own)
+                else:
+                    received.append(own)
+            share = plan.shares[stage][tp_rank]
+            assert done == dict.fromkeys(share, plan.num_chunks)
+            assert sent == (list(share) if stage < stages - 1 else [])
+            taught += [row for piece in done for row in range(*plan.pieces[piece])]
+        for ranks in plan.shares[:-1]:
+            assert [piece for piece in received if piece in ranks[tp_rank]] == list(ranks[tp_rank])
+        rows = [row for stage in range(stages) for row in range(*plan.rows(stage, tp_rank))]
+        assert rows == list(range(*plan.block(tp_rank)))
+    assert taught == list(range(shape.num_rows))
+
+
 def slow_reference(programs: list[list[Op]], times: Times) -> list[list[tuple[float, float]]]:
     """Start and end of every instruction by repeated relaxation: each begins when all that it
     needs has ended, whatever the order in which one looks."""
