@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 import random
@@ -16,8 +17,17 @@ import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, TrainSchedule
 from ranks import RankError, run_ranks, run_ranks_to_the_end
-from tiny import LLAMA, local_weights, make_config, make_deepspeed, metrics_of, without_times
+from tiny import (
+    LLAMA,
+    local_weights,
+    make_config,
+    make_deepspeed,
+    metrics_of,
+    run_to_end,
+    without_times,
+)
 
+from megatron_salt import trainer
 from megatron_salt.config import RunConfig
 from megatron_salt.parallel.instructions import Instructions
 from megatron_salt.parallel.schedule import (
@@ -28,7 +38,7 @@ from megatron_salt.parallel.schedule import (
     measured_times,
     teaching_programs,
 )
-from megatron_salt.parallel.simulator import simulate
+from megatron_salt.parallel.simulator import Times, simulate
 from megatron_salt.trainer import Run, prepare
 
 # Six layers on four stages: they have unequal work, so shares of the teacher's rows differ too.
@@ -89,6 +99,87 @@ def test_both_placements_give_the_same_bits(
     records = [without_times(metrics_of(tmp_path / name)) for name in found]
     assert records[0] == records[1]
     assert len(records[0]) == 21 and records[0][14]["kl_nats"] > 0
+
+
+def _both_placements(config: RunConfig, deepspeed_config: str) -> tuple[Any, Any]:
+    """Final weights with each placement, in folders of their names."""
+    found = []
+    for placement in ("bubble", "before_step"):
+        folder = str(Path(config.train.output_dir) / placement)
+        changed = dataclasses.replace(
+            config, train=dataclasses.replace(config.train, output_dir=folder),
+            teacher=dataclasses.replace(config.teacher, placement=placement),
+        )  # fmt: skip
+        found.append(local_weights(run_to_end(changed, deepspeed_config)))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize(("tp", "pp", "rows"), [(2, 2, 1), (1, 3, 3)], ids=["1-row", "1-micro"])
+def test_few_rows_with_prefixes_give_the_same_bits(
+    dataset: Path, teacher: Path, tmp_path: Path, tp: int, pp: int, rows: int
+) -> None:
+    """One micro-batch, of one row for four ranks or of three for three, and a prefix for each;
+    evaluations between a lesson and the step that uses it."""
+    config = make_config(
+        dataset, tmp_path, train__steps=6, salt__kd_steps=5, train__eval_interval=2,
+        data__objective=["0.2", "causal", "0.8", "prefix"], teacher__checkpoint=str(teacher),
+        parallel__tensor_model_parallel_size=tp, parallel__pipeline_model_parallel_size=pp,
+    )  # fmt: skip
+    deepspeed_config = make_deepspeed(
+        tmp_path, train_batch_size=rows, train_micro_batch_size_per_gpu=rows
+    )
+    for ahead, before in run_ranks(tp * pp, _both_placements, config, deepspeed_config):
+        for name, weight in before.items():
+            np.testing.assert_array_equal(ahead[name], weight, err_msg=name)
+    records = [without_times(metrics_of(tmp_path / name)) for name in ("bubble", "before_step")]
+    assert records[0] == records[1]
+    assert [record.get("phase") for record in records[0]] == [None, *["kd"] * 5, "lm"]
+
+
+def _first_stage_said_to_be_slow(
+    config: RunConfig, deepspeed_config: str
+) -> tuple[Any, list[list[range]], list[list[range]]]:
+    """Final weights, and who teaches which pieces before and after the times are known."""
+    pp_size = config.parallel.pipeline_model_parallel_size
+    forward = [9.0] + [1.0] * (pp_size - 1)
+    times = Times(forward=forward, backward=[2.0 * one for one in forward], teacher=lambda *_: 0.5)
+    trainer.measured_times = lambda *_: times  # type: ignore[attr-defined]  # in this process
+    run = prepare(config, deepspeed_config)
+    assert run.teacher is not None and run.teacher.plan is not None
+    plans = [run.teacher.plan]
+    for step in range(config.train.steps):
+        run.step(step)
+        if run.teacher is not None and run.teacher.plan is not plans[-1]:
+            plans.append(run.teacher.plan)
+    before, after = plans
+    return local_weights(run), before.shares, after.shares
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 3), (2, 2)], ids=["pp3", "tp2-pp2"])
+def test_rows_may_move_to_other_ranks_between_two_steps(
+    dataset: Path, teacher: Path, tmp_path: Path, tp: int, pp: int
+) -> None:
+    """By the measured times the first stage should teach nothing, and others more: planned while
+    its last lesson is still to be finished, by the plan of before."""
+    settings: dict[str, Any] = {
+        "train__steps": 6, "salt__kd_steps": 5, "teacher__checkpoint": str(teacher),
+        "parallel__tensor_model_parallel_size": tp, "parallel__pipeline_model_parallel_size": pp,
+    }  # fmt: skip
+    deepspeed_config = make_deepspeed(tmp_path, train_micro_batch_size_per_gpu=1)
+    moved = make_config(dataset, tmp_path / "moved", **settings)
+    results = run_ranks(tp * pp, _first_stage_said_to_be_slow, moved, deepspeed_config)
+    for _, before, after in results:
+        assert (before, after) == results[0][1:]
+        assert all(before[0]) and not any(after[0])
+        assert any(len(after[stage][0]) > len(before[stage][0]) for stage in range(1, pp))
+    settings["teacher__placement"] = "before_step"
+    config = make_config(dataset, tmp_path / "before_step", **settings)
+    expected = run_ranks(tp * pp, _steps_and_schedules, config, deepspeed_config)
+    for (found, _, _), (weights, _) in zip(results, expected, strict=True):
+        for name, weight in weights.items():
+            np.testing.assert_array_equal(found[name], weight, err_msg=name)
+    records = [without_times(metrics_of(tmp_path / name)) for name in ("moved", "before_step")]
+    assert records[0] == records[1] and len(records[0]) == 7
 
 
 def _train_with_delays(config: RunConfig, deepspeed_config: str, seconds: float) -> None:
