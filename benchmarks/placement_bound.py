@@ -61,7 +61,7 @@ def measure(case: tuple[int, int, float, str, int]) -> dict[str, Any]:
         sum(teacher(piece, chunk) for piece in ranks[0] for chunk in range(chunks))
         for ranks in equal.shares
     ]
-    plain = placement.plain.step_time
+    plain = placement.plain_time
     bound = work_bound(times, plain_programs(micro_batches, stages), work)
     return {
         "stages": stages, "micro_batches": micro_batches, "ratio": ratio, "kind": kind,

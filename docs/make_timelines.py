@@ -38,7 +38,9 @@ def timelines() -> tuple[dict[str, Timeline], float]:
     ]
     found = {
         "KD, teacher before the step": simulate(with_teacher(programs, lessons), times),
-        "KD, teacher in the bubbles": place(programs, times, pieces, CHUNKS).timeline,
+        "KD, teacher in the bubbles": simulate(
+            with_teacher(programs, place(programs, times, pieces, CHUNKS).before), times
+        ),
         "LM, no teacher": simulate(programs, times),
     }
     return found, work_bound(times, programs, [chunk_time * CHUNKS * share] * STAGES)

@@ -268,7 +268,11 @@ class Run:
             manifest.config.model,
         )  # fmt: skip
         costs = multiply_adds(self.shape)
-        plan = plan_teaching(self.shape, costs, in_bubbles=self.teaches_ahead)
+        plan: TeachingPlan | None = None
+        with same_error_everywhere("planning the teacher's work"):
+            if self.groups.rank == 0:
+                plan = plan_teaching(self.shape, costs, in_bubbles=self.teaches_ahead)
+        plan = from_rank_0(plan)
         self.say(self.held_out.score_teacher(self.teacher))
         self.teacher.take_time_s()  # steps count their own
         self.teacher.prepare(plan, ahead=self.teaches_ahead)
@@ -298,8 +302,8 @@ class Run:
             self._release_teacher(step)
         elif step == salt.kd_steps > 0 and self.teacher is None:
             self.say(f"step {step}: KD phase over")
-        self.clock.start()
         with self.student.whereabouts.of_step(step):
+            self.clock.start()
             batch = self.batches.take(step)
             weight = kd_weight(salt, step)
             hidden_RSE = self._taught(step, batch)
@@ -311,30 +315,30 @@ class Run:
             del hidden_RSE, micro_batches
             self.student.whereabouts.enter("the sums of the step")
             sums = self.student.reduce_sums()
-        self.clock.stop()
-        done = step + 1
-        if step == self.first_step + MEASURED_STEP:
-            self._place_anew(step)
-        record = self._record(done, sums, weight, lr)
-        self.tokens = record["tokens"]
-        self._stop_if_diverged(done, sums.loss, record["grad_norm"])
-        last = done == train.steps
-        if last or (train.eval_interval and done % train.eval_interval == 0):
-            self.student.whereabouts.enter("the evaluation after it")
-            record.update(self._evaluate(done))
-        if self.log:
-            self.log.write(record)
-        if done % train.log_interval == 0 or last or done == self.first_step + 1:
-            self._console(record)
-        if last or (train.checkpoint_interval and done % train.checkpoint_interval == 0):
-            self.student.whereabouts.enter("the checkpoint after it")
-            self.save(done)
+            self.clock.stop()
+            done = step + 1
+            if step == self.first_step + MEASURED_STEP:
+                self._place_anew(step)
+            record = self._record(done, sums, weight, lr)
+            self.tokens = record["tokens"]
+            self._stop_if_diverged(done, sums.loss, record["grad_norm"])
+            last = done == train.steps
+            if last or (train.eval_interval and done % train.eval_interval == 0):
+                self.student.whereabouts.enter("the evaluation after it")
+                record.update(self._evaluate(done))
+            if self.log:
+                self.log.write(record)
+            if done % train.log_interval == 0 or last or done == self.first_step + 1:
+                self._console(record)
+            if last or (train.checkpoint_interval and done % train.checkpoint_interval == 0):
+                self.student.whereabouts.enter("the checkpoint after it")
+                self.save(done)
 
     def _taught(self, step: int, batch: Batch) -> Tensor | None:
         """The teacher's hidden states of this step's rows, on the last stage; None elsewhere.
 
-        They have been made during the step before. Before the first step of a run, resumed or not,
-        there was none, so the teacher fills this first batch visibly.
+        They have been made during the step before, if that has taught ahead (`_lesson_for`). If
+        not, the teacher fills this batch before the step, visibly.
         """
         if self.teacher is None:
             return None
@@ -344,7 +348,7 @@ class Run:
             self.lesson = None
             return self.student.finish(lesson)
         if self.teaches_ahead:
-            self.say(f"step {step}: the teacher reads its first batch before the step")
+            self.say(f"step {step}: the teacher reads this batch before the step")
         lesson = self.teacher.lesson(batch.tokens_RS, batch.prefix_R)
         lesson.run_all()
         return lesson.finish()
@@ -366,18 +370,27 @@ class Run:
         traces: list[Any] = [None] * self.groups.layout.pp_size
         dist.all_gather_object(traces, trace, group=self.groups.pp)
         plan: TeachingPlan | None = None
-        if self.groups.rank == 0:
-            times = measured_times(traces, self.shape.pieces, self.shape.chunk_bounds)
-            plan = plan_teaching(self.shape, times, in_bubbles=True)
-            text = json.dumps(measured_values(times, self.shape.pieces, plan.num_chunks), indent=2)
-            (self.output_dir / "measured_times.json").write_text(text + "\n", encoding="utf-8")
+        with same_error_everywhere("planning the teacher's work"):
+            if self.groups.rank == 0:
+                times = measured_times(traces, self.shape.pieces, self.shape.chunk_bounds)
+                plan = plan_teaching(self.shape, times, in_bubbles=True)
+                text = json.dumps(
+                    measured_values(times, self.shape.pieces, plan.num_chunks), indent=2
+                )
+                (self.output_dir / "measured_times.json").write_text(text + "\n", encoding="utf-8")
         plan = from_rank_0(plan)
         teacher.prepare(plan, ahead=True)
         self.say(f"teacher, placed anew: {plan.describe('measured times')}")
 
     def _lesson_for(self, step: int) -> Lesson | None:
-        """What the teacher does ahead for `step` during the one before it; None if nothing."""
+        """What the teacher does ahead for `step` during the one before it; None if nothing.
+
+        Nothing in a process's first step: code that is loaded there for the first time may make the
+        host wait for the whole device, which must not hold an open transfer then.
+        """
         if self.teacher is None or not self.teaches_ahead or step >= self.config.train.steps:
+            return None
+        if step == self.first_step + 1:
             return None
         if phase(self.salt, step) == "lm":
             return None

@@ -74,6 +74,7 @@ class Teacher:
         self.body = self._build_body()
         self.head_WE: Tensor | None = None
         self._load(vocab, head_columns)
+        self._connect()
         self.timer = LapTimer(groups.device)
         self.plan: TeachingPlan | None = None
         self._buffers: deque[Tensor] = deque()
@@ -118,6 +119,23 @@ class Teacher:
                 self.head_WE[: vocab.num_columns] = weight[vocab.start : vocab.stop]
         if parameters:
             raise RuntimeError(f"teacher {self.checkpoint}: no weight for {sorted(parameters)}")
+
+    def _connect(self) -> None:
+        """Send something between every pair of ranks that hidden states may ever pass.
+
+        NCCL connects a pair at its first transfer, and both hosts wait for that: in the middle of a
+        step, where the one may depend on work that the other has not asked for yet, they would wait
+        for ever.
+        """
+        groups, layout = self.groups, self.groups.layout
+        token = torch.zeros(1, device=groups.device)
+        if groups.is_last_stage:
+            for stage in range(layout.pp_size - 1):
+                source = layout.rank(groups.tp_rank, groups.dp_rank, stage)
+                dist.recv(token, source, group=groups.hidden)
+        else:
+            last = layout.rank(groups.tp_rank, groups.dp_rank, layout.pp_size - 1)
+            dist.send(token, last, group=groups.hidden)
 
     @torch.no_grad()
     def hidden_states(self, tokens_RS: Tensor, prefix_R: Tensor | None = None) -> Tensor | None:

@@ -13,31 +13,35 @@ from dataclasses import dataclass, replace
 
 from megatron_salt.parallel.simulator import Clock, Op, Program, Timeline, Times, simulate
 
-# Simulated instructions that a search may take: about two seconds of Python.
-SEARCH_BUDGET = 1_000_000
+# Simulated instructions of the student that a search may take: seconds of Python.
+SEARCH_BUDGET = 500_000
 DEADLINES = 9
 # A step this near to the bound, as a share of it, ends the search.
 CLOSE_ENOUGH = 0.001
-# How much of a chunk may reach beyond the wait that the plain step has at that place.
-OVERHANGS = (0.0, 0.25, 0.5, 0.75, 1.0, float("inf"))
+# How much of a chunk may reach beyond the wait that the plain step has at that place. More values
+# than these take their time and find next to nothing.
+OVERHANGS = (0.5, float("inf"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """The teacher's instructions of one step, on every stage, and what the simulation says."""
+    """The teacher's instructions of one step, on every stage, and what the simulation says.
+
+    Times are in the unit of the `Times` that it was made of.
+    """
 
     before: tuple[dict[int, tuple[Op, ...]], ...]
     """By stage: number of one of DeepSpeed's instructions -> the teacher's before it."""
-    plain: Timeline
-    """The same step without a teacher."""
-    timeline: Timeline
+    plain_time: float
+    """Of the same step without a teacher."""
+    step_time: float
     bound: float
-    """No step with this division of the rows can be shorter, up to the update."""
+    """No step with this division of the rows can be shorter; without the update."""
 
     @property
     def overhead(self) -> float:
         """How much longer the step is than the plain one, as a share of it."""
-        return self.timeline.step_time / self.plain.step_time - 1.0
+        return self.step_time / self.plain_time - 1.0
 
 
 def work_bound(times: Times, programs: Sequence[Program], teacher_work: Sequence[float]) -> float:
@@ -92,7 +96,9 @@ def place(
     assert best is not None
     before = _with_transfers(programs, times, best[1], num_chunks)
     timeline = simulate(with_teacher(programs, before), times)
-    return Placement(before=before, plain=plain, timeline=timeline, bound=bound)
+    return Placement(
+        before=before, plain_time=plain.step_time, step_time=timeline.step_time, bound=bound
+    )
 
 
 def with_teacher(
@@ -114,7 +120,7 @@ def _time_left(programs: Sequence[Program], times: Times) -> list[list[float]]:
     for ops in programs:
         meeting = next(n for n, op in enumerate(ops) if op.kind == "reduce_tied")
         reversed_programs.append([*reversed(ops[:meeting]), ops[meeting]])
-    spans = Clock(reversed_programs, replace(times, update=0.0), None).run().spans
+    spans = Clock(reversed_programs, replace(times, update=0.0)).run().spans
     return [[span.stop for span in reversed(own[:-1])] + [0.0] for own in spans]
 
 
@@ -191,7 +197,7 @@ def _with_transfers(
             done[number] = tuple(extended)
         before.append(done)
     # Without the receiving ends, which take no time.
-    timeline = Clock(with_teacher(programs, before), times, None).spans_of_all()
+    timeline = Clock(with_teacher(programs, before), times).spans_of_all()
     sent = deque(
         sorted(
             (span.start, stage, span.op.number)

@@ -101,7 +101,7 @@ instead of waiting, or None to wait."""
 TIE = 1e-9
 
 
-def simulate(programs: Sequence[Program], times: Times, fill: Filler | None = None) -> Timeline:
+def simulate(programs: Sequence[Program], times: Times) -> Timeline:
     """Run the programs of all p stages of a pipeline on one clock.
 
     DeepSpeed's sends and receives hold up both sides until they have met (`dist.send`, `dist.recv`;
@@ -109,20 +109,24 @@ def simulate(programs: Sequence[Program], times: Times, fill: Filler | None = No
     receiving them holds up nobody, but the step ends only when all have arrived. "reduce_tied"
     is where all stages meet before the update.
 
-    Args:
-        fill: asked whenever a stage would wait, in the order of time.
     Raises: RuntimeError saying where every stage stands if none can go on, or if a program does
         what it cannot: a backward before its forward, hidden states that are not there yet.
     """
-    timeline = Clock(programs, times, fill).run()
+    timeline = Clock(programs, times).run()
     _check(timeline)
     return timeline
 
 
 class Clock:
-    """The state of `simulate`: a queue of (time, late, stage) and who waits for whom."""
+    """The state of `simulate`: a queue of (time, late, stage) and who waits for whom.
 
-    def __init__(self, programs: Sequence[Program], times: Times, fill: Filler | None) -> None:
+    Args:
+        fill: asked whenever a stage would wait, in the order of time (`placement`).
+    """
+
+    def __init__(
+        self, programs: Sequence[Program], times: Times, fill: Filler | None = None
+    ) -> None:
         self.programs, self.times, self.fill = programs, times, fill
         self.spans: list[list[Span]] = [[] for _ in programs]
         self.position = [0] * len(programs)

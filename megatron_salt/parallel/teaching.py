@@ -111,7 +111,7 @@ class TeachingPlan:
         work = f"{len(self.pieces)} pieces of {rows} rows for each replica"
         if self.placement is None:
             return f"{work}, all at once"
-        counts = [len(ranks[0]) for ranks in self.shares]
+        counts = [sum(map(len, ranks)) for ranks in self.shares]
         return (
             f"{work}, {counts} by stage, in {self.num_chunks} chunks each, where the pipeline "
             f"waits; by {costs} a step takes {self.placement.overhead:.1%} longer than without it"
@@ -204,7 +204,7 @@ def plan_teaching(shape: StepShape, times: Times, *, in_bubbles: bool) -> Teachi
         if work_bound(times, programs, work) >= shortest * (1.0 - WORTH_A_SEARCH):
             continue
         placement = place(programs, times, of_first_tp_rank, num_chunks)
-        shortest = min(shortest, placement.timeline.backward_end)
+        shortest = min(shortest, placement.step_time - times.update)
         plans.append(
             TeachingPlan(pieces=pieces, shares=shares, num_chunks=num_chunks, placement=placement)
         )

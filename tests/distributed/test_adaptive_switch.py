@@ -187,18 +187,19 @@ def _adaptive_then_fixed(
     config: RunConfig, deepspeed_config: str, kd_steps: int, fixed_dir: str
 ) -> list[dict[str, np.ndarray]]:
     adaptive: Run = run_to_end(config, deepspeed_config)
-    assert adaptive.teacher is None
+    assert adaptive.teacher is None and adaptive.lesson is None
     salt = dataclasses.replace(config.salt, switch="fixed", kd_steps=kd_steps, **RULE)
     train = dataclasses.replace(config.train, output_dir=fixed_dir)
     fixed = dataclasses.replace(config, salt=salt, train=train)
     return [local_weights(adaptive), local_weights(run_to_end(fixed, deepspeed_config))]
 
 
+@pytest.mark.parametrize("stages", [1, 2])
 def test_decided_run_is_the_run_with_that_end_from_the_start(
-    dataset: Path, untrained: Path, tmp_path: Path
+    dataset: Path, untrained: Path, tmp_path: Path, stages: int
 ) -> None:
     """The step after the decision reads by the new phase, though it was read ahead by the old one:
-    with a selection the two phases read other sequences."""
+    with a selection the two phases read other sequences. On two stages it has been taught, too."""
     write_tags(tmp_path / "tags", dataset)
     config = make_config(
         dataset, tmp_path / "adaptive", teacher__checkpoint=str(untrained),
@@ -206,7 +207,7 @@ def test_decided_run_is_the_run_with_that_end_from_the_start(
         salt__selection=[str(tmp_path / "tags_sequences.parquet")],
         salt__switch="adaptive", salt__kd_steps=6, salt__switch_patience=1,
         salt__switch_margin_nats=0.2,
-        train__steps=6, train__eval_interval=2,
+        train__steps=6, train__eval_interval=2, parallel__pipeline_model_parallel_size=stages,
     )  # fmt: skip
     deepspeed_config = make_deepspeed(tmp_path)
     fixed_dir = str(tmp_path / "fixed")

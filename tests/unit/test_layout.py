@@ -146,6 +146,17 @@ def test_stages_with_less_to_do_take_more_pieces() -> None:
             assert all(len(ranks[1]) <= len(ranks[0]) for ranks in shares)
 
 
+def test_a_piece_counts_with_all_of_its_rows() -> None:
+    layout = Layout(tp_size=1, pp_size=2, dp_size=1)
+    pieces = [(row, row + 4) for row in range(0, 40, 4)]
+    # Stage 0 has 16 rows' work more to do: of 40 rows it should take 12, that is three pieces.
+    shares = share_pieces(pieces, layout, [16.0, 0.0], row_work=1.0)
+    assert [len(ranks[0]) for ranks in shares] == [3, 7]
+    # Where all is equal, the odd one is for the first stage: it waits longest for a gradient.
+    shares = share_pieces(pieces[:3], layout, [0.0, 0.0], row_work=1.0)
+    assert [len(ranks[0]) for ranks in shares] == [2, 1]
+
+
 def all_splits(num_layers: int, num_stages: int) -> Iterator[tuple[int, ...]]:
     for inner in itertools.combinations(range(1, num_layers), num_stages - 1):
         yield (0, *inner, num_layers)

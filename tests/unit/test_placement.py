@@ -50,7 +50,7 @@ def check(plan: TeachingPlan, times: Times, stages: int, micro_batches: int) -> 
     assert bare == plain_programs(micro_batches, stages)
     # Training runs these programs, and the simulator says the same of them.
     timeline = simulate(programs, times)
-    assert timeline.step_time == pytest.approx(placement.timeline.step_time, rel=1e-9)
+    assert timeline.step_time == pytest.approx(placement.step_time, rel=1e-9)
     received = [op.number for op in programs[-1] if op.kind == "recv_hidden"]
     sent_at: dict[int, float] = {}
     for stage, ops in enumerate(programs):
@@ -92,7 +92,7 @@ def test_overhead_is_near_the_bound_with_four_chunks(
     times = times_of(shape, [1.0] * stages, ratio, 4)
     placement = check(plan_teaching(shape, times, in_bubbles=True), times, stages, micro_batches)
     bound = formula(ratio, micro_batches, stages)
-    share = placement.bound / placement.plain.step_time - 1.0
+    share = placement.bound / placement.plain_time - 1.0
     assert share == pytest.approx(bound, abs=1e-9)
     assert bound - 1e-9 <= placement.overhead <= bound + 0.015
 
@@ -124,7 +124,7 @@ def test_uneven_stages_and_numbers_that_do_not_divide(
         for ranks in equal.shares
     ]
     bound = work_bound(times, plain_programs(micro_batches, stages), work)
-    plain = placement.plain.step_time
+    plain = placement.plain_time
     assert placement.overhead <= bound / plain - 1.0 + 0.015
     if kind == "a heavy head" and (micro_batches, ratio) == (32, 0.54):
         assert bound / plain - 1.0 > 0.05 > 0.01 > placement.overhead
@@ -161,6 +161,71 @@ def test_tensor_parallel_ranks_share_a_schedule() -> None:
     assert plan.block(0)[1] == plan.block(1)[0]
     with pytest.raises(ValueError, match="piece 99"):
         plan.of_tp_rank(99, 0)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_rank_of_a_stage_does_its_share_once(seed: int) -> None:
+    """Sizes and times by chance: fewer pieces than ranks, a short last piece, one layer, no waits.
+
+    Of every tensor-parallel rank: all rows once, in the plan's order, each piece sent when it is
+    whole, and received in the order in which its stage sends. However bad the times, the step is
+    never longer than with all of the teacher's work at its end.
+    """
+    rng = random.Random(seed)
+    stages, tp, micro_batches = rng.choice([2, 3, 5]), rng.choice([1, 2, 3]), rng.randint(1, 9)
+    shape = StepShape(
+        student=ModelConfig(num_layers=7, hidden_size=64, num_attention_heads=4),
+        teacher=ModelConfig(num_layers=rng.choice([1, 3]), hidden_size=64, num_attention_heads=4),
+        vocab_size=rng.choice([64, 5000]), seq_length=16, micro_batch_size=rng.randint(1, 4),
+        num_micro_batches=micro_batches, num_chunks=rng.choice([None, 1, 1000]),
+        layout=Layout(tp_size=tp, pp_size=stages, dp_size=1),
+    )  # fmt: skip
+    times = multiply_adds(shape)
+    if seed % 2:
+        chunk = rng.choice([0.0, 0.01, 0.3, 5.0])
+        times = Times(
+            forward=[rng.uniform(0.1, 3.0) for _ in range(stages)],
+            backward=[rng.uniform(0.1, 5.0) for _ in range(stages)],
+            teacher=lambda piece, _: chunk * (shape.pieces[piece][1] - shape.pieces[piece][0]),
+            transfer=rng.choice([0.0, 0.5]),
+        )
+    plan = plan_teaching(shape, times, in_bubbles=True)
+    placement = check(plan, times, stages, micro_batches)
+    work = max(
+        sum(times.teacher(piece, chunk) for piece in ranks[0] for chunk in range(plan.num_chunks))
+        for ranks in plan.shares
+    )
+    assert placement.bound <= placement.step_time * (1 + 1e-9)
+    assert placement.step_time <= (placement.plain_time + work) * (1 + 1e-9)
+    taught: list[int] = []
+    for tp_rank in range(tp):
+        received: list[int] = []
+        for stage, ops in enumerate(teaching_programs(micro_batches, stages, placement)):
+            done: dict[int, int] = {}
+            sent: list[int] = []
+            for kind, number, chunk in ops:
+                if kind not in ("teacher", "send_hidden", "recv_hidden"):
+                    continue
+                own = plan.of_tp_rank(number, tp_rank)
+                if own is None:
+                    continue
+                if kind == "teacher":
+                    assert done.get(own, 0) == chunk
+                    done[own] = chunk + 1
+                elif kind == "send_hidden":
+                    assert done[own] == plan.num_chunks
+                    sent.append(own)
+                else:
+                    received.append(own)
+            share = plan.shares[stage][tp_rank]
+            assert done == dict.fromkeys(share, plan.num_chunks)
+            assert sent == (list(share) if stage < stages - 1 else [])
+            taught += [row for piece in done for row in range(*plan.pieces[piece])]
+        for ranks in plan.shares[:-1]:
+            assert [piece for piece in received if piece in ranks[tp_rank]] == list(ranks[tp_rank])
+        rows = [row for stage in range(stages) for row in range(*plan.rows(stage, tp_rank))]
+        assert rows == list(range(*plan.block(tp_rank)))
+    assert taught == list(range(shape.num_rows))
 
 
 def slow_reference(programs: list[list[Op]], times: Times) -> list[list[tuple[float, float]]]:
