@@ -394,4 +394,4 @@ def test_simulated_step_agrees_with_a_traced_one(
     given = read_measured(str(tmp_path / "run" / "measured_times.json"))
     assert given.forward_kd_s == pytest.approx(times.forward, rel=0.3)
     assert given.teacher_row_s is not None and given.teacher_row_s >= 2 * CHUNK_S
-    assert len(metrics_of(tmp_path / "run")) == 6
+    assert len(metrics_of(tmp_path / "run")) == 9

@@ -3,16 +3,29 @@ bound."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from collections.abc import Sequence
 
 import pytest
+from deepspeed.runtime.pipe.schedule import (
+    BackwardPass,
+    ForwardPass,
+    RecvActivation,
+    SendActivation,
+)
 
 from megatron_salt.config import ModelConfig
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.parallel.placement import Placement, work_bound
-from megatron_salt.parallel.schedule import plain_programs, teaching_programs
+from megatron_salt.parallel.schedule import (
+    TeacherForward,
+    measured_times,
+    measured_values,
+    plain_programs,
+    teaching_programs,
+)
 from megatron_salt.parallel.simulator import Op, Times, channel, simulate
 from megatron_salt.parallel.teaching import StepShape, TeachingPlan, multiply_adds, plan_teaching
 
@@ -352,3 +365,55 @@ def test_work_that_takes_no_time_is_placed_too() -> None:
     times = Times(forward=[1.0, 1.0], backward=[2.0, 2.0])
     placement = check(plan_teaching(shape, times, in_bubbles=True), times, 2, 4)
     assert placement.overhead == 0.0
+
+
+def test_costs_by_hand() -> None:
+    """Two layers on two stages at tp 2: multiply-adds of a micro-batch on one rank."""
+    student = ModelConfig(
+        num_layers=2, hidden_size=8, num_attention_heads=2, ffn_hidden_size=16,
+        activation="gelu",
+    )  # fmt: skip
+    teacher = ModelConfig(
+        num_layers=4, hidden_size=4, num_attention_heads=1, ffn_hidden_size=8, activation="gelu"
+    )
+    shape = StepShape(
+        student=student, teacher=teacher, vocab_size=100, seq_length=10, micro_batch_size=3,
+        num_micro_batches=4, layout=Layout(tp_size=2, pp_size=2, dp_size=1), num_chunks=2,
+    )  # fmt: skip
+    # Weights of queries, keys and values, output, and the two of the MLP; attention S * H * C.
+    layer = 8 * 24 + 8 * 8 + 2 * 8 * 16 + 10 * 8
+    head, tokens = 8 * 100, 3 * 10
+    times = multiply_adds(shape)
+    loss = 3 * head + 4 * 100  # the head's product and its two gradients; the teacher's head
+    assert times.forward == [layer * tokens / 2, (layer + loss) * tokens / 2]
+    assert times.backward == [2 * layer * tokens / 2] * 2
+    again = multiply_adds(dataclasses.replace(shape, recompute=True))
+    assert again.forward == times.forward
+    assert again.backward == [3 * layer * tokens / 2] * 2
+    # 12 rows over four ranks in pieces of three; two of the teacher's layers, whole on a rank.
+    assert shape.pieces == [(0, 3), (3, 6), (6, 9), (9, 12)]
+    teacher_layer = 4 * 12 + 4 * 4 + 2 * 4 * 8 + 10 * 4
+    assert times.teacher(0, 1) == 3 * 10 * 2 * teacher_layer
+
+
+def test_measured_times_by_hand() -> None:
+    """Medians by stage; a transfer takes what its later end saw; the teacher by row and layer."""
+    first = [
+        (ForwardPass(buffer_id=0), 0.0, 1.0),
+        (SendActivation(buffer_id=0), 1.0, 1.5),
+        (ForwardPass(buffer_id=1), 1.5, 4.5),
+        (ForwardPass(buffer_id=2), 4.5, 6.5),
+        (TeacherForward(piece=0, chunk=0), 6.5, 12.5),
+        (BackwardPass(buffer_id=0), 13.0, 17.0),
+    ]
+    second = [
+        (RecvActivation(buffer_id=0), 0.0, 1.5),
+        (ForwardPass(buffer_id=0), 1.5, 6.5),
+        (BackwardPass(buffer_id=0), 6.5, 13.5),
+        (TeacherForward(piece=1, chunk=1), 14.0, 16.0),
+    ]
+    times = measured_times([first, second], [(0, 2), (2, 3)], [(0, 3), (3, 5)])
+    assert (times.forward, times.backward, times.transfer) == ([2.0, 5.0], [4.0, 7.0], 0.5)
+    assert times.teacher(0, 0) == 2 * 3 * 1.0 and times.teacher(1, 1) == 1 * 2 * 1.0
+    values = measured_values(times, [(0, 2), (2, 3)], 2)
+    assert values["teacher_row_s"] == 5.0 and values["forward_kd_s"] == [2.0, 5.0]
