@@ -6,9 +6,9 @@ Two pipeline stages on two CPU cores, one thread each, gloo: a waiting stage lea
 so its wait can be used. One student, one teacher of about half its work, the same batch; in turn,
 in the same processes: a step without a teacher, one that is given the teacher's states (what its
 head and the KL cost), one with the teacher's forward before it, one with the next batch's in the
-waits. Ratios of the medians of the rounds, beside what the simulator says for the multiply-adds
-that training plans with, and for the times traced in one of these steps. Writes
-results/bubble_overhead.json with machine and versions.
+waits, by the plan made of multiply-adds and by the one made of a step's times. Ratios of the
+medians of the rounds, beside what the plans say. Writes results/bubble_overhead.json with machine
+and versions.
 """
 
 from __future__ import annotations
@@ -29,9 +29,14 @@ import torch.distributed as dist
 
 from megatron_salt.config import RunConfig
 from megatron_salt.model.teacher import Lesson
-from megatron_salt.parallel.schedule import measured_times, plain_programs, teaching_programs
-from megatron_salt.parallel.simulator import simulate
-from megatron_salt.parallel.teaching import StepShape, multiply_adds, plan_teaching
+from megatron_salt.parallel.groups import from_rank_0
+from megatron_salt.parallel.schedule import measured_times
+from megatron_salt.parallel.teaching import (
+    StepShape,
+    TeachingPlan,
+    multiply_adds,
+    plan_teaching,
+)
 from megatron_salt.report.markdown import describe_machine
 from megatron_salt.trainer import prepare
 
@@ -120,7 +125,7 @@ def work(folder: Path, rounds: int, output: Path) -> None:
     config = RunConfig.from_dict(values, source="student.json")
     run = prepare(config, str(folder / "student_deepspeed.json"))
     student, teacher = run.student, run.teacher
-    assert teacher is not None and student.instructions is not None
+    assert teacher is not None
     batch = run.batches.take(0)
     shape = StepShape.of_run(config, run.settings, run.groups.layout, VOCAB_SIZE,
                              teacher.manifest.config.model)  # fmt: skip
@@ -147,8 +152,28 @@ def work(folder: Path, rounds: int, output: Path) -> None:
         """The teacher's states for nothing: what its head and the KL cost the last stage."""
         student.train_step(student.micro_batches(batch, 0.5, hidden_RSE), 1e-4)
 
-    kinds = {"plain": plain, "states_given": with_head, "before_step": before_step,
-             "bubble": in_waits}  # fmt: skip
+    # As a run does after its third step: the plan made anew from the times of one step.
+    for _ in range(2):
+        in_waits()
+    student.start_trace()
+    in_waits()
+    traces: list[Any] = [None, None]
+    dist.all_gather_object(traces, student.take_trace())
+    measured = measured_times(traces, shape.pieces, shape.chunk_bounds)
+    placed_anew: TeachingPlan = from_rank_0(plan_teaching(shape, measured, in_bubbles=True))
+
+    def by_counted() -> None:
+        teacher.prepare(plan, ahead=True)
+        in_waits()
+
+    def by_measured() -> None:
+        teacher.prepare(placed_anew, ahead=True)
+        in_waits()
+
+    kinds = {
+        "plain": plain, "states_given": with_head, "before_step": before_step,
+        "bubble_by_multiply_adds": by_counted, "bubble_by_measured_times": by_measured,
+    }  # fmt: skip
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for index in range(rounds + 1):
         for name, step in kinds.items():
@@ -158,41 +183,43 @@ def work(folder: Path, rounds: int, output: Path) -> None:
             dist.barrier()
             if index:  # the first round warms up
                 seconds[name].append(time.perf_counter() - started)
-    student.instructions.trace = trace = []
-    dist.barrier()
-    in_waits()
-    traces: list[Any] = [None, None]
-    dist.all_gather_object(traces, trace)
     if run.groups.rank == 0:
-        assert plan.placement is not None
         medians = {name: statistics.median(each) for name, each in seconds.items()}
-        report(shape, plan.placement, traces, medians, rounds, output)
+        report(shape, plan, placed_anew, medians, rounds, output)
     dist.barrier()
     dist.destroy_process_group()
 
 
 def report(
-    shape: StepShape, placement: Any, traces: list[Any], medians: dict[str, float], rounds: int,
+    shape: StepShape,
+    counted: TeachingPlan,
+    measured: TeachingPlan,
+    medians: dict[str, float],
+    rounds: int,
     output: Path,
-) -> None:  # fmt: skip
-    measured = measured_times(traces)
-    programs = plain_programs(MICRO_BATCHES, 2)
-    alone = simulate(programs, measured).backward_end
-    taught = simulate(teaching_programs(MICRO_BATCHES, 2, placement), measured).backward_end
-    counted = multiply_adds(shape)
-    of_a_row = sum(counted.teacher(0, chunk) for chunk in range(len(shape.chunk_bounds)))
+) -> None:
+    assert counted.placement is not None and measured.placement is not None
+    costs = multiply_adds(shape)
+    of_a_row = sum(costs.teacher(0, chunk) for chunk in range(counted.num_chunks))
     found = {
         "machine": describe_machine(), "student": STUDENT, "teacher": TEACHER,
         "vocab_size": VOCAB_SIZE, "seq_length": SEQ_LENGTH, "stages": 2,
         "micro_batches": MICRO_BATCHES, "rounds": rounds,
-        "teacher_over_student_forward": round(of_a_row / sum(counted.forward), 3),
-        "step_over_plain_step": {name: round(each / medians["plain"], 4)
-                                 for name, each in medians.items()},
-        "bubble_over_states_given": round(medians["bubble"] / medians["states_given"], 4),
-        "before_step_over_states_given": round(
-            medians["before_step"] / medians["states_given"], 4),
-        "simulated": {"overhead_counted_in_multiply_adds": round(placement.overhead, 4),
-                      "overhead_at_traced_times": round(taught / alone - 1.0, 4)},
+        "teacher_over_student_forward": round(of_a_row / sum(costs.forward), 3),
+        "step_over_plain_step": {
+            name: round(each / medians["plain"], 4) for name, each in medians.items()
+        },
+        "step_over_one_with_states_given": {
+            name: round(each / medians["states_given"], 4) for name, each in medians.items()
+        },
+        "rows_by_stage": {
+            "by_multiply_adds": [len(ranks[0]) for ranks in counted.shares],
+            "by_measured_times": [len(ranks[0]) for ranks in measured.shares],
+        },
+        "overhead_in_the_plan": {
+            "by_multiply_adds": round(counted.placement.overhead, 4),
+            "by_measured_times": round(measured.placement.overhead, 4),
+        },
     }  # fmt: skip
     output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
