@@ -184,8 +184,7 @@ def work(folder: Path, rounds: int, output: Path) -> None:
             if index:  # the first round warms up
                 seconds[name].append(time.perf_counter() - started)
     if run.groups.rank == 0:
-        medians = {name: statistics.median(each) for name, each in seconds.items()}
-        report(shape, plan, placed_anew, medians, rounds, output)
+        report(shape, plan, placed_anew, seconds, output)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -194,23 +193,29 @@ def report(
     shape: StepShape,
     counted: TeachingPlan,
     measured: TeachingPlan,
-    medians: dict[str, float],
-    rounds: int,
+    seconds: dict[str, list[float]],
     output: Path,
 ) -> None:
+    """Write the ratios of medians, and the quartiles of the rounds' own ratios."""
+    medians = {name: statistics.median(each) for name, each in seconds.items()}
+    by_round = {
+        name: [mine / plain for mine, plain in zip(each, seconds["plain"], strict=True)]
+        for name, each in seconds.items()
+    }
     assert counted.placement is not None and measured.placement is not None
     costs = multiply_adds(shape)
     of_a_row = sum(costs.teacher(0, chunk) for chunk in range(counted.num_chunks))
     found = {
         "machine": describe_machine(), "student": STUDENT, "teacher": TEACHER,
         "vocab_size": VOCAB_SIZE, "seq_length": SEQ_LENGTH, "stages": 2,
-        "micro_batches": MICRO_BATCHES, "rounds": rounds,
+        "micro_batches": MICRO_BATCHES, "rounds": len(seconds["plain"]),
         "teacher_over_student_forward": round(of_a_row / sum(costs.forward), 3),
         "step_over_plain_step": {
             name: round(each / medians["plain"], 4) for name, each in medians.items()
         },
-        "step_over_one_with_states_given": {
-            name: round(each / medians["states_given"], 4) for name, each in medians.items()
+        "quartiles_by_round": {
+            name: [round(one, 4) for one in statistics.quantiles(each, n=4)]
+            for name, each in by_round.items()
         },
         "rows_by_stage": {
             "by_multiply_adds": [len(ranks[0]) for ranks in counted.shares],
