@@ -28,7 +28,7 @@ REPO = Path(__file__).parents[1]
 RATIOS = (0.1, 0.3, 0.54, 1.0)
 STAGES = {
     "equal": lambda p: [1.0] * p,
-    "a head of 0.3 layers' stages": lambda p: [1.0] * (p - 1) + [1.3],
+    "a last stage slower by 0.3": lambda p: [1.0] * (p - 1) + [1.3],
     "a quarter fewer layers in half of them": lambda p: [
         1.0 if 2 * s < p else 0.75 for s in range(p)
     ],
