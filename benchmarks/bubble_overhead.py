@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from real_text import make_data
 
 from megatron_salt.config import RunConfig
 from megatron_salt.model.teacher import Lesson
@@ -65,7 +66,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prefix = make_data(folder)
+        prefix = make_data(folder, VOCAB_SIZE)
         one = {**DEEPSPEED, "train_batch_size": 1}
         write(folder, "teacher", run_of(prefix, folder, "teacher", TEACHER, {}), one)
         launch(1, "-m", "megatron_salt.pretrain", "--config", folder / "teacher.json",
@@ -86,19 +87,6 @@ def launch(processes: int, *words: object) -> None:
                "--nproc-per-node", str(processes), *map(str, words)]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
     subprocess.run(command, check=True, cwd=REPO, env=environment)
-
-
-def make_data(folder: Path) -> Path:
-    def tool(name: str, *words: object) -> None:
-        command = [sys.executable, str(REPO / "tools" / name), *map(str, words)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    text, tokenizer = folder / "text.jsonl", folder / "tokenizer.json"
-    tool("make_corpus.py", "--output", text)
-    tool("train_tokenizer.py", "--input", text, "--output", tokenizer, "--vocab-size", VOCAB_SIZE)
-    tool("preprocess_data.py", "--input", text, "--tokenizer", tokenizer, "--output-prefix",
-         folder / "data")  # fmt: skip
-    return folder / "data_text_document"
 
 
 def run_of(

@@ -22,6 +22,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from real_text import make_data
+
 REPO = Path(__file__).parents[1]
 VOCAB_SIZE = 16384
 MODEL = {"num_layers": 2, "hidden_size": 256, "num_attention_heads": 4}
@@ -55,7 +57,7 @@ def main() -> None:
     print(f"commit {version}, torch {torch_version}, loss_chunk_mib {chunks}", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prefix = make_data(folder)
+        prefix = make_data(folder, VOCAB_SIZE)
         for precision in PRECISIONS:
             teacher = folder / precision / "teacher"
             step_of(arguments.checkout, write_run(folder, precision, prefix, teacher, {}))
@@ -66,19 +68,6 @@ def main() -> None:
             files = write_run(folder, precision, prefix, student, salt, teacher)
             peak = step_of(arguments.checkout, files)
             print(f"{precision}: {peak / 2**20:.0f} MiB above what was resident before the step")
-
-
-def make_data(folder: Path) -> Path:
-    def tool(name: str, *words: object) -> None:
-        command = [sys.executable, str(REPO / "tools" / name), *map(str, words)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    text, tokenizer = folder / "text.jsonl", folder / "tokenizer.json"
-    tool("make_corpus.py", "--output", text)
-    tool("train_tokenizer.py", "--input", text, "--output", tokenizer, "--vocab-size", VOCAB_SIZE)
-    tool("preprocess_data.py", "--input", text, "--tokenizer", tokenizer, "--output-prefix",
-         folder / "data")  # fmt: skip
-    return folder / "data_text_document"
 
 
 def write_run(

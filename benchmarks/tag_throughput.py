@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from real_text import make_data
 
 from megatron_salt import tagging
 from megatron_salt.data.sequences import Sequences, batches_of, rows_of
@@ -59,7 +60,7 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prefix, slm = make_data(folder), folder / "slm"
+        prefix, slm = make_data(folder, VOCAB_SIZE), folder / "slm"
         train(folder, prefix, slm)
         groups = initialize(1, 1, 30.0)
         results = []
@@ -80,19 +81,6 @@ def main() -> None:
         "rounds": arguments.rounds, "results": results,
     }  # fmt: skip
     arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-
-
-def make_data(folder: Path) -> Path:
-    def tool(name: str, *words: object) -> None:
-        command = [sys.executable, str(REPO / "tools" / name), *map(str, words)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    text, tokenizer = folder / "text.jsonl", folder / "tokenizer.json"
-    tool("make_corpus.py", "--output", text)
-    tool("train_tokenizer.py", "--input", text, "--output", tokenizer, "--vocab-size", VOCAB_SIZE)
-    tool("preprocess_data.py", "--input", text, "--tokenizer", tokenizer, "--output-prefix",
-         folder / "data")  # fmt: skip
-    return folder / "data_text_document"
 
 
 def train(folder: Path, prefix: Path, output: Path) -> None:
