@@ -169,16 +169,7 @@ class Run:
             changes = changed_settings(resumed.config, config)
             for change in [*changes, *changed_deepspeed(before, settings.values)]:
                 self.say(f"  changed since then: {change}")
-        self.log: MetricsLog | None = None
-        if groups.rank == 0:
-            write_config(config, self.output_dir / "config.json")
-            text = json.dumps(dict(settings.values), indent=2) + "\n"
-            (self.output_dir / "deepspeed.json").write_text(text, encoding="utf-8")
-            self.log = MetricsLog(
-                self.output_dir,
-                resumed_step=self.first_step,
-                tensorboard=config.train.tensorboard,
-            )
+        self.log = self._open_log()
         self.teacher: Teacher | None = None
         self.teaches_ahead = teaches_ahead(
             config.teacher.placement, groups.layout, cuda=groups.device.type == "cuda"
@@ -201,6 +192,19 @@ class Run:
         self.clock = Stopwatch(groups.device)
         self.started = time.perf_counter()
         self.skipped_steps = 0
+
+    def _open_log(self) -> MetricsLog | None:
+        """On rank 0: write the resolved configs, and go on with the metrics of the steps done."""
+        if self.groups.rank != 0:
+            return None
+        write_config(self.config, self.output_dir / "config.json")
+        text = json.dumps(dict(self.settings.values), indent=2) + "\n"
+        (self.output_dir / "deepspeed.json").write_text(text, encoding="utf-8")
+        return MetricsLog(
+            self.output_dir,
+            resumed_step=self.first_step,
+            tensorboard=self.config.train.tensorboard,
+        )
 
     def _prepare_loss(self) -> None:
         """Build the loss's code before the first step, and see that all ranks run the same.

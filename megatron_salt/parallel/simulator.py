@@ -8,7 +8,6 @@ stages, M micro-batches.
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -248,8 +247,3 @@ def _check(timeline: Timeline) -> None:
             if missing := [need for need in needs if need not in seen]:
                 raise RuntimeError(f"stage {stage}: {op} before {missing[0]}")
             seen.add((op.kind, op.number))
-
-
-def overhead(step: float, plain_step: float) -> float:
-    """Share by which a step is longer than one without a teacher."""
-    return step / plain_step - 1.0 if plain_step > 0 else math.nan
