@@ -507,7 +507,6 @@ class Run:
         assert self.teacher is not None
         before, size = self._memory_of_ranks(), self.teacher.num_bytes()
         self.student.loss_function.teacher_head_WE = None
-        self.student.drop_buffers()
         if self.lesson is not None:  # an adaptive end came after the next batch had been taught
             self.student.finish(self.lesson[1])
             self.lesson = None

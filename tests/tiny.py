@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_optimizer_state
 
 from megatron_salt.config import RunConfig, check_config
 from megatron_salt.model.layers import canonical_parameters
@@ -124,6 +127,49 @@ def local_weights(run: Run) -> dict[str, np.ndarray]:
     return weights
 
 
+def allow_fp16_on_cpu() -> None:
+    """DeepSpeed refuses fp16 on processors that have no instructions for it; PyTorch emulates."""
+    from deepspeed.accelerator import get_accelerator
+
+    type(get_accelerator()).is_fp16_supported = lambda self: True
+
+
+def first_moments(run: Run) -> dict[str, np.ndarray]:
+    """Adam's exp_avg of this rank's tensor-parallel parts, whole over dp, by canonical name.
+
+    Collectives: one all-reduce per weight over dp.
+    """
+    optimizer = run.student.engine.optimizer
+    moments = {}
+    for name, parameter in canonical_parameters(run.student.module).items():
+        if hasattr(parameter, "ds_id"):  # ZeRO 3
+            moment = safe_get_full_optimizer_state(parameter, "exp_avg")
+        elif hasattr(parameter, "_hp_mapping"):
+            moment = torch.zeros(parameter.numel())
+            mapping = parameter._hp_mapping
+            if mapping is not None:  # a fragment of it is this rank's
+                group = optimizer.optimizer.param_groups[mapping.param_group_index]
+                flat = optimizer.optimizer.state[group["params"][0]]["exp_avg"]
+                theirs, ours = mapping.hp_fragment_address, mapping.lp_fragment_address
+                fragment = flat[theirs.start : theirs.start + theirs.numel]
+                moment[ours.start : ours.start + ours.numel] = fragment
+            dist.all_reduce(moment, group=run.groups.dp)
+            moment = moment.view(parameter.shape)
+        else:  # without ZeRO the optimizer is PyTorch's own
+            moment = optimizer.state[parameter]["exp_avg"]
+        moments[name] = moment.float().cpu().numpy().copy()
+    return moments
+
+
+def adam_gradient(moments: dict[int, dict[str, np.ndarray]], step: int) -> dict[str, np.ndarray]:
+    """The gradient, as clipped, that Adam was given in a step, from `first_moments` after it and
+    after the one before (counted from 1), at the default beta of 0.9."""
+    before = moments.get(step - 1, {})
+    return {
+        name: (after - 0.9 * before.get(name, 0.0)) / 0.1 for name, after in moments[step].items()
+    }
+
+
 def whole_weights(
     per_rank: list[dict[str, np.ndarray]], config: RunConfig, vocab_size: int
 ) -> dict[str, np.ndarray]:
@@ -131,8 +177,6 @@ def whole_weights(
 
     Replicas of a weight (over tp, or a tied embedding over stages) must be equal: asserted.
     """
-    import torch
-
     tp_size = config.parallel.tensor_model_parallel_size
     pp_size = config.parallel.pipeline_model_parallel_size
     dp_size = len(per_rank) // (tp_size * pp_size)

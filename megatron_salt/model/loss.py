@@ -31,7 +31,7 @@ from megatron_salt.model.routing import keep_taught, share_of_sequences
 
 
 class Targets(NamedTuple):
-    """What a micro-batch is scored against; a tuple, because DeepSpeed moves tuples of tensors."""
+    """What a micro-batch is scored against."""
 
     labels_BS: Tensor
     """Token to predict at each position, int64."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import deepspeed
@@ -32,8 +33,8 @@ class OutputLayer(nn.Module):
     """The output head's weight [W, D], and where a single stage computes its loss.
 
     The loss is computed inside this module's forward when targets are given, so that ZeRO 3 has the
-    weight gathered when it is used. As a pipeline layer it passes the hidden state on; DeepSpeed
-    then calls the loss function on its own.
+    weight gathered when it is used. As a pipeline layer it passes the hidden state on, and
+    `PipelineStudent.forward` computes the loss.
     """
 
     canonical_name = "output_layer"
@@ -89,6 +90,11 @@ class SingleStageStudent(nn.Module):
 class PipelineStudent(PipelineModule):
     """The student as DeepSpeed pipeline stages: pp > 1, ZeRO <= 1.
 
+    The loss is the last stage's output, not DeepSpeed's `loss_fn`: that is called after the
+    module's forward, where the output head must not be used. When the gradient reaches a module's
+    output, DeepSpeed clears the 16-bit gradients of the micro-batch before, and what the head had
+    got by then went with them.
+
     Args:
         stage_bounds: over the transformer layers, from `layout.balanced_stages`.
     """
@@ -103,6 +109,7 @@ class PipelineStudent(PipelineModule):
         self.tied = not parts.model.untie_embeddings_and_output_weights
         self.student_loss = loss_function
         self.prefix_masks = parts.prefix_masks
+        self._targets: deque[Targets] = deque()
         body = [LayerSpec(kind, *args) for kind, args in body_layers(parts)]
         if self.tied:
             attribute = ["word_embeddings.weight"]
@@ -121,28 +128,43 @@ class PipelineStudent(PipelineModule):
         )
         # DeepSpeed prints its partition here; `--dry_run` and the start-up lines show ours.
         with contextlib.redirect_stdout(io.StringIO()):
-            super().__init__([first, *body, last], topology=topology, loss_fn=self._loss)
+            super().__init__([first, *body, last], topology=topology)
 
     def _partition_layers(self, method: str = "uniform") -> None:
         """DeepSpeed's hook for the split, replaced: balanced by cost, head included."""
         self.parts = self._stage_parts
         self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
 
-    def forward(self, forward_input: Tensor) -> Tensor:
-        """This stage's layers on one micro-batch: tokens [B, S] or the hidden state before them."""
-        self.prefix_masks.advance(forward_input.device)
-        return super().forward(forward_input)
+    @contextlib.contextmanager
+    def targets_of_step(self, targets: Iterable[Targets]) -> Iterator[None]:
+        """Within it each forward pass of the last stage takes the next of these.
 
-    def _loss(self, hidden_SBD: Tensor, targets: tuple[Tensor, ...]) -> Tensor:
+        They do not travel through the pipeline: every rank has read them (see `PrefixMasks`).
+        """
+        self._targets.extend(targets)
+        try:
+            yield
+        finally:
+            self._targets.clear()
+
+    def forward(self, forward_input: Tensor) -> Tensor:
+        """This stage's layers on one micro-batch: tokens [B, S] or the hidden state before them.
+
+        Returns: the hidden state, on the last stage the scalar loss (see `LossFunction`).
+        """
+        self.prefix_masks.advance(forward_input.device)
+        hidden_SBD = super().forward(forward_input)
+        if self.stage_id < self.num_stages - 1:
+            return hidden_SBD
         if self.tied:
             weight = self.tied_modules["embedding"].word_embeddings.weight
         else:
             weight = self.forward_funcs[-1].weight
-        return self.student_loss(hidden_SBD, weight, Targets(*targets))
+        return self.student_loss(hidden_SBD, weight, self._targets.popleft())
 
 
 def _pass_on(module: nn.Module, hidden_SBD: Tensor) -> Tensor:
-    """What the tied head does as a pipeline layer; the loss function reads its weight."""
+    """What the tied head does as a pipeline layer; the loss reads its weight."""
     return hidden_SBD
 
 

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -224,13 +224,10 @@ class StudentEngine:
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        with self._prefix_masks(micro_batches):
+        with self._waiting(micro_batches):
             if self.instructions:
                 with self.instructions.teaching(lesson):
-                    self.engine.train_batch(data_iter=iter(_pipeline_form(micro_batches)))
-                # DeepSpeed keeps the last labels, and with them the step's teacher states, until
-                # they are overwritten: through the next step's teacher forward.
-                self.drop_buffers()
+                    self.engine.train_batch(data_iter=_pipeline_form(micro_batches))
                 return
             self.engine.train()
             for number, (tokens_BS, targets, _) in enumerate(micro_batches):
@@ -269,11 +266,16 @@ class StudentEngine:
             torch.cuda.current_stream().wait_stream(self._beside)
         return lesson.finish()
 
-    def _prefix_masks(
-        self, micro_batches: Sequence[MicroBatch]
-    ) -> contextlib.AbstractContextManager[None]:
-        """The masks of these micro-batches, for as long as they run."""
-        return self.parts.prefix_masks.of_step([one.prefix_B for one in micro_batches])
+    @contextlib.contextmanager
+    def _waiting(self, micro_batches: Sequence[MicroBatch]) -> Iterator[None]:
+        """What does not travel through the pipeline waits in the module while these run."""
+        with contextlib.ExitStack() as stack:
+            prefixes = [one.prefix_B for one in micro_batches]
+            stack.enter_context(self.parts.prefix_masks.of_step(prefixes))
+            if isinstance(self.module, PipelineStudent):
+                targets = [one.targets for one in micro_batches]
+                stack.enter_context(self.module.targets_of_step(targets))
+            yield
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[TokenScores]:
         """Score micro-batches without gradients.
@@ -285,10 +287,10 @@ class StudentEngine:
         scored: list[TokenScores] = []
         self.loss_function.scored = scored
         try:
-            with self._prefix_masks(micro_batches):
+            with self._waiting(micro_batches):
                 if self.is_pipeline:
                     self.engine.eval_batch(
-                        iter(_pipeline_form(micro_batches)),
+                        _pipeline_form(micro_batches),
                         bcast_loss=False,
                         num_micro_batches=len(micro_batches),
                     )
@@ -351,14 +353,6 @@ class StudentEngine:
         if loaded is None:
             raise RuntimeError(f"{checkpoint}/deepspeed: DeepSpeed could not load its state")
 
-    def drop_buffers(self) -> None:
-        """Let go of the last step's inputs, labels and teacher states in the pipeline's hands."""
-        if self.is_pipeline:
-            # Read to its last element but not beyond, an iterator still holds its list.
-            self.engine.set_dataiterator(None)
-            for slots in self.engine.pipe_buffers.values():
-                slots[:] = [None] * len(slots)
-
     def grad_norm(self) -> float | None:
         """Norm of the last step's gradient before clipping; None where DeepSpeed has none.
 
@@ -394,9 +388,8 @@ class StudentEngine:
             torch._foreach_mul_(gradients, limit / (norm + 1e-6))
 
 
-def _pipeline_form(micro_batches: Sequence[MicroBatch]) -> list[tuple[Tensor, tuple[Tensor, ...]]]:
-    """DeepSpeed's pipeline takes (inputs, labels) with labels a plain tuple of tensors."""
-    return [
-        (tokens, tuple(field for field in targets if field is not None))
-        for tokens, targets, _ in micro_batches
-    ]
+def _pipeline_form(micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[Tensor, None]]:
+    """DeepSpeed's pipeline takes (inputs, labels); what a step is scored against waits in the
+    module (`PipelineStudent.targets_of_step`). DeepSpeed keeps the iterator until the next step, so
+    it must hold nothing but tokens."""
+    return iter([(one.tokens_BS, None) for one in micro_batches])

@@ -1,160 +1,280 @@
-"""Every layout computes what one process computes: losses of 5 steps, gradients of the first.
+"""Every layout computes what one process computes, in the precisions that users train in.
 
-A right loss proves nothing about a gradient, so gradients are read off one step of SGD (see
-`tiny.SGD_LR`), whole, weight by weight, in both phases.
+A right loss proves nothing about a gradient, and a right fp32 gradient nothing about bf16: so the
+gradients that reach the optimizer are compared, whole, weight by weight, of a step of either phase.
+They are read off Adam's first moment, behind everything that DeepSpeed does to them on the way.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from ranks import run_ranks
 from tiny import (
     GPT,
     LLAMA,
-    SGD,
-    gradient_of_step,
-    local_weights,
+    adam_gradient,
+    allow_fp16_on_cpu,
+    first_moments,
     make_config,
     make_deepspeed,
     metrics_of,
-    run_to_end,
+    whole_weights,
 )
 
 from megatron_salt.config import RunConfig
+from megatron_salt.kernels import linear_kd_loss
+from megatron_salt.model import student
+from megatron_salt.parallel.instructions import Instructions
+from megatron_salt.trainer import prepare
 
 VOCAB_SIZE = 509
-MODELS = {"llama": LLAMA, "gpt": GPT}
+MODELS = {"llama": LLAMA, "gpt": GPT}  # untied and tied
+STEPS, KD_STEPS = 8, 4
 KD = {
-    "salt__kd_steps": 5,
+    "salt__kd_steps": KD_STEPS,
     "salt__kd_weight": 0.6,
     "salt__teacher_temperature": 2.0,
     "salt__student_temperature": 1.5,
 }
+# Whose gradients are compared: the first step, and the first one without a teacher.
+COMPARED = (1, KD_STEPS + 1)
 
 
-def _losses_and_first_step(
-    adam: RunConfig, adam_json: str, sgd: RunConfig, sgd_json: str
-) -> dict[str, np.ndarray]:
-    run_to_end(adam, adam_json)
-    return local_weights(run_to_end(sgd, sgd_json))
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Of a run, and what else decides how DeepSpeed treats its gradients."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    sp: bool = False
+    zero: int = 0
+    recompute: bool = False
+    precision: str = "fp32"
+    accumulate: str = "fp32"
+    """Dtype in which micro-batches are added up."""
+    immediate: bool | None = None
+    """bf16.immediate_grad_update of the JSON; None: not said."""
+
+    def __str__(self) -> str:
+        changed = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != f.default
+        }
+        return "-".join(f"{k}{v if isinstance(v, str) else int(v)}" for k, v in changed.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    records: list[dict[str, Any]]
+    """Metrics of the steps, from the first on."""
+    gradients: dict[int, dict[str, np.ndarray]]
+    """Step -> whole gradient after clipping, by weight."""
+
+
+def _moments(
+    config: RunConfig, deepspeed_config: str, prepare_rank: Callable[[], None] | None
+) -> dict[int, dict[str, np.ndarray]]:
+    allow_fp16_on_cpu()
+    if prepare_rank is not None:
+        prepare_rank()
+    run = prepare(config, deepspeed_config)
+    moments = {}
+    for step in range(STEPS):
+        run.step(step)
+        if {step + 1, step + 2} & set(COMPARED):
+            moments[step + 1] = first_moments(run)
+    run.finish()
+    return moments
 
 
 def measure(
     folder: Path,
     dataset: Path,
-    teacher: Path | None,
-    *,
+    teacher: Path,
     model: str,
-    tp: int = 1,
-    pp: int = 1,
-    dp: int = 1,
-    sp: bool = False,
-    zero: int = 0,
-    recompute: str = "none",
-) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-    """Metrics of 5 Adam steps and the gradient of the first step, of one layout."""
-    settings: dict[str, Any] = {
-        "parallel__tensor_model_parallel_size": tp,
-        "parallel__pipeline_model_parallel_size": pp,
-        "parallel__sequence_parallel": sp,
-        "parallel__recompute_granularity": recompute,
+    layout: Layout,
+    prepare_rank: Callable[[], None] | None = None,
+    steps: int = STEPS,
+) -> Measured:
+    """A run of both phases; `prepare_rank` is called on every rank before."""
+    config = make_config(
+        dataset, folder, model=MODELS[model], teacher__checkpoint=str(teacher), **KD,
+        train__steps=steps,
+        parallel__tensor_model_parallel_size=layout.tp,
+        parallel__pipeline_model_parallel_size=layout.pp,
+        parallel__sequence_parallel=layout.sp,
+        parallel__recompute_granularity="full" if layout.recompute else "none",
+    )  # fmt: skip
+    sections: dict[str, Any] = {"zero_optimization": {"stage": layout.zero}}
+    if layout.precision != "fp32":
+        sections[layout.precision] = {"enabled": True}
+        sections["data_types"] = {"grad_accum_dtype": layout.accumulate}
+    if layout.precision == "fp16":  # a scale that does not overflow, so that no step is skipped
+        sections["fp16"]["initial_scale_power"] = 8
+    if layout.immediate is not None:
+        sections["bf16"]["immediate_grad_update"] = layout.immediate
+    folder.mkdir(exist_ok=True)
+    world_size = layout.tp * layout.pp * layout.dp
+    deepspeed_config = make_deepspeed(folder, **sections)
+    per_rank = run_ranks(world_size, _moments, config, deepspeed_config, prepare_rank)
+    gradients = {}
+    for step in COMPARED:
+        of_step = [adam_gradient(moments, step) for moments in per_rank]
+        gradients[step] = whole_weights(of_step, config, VOCAB_SIZE)
+    return Measured(records=metrics_of(folder)[1:], gradients=gradients)
+
+
+def errors(found: Measured, expected: Measured) -> dict[tuple[int, str], float]:
+    """Relative error of the gradient of every weight, by step."""
+    return {
+        (step, name): float(np.linalg.norm(found.gradients[step][name] - value))
+        / float(np.linalg.norm(value))
+        for step in COMPARED
+        for name, value in expected.gradients[step].items()
     }
-    if teacher is not None:
-        settings |= {**KD, "teacher__checkpoint": str(teacher)}
-    zero_section = {"zero_optimization": {"stage": zero}}
-    adam = make_config(dataset, folder / "adam", model=MODELS[model], **settings)
-    settings["train__steps"] = 1
-    settings["salt__kd_steps"] = min(1, settings.get("salt__kd_steps", 0))
-    sgd = make_config(dataset, folder / "sgd", model=MODELS[model], **settings)
-    adam_json = make_deepspeed(folder, **zero_section)
-    sgd_json = make_deepspeed(folder, optimizer=SGD, **zero_section)
-    per_rank = run_ranks(tp * pp * dp, _losses_and_first_step, adam, adam_json, sgd, sgd_json)
-    gradient = gradient_of_step(per_rank, sgd, VOCAB_SIZE)
-    records = [record for record in metrics_of(folder / "adam") if record["step"] > 0]
-    return records, gradient
+
+
+def _round_initial_weights(dtype: torch.dtype) -> None:
+    """Start an fp32 run from the weights that a 16-bit run starts from."""
+    make = student.initial_weight
+    student.initial_weight = lambda *arguments: make(*arguments).to(dtype).float()
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @pytest.fixture(scope="module")
-def references(
+def reference(
     dataset: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[tuple[str, str], Any]:
-    """One process, ZeRO 0, for both models and phases."""
-    found = {}
-    for model in MODELS:
-        for phase, path in (("kd", teacher), ("lm", None)):
-            folder = tmp_path_factory.mktemp(f"{model}_{phase}")
-            found[model, phase] = measure(folder, dataset, path, model=model)
-    return found
+) -> Callable[..., Measured]:
+    """reference(model, precision, rounded_to): one process, made when first asked for."""
+
+    @functools.cache
+    def make(model: str, precision: str, rounded_to: str | None = None) -> Measured:
+        folder = tmp_path_factory.mktemp("reference")
+        # fp16 and bf16 need ZeRO 1, which on one process divides nothing.
+        layout = Layout(precision=precision, zero=int(precision != "fp32"))
+        rounded = (
+            functools.partial(_round_initial_weights, DTYPES[rounded_to]) if rounded_to else None
+        )
+        return measure(folder, dataset, teacher, model, layout, rounded)
+
+    return make
 
 
-LAYOUTS = [
-    ("llama", {"tp": 2}),
-    ("llama", {"tp": 2, "sp": True, "zero": 1}),
-    ("llama", {"pp": 2}),
-    ("llama", {"pp": 2, "zero": 1, "recompute": "full"}),
-    ("llama", {"tp": 2, "pp": 2}),
-    ("llama", {"tp": 2, "pp": 2, "sp": True, "zero": 1}),
-    ("llama", {"dp": 2}),
-    ("llama", {"dp": 2, "zero": 1}),
-    ("llama", {"dp": 2, "zero": 2}),
-    ("llama", {"dp": 2, "zero": 3}),
-    ("llama", {"tp": 2, "dp": 2, "zero": 2}),
-    ("llama", {"tp": 2, "dp": 2, "sp": True, "zero": 3}),
-    ("gpt", {"tp": 2, "sp": True}),
-    ("gpt", {"tp": 2, "pp": 2, "sp": True}),
-    ("gpt", {"pp": 2, "zero": 1}),
-    ("gpt", {"dp": 2, "zero": 3, "recompute": "full"}),
-    ("gpt", {"tp": 2, "pp": 2, "dp": 2, "zero": 1}),
+FP32_LAYOUTS = [
+    ("llama", Layout(tp=2)),
+    ("llama", Layout(tp=2, sp=True, zero=1)),
+    ("llama", Layout(pp=2)),
+    ("llama", Layout(pp=2, zero=1, recompute=True)),
+    ("llama", Layout(tp=2, pp=2)),
+    ("llama", Layout(tp=2, pp=2, sp=True, zero=1)),
+    ("llama", Layout(dp=2)),
+    ("llama", Layout(dp=2, zero=1)),
+    ("llama", Layout(dp=2, zero=2)),
+    ("llama", Layout(dp=2, zero=3)),
+    ("llama", Layout(tp=2, dp=2, zero=2)),
+    ("llama", Layout(tp=2, dp=2, sp=True, zero=3)),
+    ("gpt", Layout(tp=2, sp=True)),
+    ("gpt", Layout(tp=2, pp=2, sp=True)),
+    ("gpt", Layout(pp=2, zero=1)),
+    ("gpt", Layout(dp=2, zero=3, recompute=True)),
+    ("gpt", Layout(tp=2, pp=2, dp=2, zero=1)),
 ]
 
 
-def _name(value: Any) -> str:
-    if isinstance(value, dict):
-        return "-".join(
-            f"{key}{int(v) if not isinstance(v, str) else v}" for key, v in value.items()
-        )
-    return str(value)
-
-
-@pytest.mark.parametrize("phase", ["kd", "lm"])
-@pytest.mark.parametrize(("model", "layout"), LAYOUTS, ids=_name)
-def test_layout_computes_what_one_process_computes(
-    references: dict[tuple[str, str], Any],
+@pytest.mark.parametrize(("model", "layout"), FP32_LAYOUTS, ids=str)
+def test_fp32_computes_what_one_process_computes(
+    reference: Callable[..., Measured],
     dataset: Path,
     teacher: Path,
     tmp_path: Path,
     model: str,
-    layout: dict[str, Any],
-    phase: str,
+    layout: Layout,
 ) -> None:
-    records, gradient = measure(
-        tmp_path, dataset, teacher if phase == "kd" else None, model=model, **layout
-    )
-    expected_records, expected_gradient = references[model, phase]
-    for record, expected in zip(records, expected_records, strict=True):
-        assert (record["phase"], record["tokens"]) == (phase, expected["tokens"])
-        assert (record["kl_nats"] is None) == (phase == "lm")
-        for key in ("loss", "ce_nats", "lr", "kd_weight", *(["kl_nats"] if phase == "kd" else [])):
-            assert record[key] == pytest.approx(expected[key], rel=1e-5), (record["step"], key)
-        assert record["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+    found = measure(tmp_path / "run", dataset, teacher, model, layout)
+    expected = reference(model, "fp32")
+    for record, wanted in zip(found.records, expected.records, strict=True):
+        for key in ("phase", "tokens", "lr", "kd_weight"):
+            assert record[key] == wanted[key]
+        for key in ("loss", "ce_nats", *(["kl_nats"] if wanted["phase"] == "kd" else [])):
+            assert record[key] == pytest.approx(wanted[key], rel=1e-5), (record["step"], key)
+        assert record["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-3)
     # The first step's norm is of the same weights: no drift excuses a difference.
-    assert records[0]["grad_norm"] == pytest.approx(expected_records[0]["grad_norm"], rel=1e-5)
-    assert records[-1]["valid_ce_nats"] == pytest.approx(
-        expected_records[-1]["valid_ce_nats"], rel=1e-5
+    assert found.records[0]["grad_norm"] == pytest.approx(
+        expected.records[0]["grad_norm"], rel=1e-5
     )
-    for name, expected in expected_gradient.items():
-        error = np.linalg.norm(gradient[name] - expected) / np.linalg.norm(expected)
-        assert error < 1e-5, f"{name}: relative gradient error {error:.2e}"
+    assert found.records[-1]["valid_ce_nats"] == pytest.approx(
+        expected.records[-1]["valid_ce_nats"], rel=1e-5
+    )
+    for (step, name), error in errors(found, expected).items():
+        assert error < (1e-5 if step == 1 else 1e-3), f"{name}, step {step}: {error:.2e}"
 
 
-def test_reference_gradient_is_no_zero(references: dict[tuple[str, str], Any]) -> None:
-    """Guards the guard: the gradients compared above are there, and differ between the phases."""
-    for model in MODELS:
-        kd, lm = references[model, "kd"][1], references[model, "lm"][1]
-        for name, gradient in kd.items():
-            assert np.linalg.norm(gradient) > 1e-5, name
-            assert np.linalg.norm(gradient - lm[name]) > 1e-3 * np.linalg.norm(gradient), name
+EVERYWHERE = [
+    Layout(tp=2, sp=True, zero=1),
+    Layout(pp=2, zero=1),
+    Layout(dp=2, zero=1),
+    Layout(dp=2, zero=2),
+    Layout(dp=2, zero=3),
+    Layout(tp=2, pp=2, sp=True, zero=1),
+    Layout(tp=2, dp=2, zero=2),
+    Layout(tp=2, dp=2, sp=True, zero=3),
+    Layout(pp=2, dp=2, zero=1, recompute=True),
+    Layout(tp=2, pp=2, dp=2, zero=1),
+    Layout(pp=4, zero=1),
+]
+LAYOUTS_16BIT = [
+    (model, dataclasses.replace(layout, precision=precision))
+    for precision in ("bf16", "fp16")
+    for model in MODELS
+    for layout in EVERYWHERE
+]
+LAYOUTS_16BIT += [
+    ("gpt", Layout(tp=2, pp=2, zero=1, precision="bf16", immediate=False)),
+    ("gpt", Layout(pp=2, zero=1, precision="fp16", accumulate="fp16")),
+]
+# Beyond twice the error of one process: another order of rounding in sums of few terms, and after
+# some steps of Adam other signs of gradients that are next to nothing.
+TOLERANCE = {("bf16", 1): 0.01, ("fp16", 1): 0.002, ("bf16", 5): 0.05, ("fp16", 5): 0.02}
+
+
+def assert_as_right_as_one_process(
+    found: Measured, alone: Measured, exact: Measured, precision: str
+) -> None:
+    """Errors against fp32 from the same weights, at most twice those of one process in 16 bits."""
+    own, allowed = errors(found, exact), errors(alone, exact)
+    for (step, name), error in own.items():
+        limit = 2.0 * allowed[step, name] + TOLERANCE[precision, step]
+        assert error <= limit, f"{name}, step {step}: {error:.2e} > {limit:.2e}"
+    for records in zip(found.records, alone.records, exact.records, strict=True):
+        loss, of_one, wanted = (record["loss"] for record in records)
+        assert abs(loss - wanted) <= 2.0 * abs(of_one - wanted) + 1e-3 * wanted, records[0]["step"]
+        norm, of_one, wanted = (record["grad_norm"] for record in records)
+        assert abs(norm - wanted) <= 2.0 * abs(of_one - wanted) + 2e-2 * wanted, records[0]["step"]
+
+
+@pytest.mark.parametrize(("model", "layout"), LAYOUTS_16BIT, ids=str)
+def test_16_bits_are_as_right_as_one_process(
+    reference: Callable[..., Measured],
+    dataset: Path,
+    teacher: Path,
+    tmp_path: Path,
+    model: str,
+    layout: Layout,
+) -> None:
+    found = measure(tmp_path / "run", dataset, teacher, model, layout)
+    alone = reference(model, layout.precision)
+    exact = reference(model, "fp32", layout.precision)
+    assert_as_right_as_one_process(found, alone, exact, layout.precision)
