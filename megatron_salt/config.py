@@ -248,6 +248,9 @@ class TrainConfig:
     """auto: the newest complete checkpoint in output_dir, if any; none: start; or a path."""
     tensorboard: bool = True
     """Write TensorBoard files under output_dir/tensorboard."""
+    check_gradients: bool = True
+    """In the first step of a process see that every weight gets a gradient, not all zero and
+    finite; if not, stop and name the weight."""
 
 
 @dataclass(frozen=True, kw_only=True)

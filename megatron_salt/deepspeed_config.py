@@ -74,6 +74,31 @@ class DeepSpeedSettings:
     def data_parallel_size(self) -> int:
         return self.global_batch_size // (self.micro_batch_size * self.num_micro_batches)
 
+    @property
+    def accumulation(self) -> str:
+        """Dtype in which gradients of micro-batches are added up: fp32, bf16 or fp16."""
+        return str(self.values.get("data_types", {}).get("grad_accum_dtype") or self.precision)
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        offload = self.values.get("zero_optimization", {}).get("offload_optimizer") or {}
+        return self.zero_stage > 0 and offload.get("device", "none") != "none"
+
+    @property
+    def uses_bf16_optimizer(self) -> bool:
+        """Whether DeepSpeed takes `BF16_Optimizer`.
+
+        Source: `DeepSpeedEngine._do_optimizer_sanity_check`.
+        """
+        fp32_sums = self.precision == "bf16" and self.accumulation == "fp32"
+        return fp32_sums and self.zero_stage == 1 and not self.offloads_optimizer
+
+    @property
+    def keeps_whole_sums(self) -> bool:
+        """Whether each rank has its whole sum over micro-batches until the update. ZeRO 2 and 3
+        give parts away, and DeepSpeed's other ZeRO 1 may reduce them during the backward."""
+        return self.uses_bf16_optimizer or (self.precision == "fp32" and self.zero_stage == 0)
+
 
 def read_json(path: str) -> dict[str, Any]:
     """Parse the JSON file.
@@ -205,6 +230,17 @@ def check_against_run(settings: DeepSpeedSettings, config: RunConfig) -> None:
         )
     if settings.precision == "bf16":
         _check_bf16(settings, pp)
+    if settings.precision == "fp16" and settings.zero_stage == 0:
+        raise ValueError(
+            f"{path}: fp16 with ZeRO 0: DeepSpeed would divide the gradients by a loss scale, and "
+            'not multiply the loss by it; use "zero_optimization": {"stage": 1}'
+        )
+    if pp > 1 and values.get("flops_profiler", {}).get("enabled"):
+        raise ValueError(
+            f"{path}: flops_profiler.enabled: DeepSpeed's profiler does not work with "
+            f"parallel.pipeline_model_parallel_size = {pp} (its timers are started twice); profile "
+            "with one stage, or see tools/plan.py and wall_clock_breakdown"
+        )
     pipeline = values.get("pipeline", {})
     for key in ("pipe_partitioned", "grad_partitioned"):
         if parallel.sequence_parallel and pipeline.get(key):
@@ -225,6 +261,11 @@ def _check_bf16(settings: DeepSpeedSettings, pp: int) -> None:
             f"{settings.path}: bf16 with ZeRO 0 adds up gradients in bf16, and with pipeline "
             'parallelism cannot be resumed; use "zero_optimization": {"stage": 1} and '
             '"data_types": {"grad_accum_dtype": "fp32"}'
+        )
+    if pp > 1 and settings.offloads_optimizer:
+        raise ValueError(
+            f"{settings.path}: zero_optimization.offload_optimizer does not work with bf16 and "
+            f"parallel.pipeline_model_parallel_size = {pp}; leave it out, or use one stage"
         )
     accumulate = settings.values.get("data_types", {}).get("grad_accum_dtype")
     if accumulate == "fp32" or (accumulate is not None and pp == 1):
@@ -252,6 +293,13 @@ def engine_config(settings: DeepSpeedSettings, parallel: ParallelConfig) -> dict
         values["gradient_clipping"] = 1e30
     # DeepSpeed's throughput timer waits for the GPU before and after every micro-batch.
     values.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
+    if settings.uses_bf16_optimizer:
+        # Each 16-bit gradient goes as soon as it has been added to its fp32 sum: the same bits, a
+        # third less memory for gradients.
+        values["bf16"].setdefault("immediate_grad_update", True)
+    if parallel.pipeline_model_parallel_size > 1:
+        # DeepSpeed's own timers are started twice in a pipeline and die of it; ours are printed.
+        values["wall_clock_breakdown"] = False
     if parallel.sequence_parallel:
         # DeepSpeed would send 1/tp of each activation, taking the tp ranks' copies for equal;
         # under sequence parallelism they are different shards already.

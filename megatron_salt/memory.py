@@ -225,12 +225,6 @@ def stage_parameters(config: RunConfig, vocab_size: int, bounds: list[int]) -> l
     return counts
 
 
-def accumulation_bytes(settings: DeepSpeedSettings) -> int:
-    """Of one element of the sum of gradients over micro-batches."""
-    wanted = settings.values.get("data_types", {}).get("grad_accum_dtype")
-    return BYTES[wanted or settings.precision]
-
-
 def communication_bytes(settings: DeepSpeedSettings) -> int:
     """Of one element of a gradient that travels between data-parallel ranks.
 
@@ -239,12 +233,6 @@ def communication_bytes(settings: DeepSpeedSettings) -> int:
     """
     wanted = settings.values.get("communication_data_type")
     return BYTES[wanted or settings.precision]
-
-
-def uses_bf16_optimizer(settings: DeepSpeedSettings) -> bool:
-    """Whether DeepSpeed takes `BF16_Optimizer` (`DeepSpeedEngine._do_optimizer_sanity_check`)."""
-    accumulate = accumulation_bytes(settings)
-    return settings.precision == "bf16" and settings.zero_stage == 1 and accumulate == 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,7 +252,8 @@ def model_states(parameters: int, settings: DeepSpeedSettings, layout: Layout) -
     With P parameters, d data-parallel ranks, a bytes of an accumulated gradient:
       weights    w P; stage 3: w P / d, and of what is gathered at most stage3_max_live_parameters
       gradients  stage 0: w P; 1: w P, and a P beside them if a is not w; 2 and 3: a P / d;
-                 bf16 with fp32 sums in stage 1: (2 + 4) P, whole on every rank
+                 bf16 with fp32 sums in stage 1: 4 P, whole on every rank (a bf16 gradient goes when
+                 it is added; with bf16.immediate_grad_update false they stay: 2 P more)
       optimizer  state 8 P (Adam), and a master copy 4 P of 16-bit weights; both divided by d from
                  stage 1 on, where fp32 weights have a master copy too
       buckets    reduce_bucket_size elements in stages 1 to 3, twice with overlap_comm
@@ -274,7 +263,7 @@ def model_states(parameters: int, settings: DeepSpeedSettings, layout: Layout) -
     Source: ZeRO, arXiv 1910.02054, section 3, and DeepSpeed 0.19's `BF16_Optimizer`,
     `DeepSpeedZeroOptimizer` and `DeepSpeedZeroOptimizer_Stage3`, which keep more than it counts.
     """
-    w, a, d = BYTES[settings.precision], accumulation_bytes(settings), layout.dp_size
+    w, a, d = BYTES[settings.precision], BYTES[settings.accumulation], layout.dp_size
     stage, zero = settings.zero_stage, settings.values.get("zero_optimization", {})
     optimizer_section = settings.values.get("optimizer", {})
     state = STATE_BYTES.get(str(optimizer_section.get("type", "")).lower(), 8)
@@ -289,13 +278,14 @@ def model_states(parameters: int, settings: DeepSpeedSettings, layout: Layout) -
         # FP16_Optimizer: master weights, and at the step all gradients in fp32.
         return _states(parameters, w, w, 4 + state, 0.0, flat + 4 * parameters)
     optimizer = (4 + state) / d
-    if uses_bf16_optimizer(settings):
-        # Gradients are sums in fp32 and, of the micro-batch at hand, in bf16. They are reduced
-        # in one piece: copied together unless that is too much, and in the precision that travels.
+    if settings.uses_bf16_optimizer:
+        # Sums are reduced in one piece: copied together unless that is too much, and in the
+        # precision that travels.
+        kept = 4 if settings.values["bf16"].get("immediate_grad_update", True) else 6
         flat = 4.0 * parameters if parameters <= REDUCED_TOGETHER else 0.0
         sent = communication_bytes(settings)
         flat += sent * parameters if sent != 4 else 0
-        return _states(parameters, w, 6, optimizer, 0.0, max(flat, scratch))
+        return _states(parameters, w, kept, optimizer, 0.0, max(flat, scratch))
     if stage == 3:
         live = min(parameters, int(zero.get("stage3_max_live_parameters", 1e9)))
         states = _states(parameters, w / d, a / d, optimizer, bucket, scratch)

@@ -325,6 +325,7 @@ class Run:
                 self._place_anew(step)
             record = self._record(done, sums, weight, lr)
             self.tokens = record["tokens"]
+            self._stop_if_untrained(done, sums.loss, record["grad_norm"])
             self._stop_if_diverged(done, sums.loss, record["grad_norm"])
             last = done == train.steps
             if last or (train.eval_interval and done % train.eval_interval == 0):
@@ -419,6 +420,26 @@ class Run:
             f"{self.skipped_steps} steps in a row without an update; stopping instead of training "
             f"on. The last checkpoint is the newest in {ckpt.checkpoints_dir(self.output_dir)}"
         )
+
+    def _stop_if_untrained(self, done: int, loss: float, grad_norm: float | None) -> None:
+        """Raise RuntimeError on all ranks if the optimizer is not given every weight's gradient.
+
+        Once in a process: in its first step that has something to learn (not all tokens masked or
+        routed away, no loss of 0) and, in fp16, whose gradients have not overflowed.
+        """
+        check, overflown = self.student.gradient_check, False
+        if self.settings.precision == "fp16" and grad_norm is not None:
+            overflown = not math.isfinite(grad_norm)
+        if check is None or loss == 0.0 or not math.isfinite(loss) or overflown:
+            return
+        self.student.gradient_check = None
+        with same_error_everywhere("checking the gradients"):
+            problem = check.problem()
+            if problem:
+                raise RuntimeError(
+                    f"step {done}: {problem}: the model would not train as a whole. If that is "
+                    "meant, set train.check_gradients to false"
+                )
 
     def _record(self, done: int, sums: LossSums, weight: float, lr: float) -> dict[str, Any]:
         teaching = self.teacher is not None
@@ -521,10 +542,19 @@ class Run:
         """Write a checkpoint after `done` steps; see `checkpoint.py` for its form.
 
         Raises: OSError on the rank that could not write (a full disk, say); the others end with
-            RuntimeError or the launcher ends them. The newest complete checkpoint is untouched.
+            RuntimeError or the launcher ends them. RuntimeError on all ranks for a weight that is
+            not finite. The newest complete checkpoint is untouched.
         """
         groups, config, settings = self.groups, self.config, self.settings
         partial = ckpt.partial_dir(self.output_dir, done)
+        with same_error_everywhere("checking the weights"):
+            problem = self.student.not_finite()
+            if problem:
+                raise RuntimeError(
+                    f"step {done}: {problem}: no checkpoint is made of it. "
+                    f"The last good one is the newest in {ckpt.checkpoints_dir(self.output_dir)}; "
+                    "look at the learning rate and the gradient norms before this step"
+                )
         with same_error_everywhere("starting a checkpoint"):
             if groups.rank == 0:
                 ckpt.start_partial(self.output_dir, done)

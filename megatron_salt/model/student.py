@@ -25,7 +25,7 @@ from megatron_salt.model.layers import (
     canonical_parameters,
 )
 from megatron_salt.model.loss import LossFunction, Targets
-from megatron_salt.model.weights import initial_weight, shard, weight_table
+from megatron_salt.model.weights import WeightSpec, initial_weight, shard, weight_table
 from megatron_salt.parallel.layout import Layout
 
 
@@ -178,9 +178,10 @@ def gathered(parameter: nn.Parameter, *, write: bool = False) -> Iterator[None]:
         yield
 
 
-def initialize_weights(student: nn.Module, parts: ModelParts, seed: int) -> None:
+def initialize_weights(student: nn.Module, parts: ModelParts, seed: int) -> dict[str, WeightSpec]:
     """Fill this rank's parameters: the same model from the same seed at every layout.
 
+    Returns: the table of the whole model's weights.
     Mutates: the parameters and their tensor-parallel marks.
     Raises: RuntimeError for a parameter that the weight table lacks.
     """
@@ -195,26 +196,26 @@ def initialize_weights(student: nn.Module, parts: ModelParts, seed: int) -> None
         part = shard(full, table[name], parts.tp_rank, parts.tp_size, parts.padded_vocab)
         with gathered(parameter, write=True), torch.no_grad():
             parameter.copy_(part)
+    return table
 
 
-def sum_sequence_parallel_gradients(student: nn.Module, parts: ModelParts) -> None:
-    """Add up, over tp, the gradients of weights that saw only this rank's tokens.
+def sum_sequence_parallel_gradients(student: nn.Module, group: dist.ProcessGroup) -> None:
+    """Add up, over tp, the gradients of weights that saw only this rank's tokens, as they appear.
 
-    megatron-core does this once per step; here it happens as each gradient is complete, before
-    DeepSpeed's own hooks see it, because ZeRO 2 and 3 give gradients away immediately.
+    For the ZeRO stages that give a gradient away before the step is over; elsewhere
+    `gradients.sum_sequence_parallel` does it once per step, as megatron-core does.
 
     Collectives: one all-reduce of D numbers per norm weight and micro-batch over tp.
     """
 
     def all_reduce(gradient: Tensor) -> Tensor:
         gradient = gradient.contiguous()
-        dist.all_reduce(gradient, group=parts.groups.tp)
+        dist.all_reduce(gradient, group=group)
         return gradient
 
-    if parts.sequence_parallel:
-        for parameter in student.parameters():
-            if getattr(parameter, "sequence_parallel", False):
-                parameter.register_hook(all_reduce)
+    for parameter in student.parameters():
+        if getattr(parameter, "sequence_parallel", False):
+            parameter.register_hook(all_reduce)
 
 
 def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

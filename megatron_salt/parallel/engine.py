@@ -38,6 +38,7 @@ from megatron_salt.model.student import (
     sum_sequence_parallel_gradients,
 )
 from megatron_salt.model.teacher import Lesson
+from megatron_salt.parallel.gradients import GradientCheck, sum_sequence_parallel
 from megatron_salt.parallel.groups import Groups
 from megatron_salt.parallel.instructions import Instructions
 from megatron_salt.parallel.layout import balanced_stages, layer_costs
@@ -113,8 +114,9 @@ class StudentEngine:
         self.stage_bounds = balanced_stages(costs, groups.layout.pp_size)
         values = engine_config(settings, parallel)
         module = self._build_module(values)
-        initialize_weights(module, self.parts, config.train.seed)
-        sum_sequence_parallel_gradients(module, self.parts)
+        table = initialize_weights(module, self.parts, config.train.seed)
+        if parallel.sequence_parallel and not settings.keeps_whole_sums:
+            sum_sequence_parallel_gradients(module, groups.tp)
         weight_decay = values["optimizer"].get("params", {}).get("weight_decay", 0.0)
         self.engine: Any = deepspeed.initialize(
             model=module,
@@ -124,6 +126,11 @@ class StudentEngine:
             dist_init_required=False,
         )[0]
         self.engine.clip_fp32_gradients = self._clip_fp32_gradients
+        self._update = self.engine._take_model_step
+        self.engine._take_model_step = self._take_model_step
+        self.gradient_check: GradientCheck | None = None
+        if config.train.check_gradients:
+            self.gradient_check = GradientCheck(module, table, groups)
         self.instructions: Instructions | None = None
         if self.is_pipeline:
             self.instructions = Instructions(self.engine, self.whereabouts)
@@ -238,6 +245,14 @@ class StudentEngine:
                     self._teach_beside(lesson)
                 self.engine.step()
 
+    def _take_model_step(self, lr_kwargs: dict[str, Any] | None) -> None:
+        """DeepSpeed's clipping and update, called when all gradients of a step are there."""
+        if self.parts.sequence_parallel and self.settings.keeps_whole_sums:
+            sum_sequence_parallel(self.module, self.engine.optimizer, self.groups.tp)
+        if self.gradient_check is not None:
+            self.gradient_check.look()
+        self._update(lr_kwargs)
+
     def start_trace(self) -> None:
         """Note when every instruction of the pipeline begins and ends; see `Instructions`."""
         if self.instructions:
@@ -323,6 +338,24 @@ class StudentEngine:
             taught=taught,
             ce_counted=ce_counted,
         )
+
+    @torch.no_grad()
+    def not_finite(self) -> str | None:
+        """Which of this rank's weights hold an inf or nan, in words; None if all are finite.
+
+        Under ZeRO 3 of the parts that this rank owns. Host sync: one.
+        """
+        named = canonical_parameters(self.module)
+        finite = [self._own_part(p).isfinite().all().to(self.groups.device) for p in named.values()]
+        found = [n for n, good in zip(named, torch.stack(finite).tolist(), strict=True) if not good]
+        return f"weight {', '.join(found)} has inf or nan" if found else None
+
+    def _own_part(self, parameter: torch.nn.Parameter) -> Tensor:
+        part: Tensor | None = getattr(parameter, "ds_tensor", None)
+        if part is None:
+            return parameter
+        start = self.groups.dp_rank * part.numel()  # the last part is padded with anything
+        return part.flatten()[: max(0, parameter.ds_numel - start)]  # type: ignore[attr-defined]
 
     def save(self, directory: Path) -> None:
         """Write DeepSpeed's state and this rank's part of the weights into an existing directory.

@@ -8,12 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from deepspeed import comm
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.pipe.schedule import PipeInstruction, PipeSchedule, ReduceTiedGrads
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from megatron_salt.model.teacher import Lesson
+from megatron_salt.parallel.gradients import reduce_tied
 from megatron_salt.parallel.schedule import (
     RecvHidden,
     SendHidden,
@@ -53,7 +51,7 @@ class Instructions:
             TeacherForward: self._teacher_forward,
             SendHidden: self._send_hidden,
             RecvHidden: self._recv_hidden,
-            ReduceTiedGrads: _reduce_tied_gradients,
+            ReduceTiedGrads: reduce_tied,
         }
         meanings = {**engine._INSTRUCTION_MAP, **own}
         engine._INSTRUCTION_MAP = {
@@ -137,22 +135,3 @@ class Instructions:
         own = self._piece(piece)
         if own is not None and self.lesson is not None:
             self.lesson.receive(own)
-
-
-def _reduce_tied_gradients(engine: Any) -> None:
-    """Add up the gradients of a tied weight over its stages, wherever the optimizer keeps them.
-
-    In place of DeepSpeed's own, which knows `weight.grad` and `BF16_Optimizer`'s sums, and leaves
-    the parts alone where ZeRO 1 adds up micro-batches in another dtype (`grad_accum_dtype`).
-
-    Collectives: one all-reduce of the weight over the stages that share it.
-    """
-    optimizer = engine.optimizer
-    for weight, group in engine.module.get_tied_weights_and_groups():
-        if isinstance(optimizer, BF16_Optimizer):
-            gradient = weight._hp_grad
-        elif isinstance(optimizer, DeepSpeedZeroOptimizer):
-            gradient = optimizer.get_param_gradient_attribute(weight)
-        else:
-            gradient = weight.grad
-        comm.all_reduce(gradient, group=group)

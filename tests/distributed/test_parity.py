@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from ranks import run_ranks
 from tiny import (
     GPT,
@@ -31,9 +30,8 @@ from tiny import (
 )
 
 from megatron_salt.config import RunConfig
-from megatron_salt.kernels import linear_kd_loss
 from megatron_salt.model import student
-from megatron_salt.parallel.instructions import Instructions
+from megatron_salt.parallel.engine import DTYPES
 from megatron_salt.trainer import prepare
 
 VOCAB_SIZE = 509
@@ -145,13 +143,10 @@ def errors(found: Measured, expected: Measured) -> dict[tuple[int, str], float]:
     }
 
 
-def _round_initial_weights(dtype: torch.dtype) -> None:
+def _round_initial_weights(precision: str) -> None:
     """Start an fp32 run from the weights that a 16-bit run starts from."""
     make = student.initial_weight
-    student.initial_weight = lambda *arguments: make(*arguments).to(dtype).float()
-
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    student.initial_weight = lambda *arguments: make(*arguments).to(DTYPES[precision]).float()
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +257,8 @@ def assert_as_right_as_one_process(
         loss, of_one, wanted = (record["loss"] for record in records)
         assert abs(loss - wanted) <= 2.0 * abs(of_one - wanted) + 1e-3 * wanted, records[0]["step"]
         norm, of_one, wanted = (record["grad_norm"] for record in records)
-        assert abs(norm - wanted) <= 2.0 * abs(of_one - wanted) + 2e-2 * wanted, records[0]["step"]
+        drift = 0.02 if records[0]["step"] <= max(COMPARED) else 0.1
+        assert abs(norm - wanted) <= 2.0 * abs(of_one - wanted) + drift * wanted, records[0]["step"]
 
 
 @pytest.mark.parametrize(("model", "layout"), LAYOUTS_16BIT, ids=str)

@@ -1,0 +1,118 @@
+"""Gradients between backward and optimizer: added up where DeepSpeed does not, and checked.
+
+DeepSpeed keeps the sum over micro-batches in a place that depends on precision and ZeRO stage;
+`accumulated` knows where. Letters: D student width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from megatron_salt.model.layers import canonical_parameters
+from megatron_salt.model.weights import WeightSpec
+from megatron_salt.parallel.groups import Groups
+
+
+def accumulated(parameter: nn.Parameter, optimizer: Any) -> Tensor | None:
+    """This rank's sum over micro-batches, where the optimizer keeps it; None: there is none yet.
+
+    Not for ZeRO 2 and 3, which give gradients away as they appear.
+    """
+    if isinstance(optimizer, BF16_Optimizer):
+        return getattr(parameter, "_hp_grad", None)
+    if isinstance(optimizer, DeepSpeedZeroOptimizer):
+        gradient: Tensor | None = optimizer.get_param_gradient_attribute(parameter)
+        return gradient
+    return parameter.grad
+
+
+def reduce_tied(engine: Any) -> None:
+    """Add up the gradients of a tied weight over its stages.
+
+    In place of DeepSpeed's own instruction, which knows `weight.grad` and `BF16_Optimizer`'s sums
+    only, and leaves the parts alone where ZeRO 1 adds up micro-batches in another dtype.
+
+    Collectives: one all-reduce of the weight over the stages that share it.
+    """
+    for weight, group in engine.module.get_tied_weights_and_groups():
+        gradient = accumulated(weight, engine.optimizer)
+        assert gradient is not None  # every stage has run a backward of its layers
+        dist.all_reduce(gradient, group=group)
+
+
+def sum_sequence_parallel(student: nn.Module, optimizer: Any, group: dist.ProcessGroup) -> None:
+    """Add up, over tp, the gradients of weights that saw only this rank's tokens, once per step.
+
+    Only where whole sums lie on every rank until the update (`DeepSpeedSettings.keeps_whole_sums`).
+
+    Collectives: one all-reduce over tp of all of them, some times D numbers.
+    """
+    marked = [p for p in student.parameters() if getattr(p, "sequence_parallel", False)]
+    found = [accumulated(parameter, optimizer) for parameter in marked]
+    gradients = [gradient for gradient in found if gradient is not None]
+    if not gradients:
+        return
+    flat = _flatten_dense_tensors(gradients)
+    dist.all_reduce(flat, group=group)
+    torch._foreach_copy_(gradients, list(_unflatten_dense_tensors(flat, gradients)))
+
+
+class GradientCheck:
+    """Does every weight get a gradient? Asked of what the optimizer is given, in a first step.
+
+    A right loss and a falling one prove nothing: a weight that is cut off stays as it was drawn,
+    and the others learn around it.
+
+    Args:
+        table: of the student's weights; a vocabulary's shard may hold no token of a step.
+    """
+
+    def __init__(self, student: nn.Module, table: dict[str, WeightSpec], groups: Groups) -> None:
+        self._weights = canonical_parameters(student)
+        self._table, self._groups = table, groups
+        self._found: Tensor | None = None
+
+    @torch.no_grad()
+    def look(self) -> None:
+        """Between the last backward and the update.
+
+        Collectives: an all-reduce of each weight's gradient over dp, in fp32, a small one over tp.
+        """
+        found = []
+        for parameter in self._weights.values():
+            gradient = safe_get_full_grad(parameter)
+            if gradient is None:
+                found.append(torch.tensor([0, 1], device=self._groups.device))
+            else:
+                found.append(torch.stack([gradient.any(), gradient.isfinite().all()]).int())
+        own = torch.stack(found).to(torch.int32)
+        somewhere = own[:, 0].clone()
+        dist.all_reduce(somewhere, op=dist.ReduceOp.MAX, group=self._groups.tp)
+        for place, name in enumerate(self._weights):
+            if self._table[name].sharding == "vocab_rows":
+                own[place, 0] = somewhere[place]
+        self._found = own
+
+    def problem(self) -> str | None:
+        """What `look` has found wrong on this rank, in words; None if all is well. Host sync: one.
+
+        Raises: RuntimeError if nothing has looked.
+        """
+        if self._found is None:
+            raise RuntimeError(
+                "no optimizer step has been taken since the gradients were to be seen"
+            )
+        rows = list(zip(self._weights, self._found.tolist(), strict=True))
+        bad = [name for name, (_, finite) in rows if not finite]
+        if bad:
+            return f"the gradient of {', '.join(bad)} is not finite"
+        missing = [name for name, (nonzero, _) in rows if not nonzero]
+        return f"{', '.join(missing)} got no gradient" if missing else None
