@@ -165,7 +165,7 @@ FLOATS = [
 ]
 REFUSED_SETTINGS: list[tuple[str, Any]] = [
     *((name, value) for name in FLOATS for value in (NAN, INF, -INF, True, "1")),
-    *(("parallel.timeout_minutes", value) for value in (0, -1, 1e18, 525_601)),
+    *(("parallel.timeout_minutes", value) for value in (0, -1, 1e-12, 1e18, 525_601)),
     *(
         ("data.split", value)
         for value in ("inf", "99,inf", "nan,1", "-99,1", "99,-1", "99", "98,1,1", "", "99,", "all",
