@@ -12,6 +12,7 @@ import difflib
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,10 @@ register_type(Word)
 
 # Settings of the rule that salt.switch = adaptive goes by.
 ADAPTIVE_ONLY = ("min_kd_steps", "switch_margin_nats", "switch_better_share", "switch_patience")
+
+ABOVE_0 = ("model.rotary_base", "model.layernorm_epsilon", "model.init_method_std",
+           "salt.teacher_temperature", "salt.student_temperature")  # fmt: skip
+LONGEST_WAIT_MINUTES = 365 * 24 * 60  # clocks overflow at 292 years, in 64 bits of nanoseconds
 
 # In this order whatever the order in data.objective, which then changes nothing.
 OBJECTIVES = ("causal", "prefix", "span_corruption")
@@ -102,7 +107,9 @@ class ParallelConfig:
     recompute_granularity: Literal["none", "full"] = "none"
     """Activation checkpointing: full keeps only each layer's input and recomputes the rest."""
     timeout_minutes: float = 30.0
-    """A collective that waits longer than this ends the run on every rank."""
+    """A collective that waits longer than this ends the run on every rank. Fractions are exact for
+    DeepSpeed's groups and the teacher's; megatron-core's (tensor, data and pipeline parallel) wait
+    whole minutes: the nearest number, at least 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -439,13 +446,40 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def is_number(value: object) -> bool:
+    """Whether `value` is a finite number: not NaN, true or text, no integer beyond the floats."""
+    largest = sys.float_info.max
+    return type(value) in (int, float) and -largest <= value <= largest  # type: ignore[operator]
+
+
+def check_numbers(config: RunConfig) -> None:
+    """The part of `check_config` that concerns each number by itself."""
+    for name, kind in SECTIONS.items():
+        for item in dataclasses.fields(kind):
+            key, value = f"{name}.{item.name}", getattr(getattr(config, name), item.name)
+            numeric = item.type.startswith(("int", "float"))  # annotations are text here
+            _require(
+                not numeric or value is None or is_number(value),
+                f"{key} = {value}: must be a finite number",
+            )
+            _require(key not in ABOVE_0 or value > 0, f"{key} = {value}: must be above 0")
+    minutes = config.parallel.timeout_minutes
+    _require(
+        0.01 <= minutes <= LONGEST_WAIT_MINUTES,
+        f"parallel.timeout_minutes = {minutes}: must lie between 0.01 and {LONGEST_WAIT_MINUTES}",
+    )
+
+
 def check_config(config: RunConfig) -> None:
     """Raise ValueError, naming the settings and the remedy, if they contradict each other."""
     train, data = config.train, config.data
+    check_numbers(config)
     check_model(config.model, data.seq_length, config.parallel)
     _require(train.steps > 0, f"train.steps = {train.steps}: must be at least 1")
     _require(data.seq_length > 0, f"data.seq_length = {data.seq_length}: must be at least 1")
     _require(bool(data.train_data_path), "data.train_data_path is empty: give at least one prefix")
+    parse_blend(data.train_data_path, "data.train_data_path")
+    check_split(effective_split(data))
     check_objective(data)
     check_salt(config)
     check_train(train)
@@ -460,9 +494,6 @@ def check_salt(config: RunConfig) -> None:
         f"salt.kd_steps = {salt.kd_steps}: must lie between 0 and train.steps = {train.steps}",
     )
     _require(0.0 <= salt.kd_weight <= 1.0, f"salt.kd_weight = {salt.kd_weight}: must be in [0, 1]")
-    for name in ("teacher_temperature", "student_temperature"):
-        value = getattr(salt, name)
-        _require(value > 0, f"salt.{name} = {value}: must be above 0")
     _require(
         salt.loss_chunk_mib > 0, f"salt.loss_chunk_mib = {salt.loss_chunk_mib}: must be at least 1"
     )
@@ -558,10 +589,6 @@ def check_switch(config: RunConfig) -> None:
     _require(
         salt.switch_patience >= 1,
         f"salt.switch_patience = {salt.switch_patience}: must be at least 1",
-    )
-    _require(
-        math.isfinite(salt.switch_margin_nats),
-        f"salt.switch_margin_nats = {salt.switch_margin_nats}: must be a finite number",
     )
     _require(
         0.0 <= salt.switch_better_share < 1.0,
@@ -677,11 +704,30 @@ def parse_blend(paths: Sequence[str], option: str) -> tuple[list[str], list[floa
             f"{option} = {list(paths)}: several datasets need a weight before each prefix"
         ) from error
     prefixes = list(paths[1::2])
-    if len(prefixes) != len(weights) or min(weights) <= 0:
+    if len(prefixes) != len(weights) or not are_weights(weights):
         raise ValueError(
             f"{option} = {list(paths)}: expected WEIGHT PREFIX pairs with weights above 0"
         )
     return prefixes, weights
+
+
+def are_weights(values: Sequence[float]) -> bool:
+    """Whether each is above 0 and shares of their sum are numbers: NaN compares as false."""
+    return all(value > 0 for value in values) and sum(values) < math.inf
+
+
+def check_split(split: str) -> None:
+    """Raise ValueError unless `split` is two shares.
+
+    megatron-core takes whatever is no digit or point for a comma: -5 and 1e-3 mean others there.
+    """
+    share = r"\s*(\d+\.?\d*|\.\d+)\s*"
+    found = re.fullmatch(f"{share},{share}", split, re.ASCII)
+    _require(
+        found is not None and 0 < sum(float(part) for part in found.groups()) < math.inf,
+        f"data.split = {split!r}: expected the shares of training and held-out documents, two "
+        "plain numbers as in 99,1",
+    )
 
 
 def parse_objective(words: Sequence[str]) -> dict[str, float]:
@@ -704,7 +750,7 @@ def parse_objective(words: Sequence[str]) -> dict[str, float]:
     except ValueError as error:
         raise ValueError(f"{option}: several objectives need a weight before each name") from error
     _require(
-        0 < len(names) == len(weights) and all(0 < weight < math.inf for weight in weights),
+        0 < len(names) == len(weights) and are_weights(weights),
         f"{option}: expected WEIGHT NAME pairs with weights above 0",
     )
     given = dict(zip(names, weights, strict=True))
@@ -719,7 +765,7 @@ def check_objective(data: DataConfig) -> None:
         f"data.span_corruption_rate = {data.span_corruption_rate}: must lie between 0 and 1",
     )
     _require(
-        1.0 <= data.span_mean_length < math.inf,
+        data.span_mean_length >= 1.0,
         f"data.span_mean_length = {data.span_mean_length}: must be at least 1",
     )
     # A token that stays, one that goes, and three sentinels.

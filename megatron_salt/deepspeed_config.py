@@ -7,12 +7,14 @@ contradictions with the run's own config) and the few numbers that the trainer n
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_salt.config import ParallelConfig, RunConfig, nearest
+from megatron_salt.config import ParallelConfig, RunConfig, is_number, nearest
 
 # Top-level keys of DeepSpeed's documentation that mean here what they mean there.
 KNOWN_KEYS = (
@@ -26,7 +28,29 @@ KNOWN_KEYS = (
 )  # fmt: skip
 
 # Those of them that are read here and hold keys of their own.
-SECTION_KEYS = ("optimizer", "fp16", "bf16", "zero_optimization", "data_types", "pipeline")
+SECTION_KEYS = ("optimizer", "fp16", "bf16", "zero_optimization", "data_types", "pipeline",
+                "checkpoint", "timers")  # fmt: skip
+
+# The least and the most that a key may be, where DeepSpeed or PyTorch take anything in silence,
+# read true as 1, or refuse without naming the file. Whole numbers where the least is an integer.
+NUMBERS: dict[str, tuple[float, float]] = {
+    "gradient_clipping": (0.0, math.inf),
+    "gradient_predivide_factor": (sys.float_info.min, math.inf),
+    **{f"optimizer.params.{key}": (0.0, math.inf)
+       for key in ("lr", "weight_decay", "eps", "momentum")},
+    "fp16.loss_scale": (0.0, math.inf),
+    "fp16.initial_scale_power": (0, 127),  # 2^127 is the largest that fp32 holds
+    # DeepSpeed counts hysteresis down to 1 before it lowers the scale: from 0 it never does.
+    **{f"fp16.{key}": (1, math.inf)
+       for key in ("loss_scale_window", "hysteresis", "min_loss_scale")},
+    "zero_optimization.stage": (0, 3),
+    "zero_optimization.reduce_bucket_size": (1, math.inf),
+    "zero_optimization.allgather_bucket_size": (1, math.inf),
+    **{f"zero_optimization.{key}": (0, math.inf)
+       for key in ("sub_group_size", "stage3_prefetch_bucket_size", "stage3_max_reuse_distance",
+                   "stage3_max_live_parameters", "stage3_param_persistence_threshold",
+                   "stage3_model_persistence_threshold")},
+}  # fmt: skip
 
 # Keys that DeepSpeed knows but that would fight with this trainer, with what to do instead.
 REFUSED_KEYS = {
@@ -113,6 +137,8 @@ def read_json(path: str) -> dict[str, Any]:
         raise ValueError(
             f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}"
         ) from error
+    except (ValueError, RecursionError) as error:  # not UTF-8; thousands of digits, or of brackets
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
     for key in values:
@@ -124,23 +150,45 @@ def read_json(path: str) -> dict[str, Any]:
             raise ValueError(f"{path}: {key} = {values[key]!r}: expected an object, as {{…}}")
     # Everything else in the section makes DeepSpeed write elsewhere, or in the background while the
     # checkpoint is being verified and renamed.
-    for key in values.get("checkpoint") or {}:
+    for key in values.get("checkpoint", {}):
         if key not in ("tag_validation", "parallel_write"):
             raise ValueError(
                 f"{path}: 'checkpoint.{key}' would bypass megatron_salt's verified checkpoints; "
                 "remove it"
             )
-    _check_auto(values, path, prefix="")
+    for key, value in _dotted(values):
+        if value == "auto":
+            raise ValueError(f"{path}: '{key}' is \"auto\", which only Hugging Face's "
+                             "Trainer fills in: write the number")  # fmt: skip
     return values
 
 
-def _check_auto(values: Mapping[str, Any], path: str, prefix: str) -> None:
+def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value, by its dotted key; what an object holds after the object."""
     for key, value in values.items():
-        if value == "auto":
-            raise ValueError(f"{path}: '{prefix}{key}' is \"auto\", which only Hugging Face's "
-                             "Trainer fills in: write the number")  # fmt: skip
+        yield f"{prefix}{key}", value
         if isinstance(value, Mapping):
-            _check_auto(value, path, prefix=f"{prefix}{key}.")
+            yield from _dotted(value, prefix=f"{prefix}{key}.")
+
+
+def _expected(key: str, value: Any) -> str | None:
+    """What the key must be instead of `value`; None where it may be that."""
+    if key in NUMBERS:
+        least, most = NUMBERS[key]
+        whole = isinstance(least, int)
+        if is_number(value) and least <= value <= most and (value % 1 == 0 or not whole):
+            return None
+        kind = "a whole number" if whole else "a finite number"
+        return f"{kind} of at least {least:g}" + (f" and at most {most}" if most < math.inf else "")
+    items = value if isinstance(value, list) else [value]
+    if key == "optimizer.params.betas":
+        fits = len(items) == 2 and all(is_number(beta) and 0 <= beta < 1 for beta in items)
+        return None if fits else "two numbers, each at least 0 and below 1"
+    if key in ("fp16.enabled", "bf16.enabled"):
+        return None if isinstance(value, bool) else "true or false"
+    # Python reads Infinity, NaN and 1e999, which are not JSON's.
+    fits = all(is_number(item) for item in items if type(item) in (int, float))
+    return None if fits else "finite"
 
 
 def _enabled(values: Mapping[str, Any], section: str) -> bool:
@@ -191,6 +239,9 @@ def load_deepspeed_config(path: str, data_parallel_size: int) -> DeepSpeedSettin
     Raises: ValueError naming the file and the key.
     """
     values = read_json(path)
+    for key, value in _dotted(values):
+        if (expected := _expected(key, value)) is not None:
+            raise ValueError(f"{path}: {key} = {json.dumps(value)[:40]}: must be {expected}")
     micro, steps, total = resolve_batch_sizes(values, data_parallel_size, path)
     if _enabled(values, "bf16") and _enabled(values, "fp16"):
         raise ValueError(f"{path}: bf16 and fp16 are both enabled; disable one")
@@ -201,12 +252,10 @@ def load_deepspeed_config(path: str, data_parallel_size: int) -> DeepSpeedSettin
         if values.get(section, {}).get("auto_cast"):
             raise ValueError(f"{path}: {section}.auto_cast would round the loss weights; remove it")
     optimizer = values.get("optimizer", {})
-    learning_rate = optimizer.get("params", {}).get("lr")
-    if not isinstance(optimizer.get("type"), str) or not isinstance(learning_rate, int | float):
+    params = optimizer.get("params")
+    named = isinstance(optimizer.get("type"), str) and isinstance(params, Mapping)
+    if not named or "lr" not in params:
         raise ValueError(f'{path}: needs "optimizer": {{"type": "AdamW", "params": {{"lr": …}}}}')
-    stage = values.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        raise ValueError(f"{path}: zero_optimization.stage = {stage!r}: must be 0, 1, 2 or 3")
     return DeepSpeedSettings(
         path=path,
         values=values,
@@ -214,8 +263,8 @@ def load_deepspeed_config(path: str, data_parallel_size: int) -> DeepSpeedSettin
         num_micro_batches=steps,
         global_batch_size=total,
         precision=precision,
-        zero_stage=stage,
-        learning_rate=float(learning_rate),
+        zero_stage=int(values.get("zero_optimization", {}).get("stage", 0)),
+        learning_rate=float(params["lr"]),
     )
 
 

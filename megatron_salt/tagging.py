@@ -284,10 +284,12 @@ class Scorer:
         start, stop = int(sequences.bounds[first]), int(sequences.bounds[last])
         offset = max(start - 1, 0)
         stream = read_stream(self.data, offset, stop)
-        if stream.max(initial=0) >= self.vocab.size:
+        beyond = np.flatnonzero((stream < 0) | (stream >= self.vocab.size))
+        if len(beyond):
             raise ValueError(
-                f"{bin_path(self.data_prefix)} holds token {stream.max()}, the teacher's "
-                f"vocabulary has {self.vocab.size}: they are of different tokenizers"
+                f"{bin_path(self.data_prefix)}: token {offset + beyond[0]} is id "
+                f"{stream[beyond[0]]}, the teacher's vocabulary has {self.vocab.size}: they are of "
+                "different tokenizers, or the file is damaged"
             )
         parts: list[tuple[Batch, torch.Tensor]] = []
         batches = batches_of(

@@ -26,7 +26,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 from torch import Tensor
 
-from megatron_salt.config import DataConfig, RunConfig, parse_blend
+from megatron_salt.config import DataConfig, RunConfig, check_split, parse_blend
 from megatron_salt.data.epochs import Epoch, EpochedDataset, TaggedDataset, Tags, WindowDataset
 from megatron_salt.data.manifest import read_manifest, verify_dataset
 from megatron_salt.data.objective import Mixture, make_mixture
@@ -271,6 +271,7 @@ class DataSource:
     def _split(self, held_out: bool) -> str:
         if self.data.valid_data_path:
             return "0,1,0" if held_out else "1,0,0"
+        check_split(self.data.split)
         return f"{self.data.split},0"
 
     def _build(self, config: GPTDatasetConfig) -> list[GPTDataset | None]:
@@ -358,16 +359,24 @@ class DataSource:
 
     def read(self, rows: Sequence[int], phase: Phase = "lm") -> Batch:
         """Rows of a step, each with its objective: of the selected sequences in the KD phase, if
-        there is a selection."""
+        there is a selection.
+
+        Raises: ValueError naming dataset, row and id, for an id beyond the vocabulary.
+        """
         order = self.selected if phase == "kd" and self.selected is not None else self.train
         batch = _stack([order[row] for row in rows])
+        which = [order.dataset_index[row] if len(self.prefixes) > 1 else 0 for row in rows]
+        self._check_ids(batch, "training", rows, [self.prefixes[i] for i in which])
         return batch if self.mixture is None else _apply(self.mixture, batch, rows)
 
     def num_held_out(self) -> int:
         return min(len(valid) for valid in self.valid) * len(self.valid)
 
     def read_held_out(self, rows: Sequence[int]) -> Batch:
-        """Held-out rows, taken in turn from each held-out dataset; row -1 counts for nothing."""
+        """Held-out rows, taken in turn from each held-out dataset; row -1 counts for nothing.
+
+        Raises: as `read` does.
+        """
         samples = []
         for row in rows:
             index, which = divmod(max(row, 0), len(self.valid))
@@ -375,7 +384,29 @@ class DataSource:
             if row < 0:
                 sample["loss_mask"] = torch.zeros_like(sample["loss_mask"])
             samples.append(sample)
-        return _stack(samples)
+        batch, names = _stack(samples), self.data.valid_data_path or self.prefixes
+        self._check_ids(batch, "held-out", rows, [names[max(row, 0) % len(names)] for row in rows])
+        return batch
+
+    def _check_ids(
+        self, batch: Batch, kind: str, rows: Sequence[int], prefixes: Sequence[str]
+    ) -> None:
+        """Raise ValueError for an id, of an input or a label, that is no token's.
+
+        Here, where the batch is on the CPU: CUDA's assertion names nothing and ends the process.
+        """
+        size = self.tokenizer.vocab_size
+        text_RS = torch.cat([batch.tokens_RS, batch.labels_RS[:, -1:]], dim=1)
+        lowest, highest = torch.aminmax(text_RS)
+        if lowest >= 0 and highest < size:
+            return
+        place, position = ((text_RS < 0) | (text_RS >= size)).nonzero()[0].tolist()
+        raise ValueError(
+            f"{prefixes[place]}.bin: {kind} row {rows[place]} holds id {text_RS[place, position]} "
+            f"at position {position}, the tokenizer {self.tokenizer.path} has {size} tokens: name "
+            "the one that made the dataset (data.tokenizer); if it is this one the file is "
+            "damaged, preprocess the text again"
+        )
 
     def evaluation_batches(
         self, num_samples: int, micro_batch_size: int, dp_rank: int, dp_size: int

@@ -32,8 +32,9 @@ class Tokenizer(ABC):
     """
 
     # megatron-core turns every label equal to `pad` into id 0 and masks its loss. No token may be
-    # lost that way (many tokenizers pad with their end of document), so padding is no id at all.
-    pad = -1
+    # lost that way (many tokenizers pad with their end of document), and no damaged id be taken for
+    # padding, so it is a number that no file of 32-bit ids holds.
+    pad = -(2**63)
 
     path: Path
     vocab_size: int

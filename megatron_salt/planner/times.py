@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 
-from megatron_salt.config import nearest
+from megatron_salt.config import is_number, nearest
 from megatron_salt.memory import (
     Sizes,
     communication_bytes,
@@ -220,7 +220,7 @@ def read_measured(path: str) -> Measured:
     """Raises: ValueError naming file and key for anything that is not `Measured`'s."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"--measured {path}: {error}") from error
     known = [field.name for field in fields(Measured)]
     if not isinstance(values, dict):
@@ -230,9 +230,7 @@ def read_measured(path: str) -> Measured:
             raise ValueError(f"--measured {path}: unknown key {key!r}.{nearest(key, known)}")
         by_stage = key.startswith(("forward", "backward"))
         numbers = value if by_stage else [value]
-        if not isinstance(numbers, list) or not all(
-            isinstance(n, int | float) and not isinstance(n, bool) and n >= 0 for n in numbers
-        ):
+        if not isinstance(numbers, list) or not all(is_number(n) and n >= 0 for n in numbers):
             what = "a list of seconds, one for each stage" if by_stage else "seconds"
             raise ValueError(f"--measured {path}: {key} = {value!r}: expected {what}")
     return Measured(**values)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-from ranks import RankError, run_ranks
+from ranks import RankError, run_ranks, run_ranks_to_the_end
 from safetensors.torch import load_file, save_file
 from tiny import make_config, make_deepspeed, metrics_of, run_to_end
 
@@ -24,7 +24,11 @@ from megatron_salt.checkpoint import (
     sha256_of,
     verify_hashes,
 )
+from megatron_salt.config import DataConfig
+from megatron_salt.data.dataset import DataSource, find_tokenizer
+from megatron_salt.data.tokenizer import load_tokenizer
 from megatron_salt.data.train_tokenizer import train_tokenizer
+from megatron_salt.parallel.groups import initialize
 from megatron_salt.resume import lock_output_dir
 from megatron_salt.trainer import prepare
 
@@ -333,3 +337,105 @@ def test_trains_on_a_dataset_of_megatron_core(dataset: Path, tmp_path: Path) -> 
     )
     run_ranks(1, _train, config, make_deepspeed(tmp_path))
     assert metrics_of(tmp_path / "run")[1]["tokens"] == 8 * 16
+
+
+def damage(prefix: Path, places: slice, number: int, dtype: Any = np.uint16) -> None:
+    ids = np.fromfile(f"{prefix}.bin", dtype=dtype)
+    ids[places] = number
+    ids.tofile(f"{prefix}.bin")
+
+
+def make_dataset(prefix: Path, dtype: Any) -> Path:
+    """40 documents of 100 ids, all known, and no manifest."""
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    generator = np.random.default_rng(0)
+    for _ in range(40):
+        builder.add_document(torch.from_numpy(generator.integers(3, 509, size=100)), [100])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+def source_of(tokenizer: str, cache: Path, **settings: Any) -> DataSource:
+    data = DataConfig(tokenizer=tokenizer, seq_length=16, **{"split": "90,10", **settings})
+    return DataSource(data, load_tokenizer(tokenizer), num_samples=64, seed=1, cache_path=cache)
+
+
+def _meet_unknown_ids(tokenizer: str, tmp_path: Path, number: int) -> None:
+    initialize(1, 1, 5.0)
+    names = [make_dataset(tmp_path / name, np.int32) for name in ("one", "two")]
+    blend = {"train_data_path": ["0.5", str(names[0]), "0.5", str(names[1])]}
+    source = source_of(tokenizer, tmp_path / "cache", **blend)
+    rows = list(range(64))
+    before = source.read(rows)
+    assert source.read_held_out([*range(20), -1]).tokens_RS.max() < 509
+    of_two = [row for row in rows if source.train.dataset_index[row] == 1]
+    assert 0 < len(of_two) < 64
+    damage(names[1], slice(None), number, np.int32)
+    source = source_of(tokenizer, tmp_path / "cache_2", **blend)
+    some = [row for row in rows if row not in of_two]
+    assert torch.equal(source.read(some).tokens_RS, before.tokens_RS[some])
+    with pytest.raises(ValueError) as error:
+        source.read([*some[:3], of_two[5], of_two[6]])
+    found = f"{names[1]}.bin: training row {of_two[5]} holds id {number} at position 0, "
+    assert str(error.value).startswith(found) and "has 509 tokens" in str(error.value)
+    held_out = source_of(tokenizer, tmp_path / "cache_2", train_data_path=[str(names[0])],
+                         valid_data_path=[str(name) for name in names])  # fmt: skip
+    held_out.read_held_out([0, -1, 2, 4])
+    with pytest.raises(ValueError, match=rf"two\.bin: held-out row 7 holds id {number} at posi"):
+        held_out.read_held_out([2, 7])
+
+
+@pytest.mark.parametrize("number", [509, 2**31 - 1, -1, -(2**31)])
+def test_id_beyond_the_vocabulary_is_named_with_its_dataset_and_row(
+    dataset: Path, tmp_path: Path, number: int
+) -> None:
+    """-1 too, which megatron-core would make token 0 without loss if padding were -1."""
+    run_ranks(1, _meet_unknown_ids, f"{dataset}.tokenizer", tmp_path, number)
+
+
+def test_last_label_of_a_row_is_looked_at(dataset: Path, tmp_path: Path) -> None:
+    """It is the one id of a row that is no input; and an objective does not hide it."""
+    prefix = make_dataset(tmp_path / "text", np.uint16)
+    for objective in ("causal", "prefix"):
+        source = source_of(
+            f"{dataset}.tokenizer", tmp_path / "cache", train_data_path=[str(prefix)],
+            objective=[objective],
+        )  # fmt: skip
+        batch = source.read([0])
+        batch.labels_RS[0, -1] = 509
+        source.train = [{"tokens": batch.tokens_RS[0], "labels": batch.labels_RS[0],
+                         "loss_mask": batch.mask_RS[0]}]  # fmt: skip
+        with pytest.raises(ValueError, match="training row 0 holds id 509 at position 16,"):
+            source.read([0])
+
+
+def _train_in_time(config: Any, deepspeed_config: str) -> None:
+    run_to_end(config, deepspeed_config)
+
+
+@pytest.mark.parametrize(("tp", "pp", "dp"), [(1, 1, 1), (2, 1, 1), (1, 2, 2)])
+def test_id_beyond_the_vocabulary_ends_all_ranks(
+    dataset: Path, tmp_path: Path, tp: int, pp: int, dp: int
+) -> None:
+    """Met by the last replica in step 3; a collective would wait 30 minutes for it."""
+    prefix = copy_dataset(dataset, tmp_path)
+    config = make_config(
+        prefix, tmp_path / "run", parallel__tensor_model_parallel_size=tp,
+        parallel__pipeline_model_parallel_size=pp,
+    )  # fmt: skip
+    row = 3 * 8 + 7
+    source = DataSource(config.data, find_tokenizer(config.data), num_samples=40,
+                        seed=config.train.seed, cache_path=tmp_path / "cache")  # fmt: skip
+    wanted = source.read([row]).tokens_RS[0].numpy()
+    ids = np.fromfile(f"{prefix}.bin", dtype=np.uint16)
+    start = next(at for at in range(len(ids)) if (ids[at : at + 16] == wanted).all())
+    damage(prefix, slice(start + 5, start + 6), 509)
+    results = run_ranks_to_the_end(
+        tp * pp * dp, 60.0, _train_in_time, config, make_deepspeed(tmp_path)
+    )
+    found = f"{prefix}.bin: training row {row} holds id 509 at position 5, "
+    for rank, result in enumerate(results):
+        assert isinstance(result, RankError)
+        reads_it = rank // tp % dp == dp - 1
+        assert (result.kind == "ValueError" and result.message.startswith(found)) == reads_it
+    assert len(metrics_of(tmp_path / "run")) == 1 + 3, "step 0 and three whole steps"

@@ -379,14 +379,14 @@ def test_shards_of_nobody_or_of_others_are_refused(tagged: TagRequest, tmp_path:
 
 
 def test_an_error_of_one_rank_ends_all(text: Path, teacher: Path, tmp_path: Path) -> None:
-    """A token that the teacher does not know, in data without a manifest; finished shards stay."""
+    """An id that the teacher does not know, in data without a manifest; finished shards stay."""
     for suffix in (".bin", ".idx"):
         shutil.copy(f"{text}{suffix}", tmp_path / f"bare{suffix}")
     tokens = np.fromfile(tmp_path / "bare.bin", dtype=np.uint16)
     tokens[1000] = VOCAB_SIZE
     tokens.tofile(tmp_path / "bare.bin")
     made = request_for(tmp_path / "bare", teacher, tmp_path / "slm")
-    with pytest.raises(RankError, match=f"holds token {VOCAB_SIZE}, the teacher's vocabulary has"):
+    with pytest.raises(RankError, match=f"bare.bin: token 1000 is id {VOCAB_SIZE}, the teacher's"):
         run_ranks(2, _tag, made)
     assert list((tmp_path / "slm.tags.partial").glob("shard_*.npz"))
 

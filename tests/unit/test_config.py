@@ -580,4 +580,5 @@ def test_data_prefixes_and_weights_on_the_command_line(files: list[str]) -> None
         return list(parse_command_line([*files, *options]).config.data.train_data_path)
 
     assert paths("--data.train_data_path", "[0.5, x, 0.5, y]") == ["0.5", "x", "0.5", "y"]
-    assert paths("--data.train_data_path=[x]", "--data.train_data_path+=y") == ["x", "y"]
+    appended = paths("--data.train_data_path=[1, x, 2]", "--data.train_data_path+=y")
+    assert appended == ["1", "x", "2", "y"]
