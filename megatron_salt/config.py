@@ -107,9 +107,7 @@ class ParallelConfig:
     recompute_granularity: Literal["none", "full"] = "none"
     """Activation checkpointing: full keeps only each layer's input and recomputes the rest."""
     timeout_minutes: float = 30.0
-    """A collective that waits longer than this ends the run on every rank. Fractions are exact for
-    DeepSpeed's groups and the teacher's; megatron-core's (tensor, data and pipeline parallel) wait
-    whole minutes: the nearest number, at least 1."""
+    """A collective that waits longer than this ends the run on every rank; fractions count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,9 +149,8 @@ class TeacherConfig:
     """Refuse a teacher whose held-out CE is further than this from the one stored with it. Checked
     when the held-out samples are the same ones; otherwise both are printed."""
     placement: Literal["auto", "bubble", "before_step"] = "auto"
-    """When the teacher works: bubble, on the next batch, where this one's pipeline would wait (on
-    one stage: beside the gradient reduction and the optimizer, on CUDA); before_step, on this
-    batch. The numbers are the same. auto: bubble with several stages or on CUDA."""
+    """When the teacher works: bubble, on the next batch, where this one's pipeline would wait;
+    before_step, on this batch. The numbers are the same. auto: bubble with several stages."""
     forward_chunks: int | None = None
     """Parts, by layers, into which bubble cuts a forward pass of the teacher; null: as many as fit
     well, at least 4."""
@@ -255,6 +252,9 @@ class TrainConfig:
     """auto: the newest complete checkpoint in output_dir, if any; none: start; or a path."""
     tensorboard: bool = True
     """Write TensorBoard files under output_dir/tensorboard."""
+    deterministic: bool = False
+    """The same bits in every run on CUDA as well, at some cost in speed: PyTorch's deterministic
+    algorithms, one algorithm of NCCL's. On a CPU runs are so by themselves."""
     check_gradients: bool = True
     """In the first step of a process see that every weight gets a gradient, not all zero and
     finite; if not, stop and name the weight."""
@@ -547,6 +547,10 @@ def check_salt(config: RunConfig) -> None:
     _require(
         chunks is None or config.teacher.placement != "before_step",
         f"teacher.forward_chunks = {chunks} has no effect with teacher.placement = before_step",
+    )
+    _require(
+        config.teacher.placement != "bubble" or config.parallel.pipeline_model_parallel_size > 1,
+        "teacher.placement = bubble: one stage has no waits to work in; choose auto or before_step",
     )
     for name in ("transition_steps", "warmup_steps", "inheritance_slope"):
         value = getattr(salt, name)

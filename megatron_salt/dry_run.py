@@ -236,5 +236,5 @@ def teaching_plan(sizes: Sizes) -> TeachingPlan | None:
     """Who will teach which rows; as `trainer.Run` decides it."""
     if sizes.teacher is None:
         return None
-    ahead = teaches_ahead(sizes.config.teacher.placement, sizes.layout, cuda=sizes.on_cuda)
+    ahead = teaches_ahead(sizes.config.teacher.placement, sizes.layout)
     return plan_teaching(sizes.shape, multiply_adds(sizes.shape), in_bubbles=ahead)

@@ -479,7 +479,7 @@ def hidden_state_bytes(sizes: Sizes, stage: int, plan: TeachingPlan | None) -> f
     layout, num_rows = sizes.layout, sizes.shape.num_rows
     if stage == layout.pp_size - 1:
         placement = sizes.config.teacher.placement
-        ahead = teaches_ahead(placement, layout, cuda=sizes.on_cuda)
+        ahead = teaches_ahead(placement, layout)
         return float(row * num_rows * (2 if ahead else 1))
     if plan is None:
         pieces = sizes.shape.pieces

@@ -49,6 +49,7 @@ from megatron_salt.parallel.groups import (
     Groups,
     from_rank_0,
     initialize,
+    make_deterministic,
     same_error_everywhere,
 )
 from megatron_salt.parallel.schedule import measured_times, measured_values
@@ -84,6 +85,8 @@ def prepare(config: RunConfig, deepspeed_config: str) -> Run:
     Raises: ValueError or FileNotFoundError naming the setting or file that is wrong.
     """
     parallel = config.parallel
+    if config.train.deterministic:
+        make_deterministic()
     groups = initialize(
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
@@ -171,9 +174,7 @@ class Run:
                 self.say(f"  changed since then: {change}")
         self.log = self._open_log()
         self.teacher: Teacher | None = None
-        self.teaches_ahead = teaches_ahead(
-            config.teacher.placement, groups.layout, cuda=groups.device.type == "cuda"
-        )
+        self.teaches_ahead = teaches_ahead(config.teacher.placement, groups.layout)
         self.lesson: tuple[int, Lesson] | None = None
         """The step whose hidden states the teacher has made ahead, and where they are."""
         self.held_out = HeldOut(config, settings, groups, self.data, self.student)
@@ -351,7 +352,7 @@ class Run:
             ahead, lesson = self.lesson
             assert ahead == step, f"the teacher has read step {ahead}, not {step}"
             self.lesson = None
-            return self.student.finish(lesson)
+            return lesson.finish()
         if self.teaches_ahead:
             self.say(f"step {step}: the teacher reads this batch before the step")
         lesson = self.teacher.lesson(batch.tokens_RS, batch.prefix_R)
@@ -529,7 +530,7 @@ class Run:
         before, size = self._memory_of_ranks(), self.teacher.num_bytes()
         self.student.loss_function.teacher_head_WE = None
         if self.lesson is not None:  # an adaptive end came after the next batch had been taught
-            self.student.finish(self.lesson[1])
+            self.lesson[1].finish()
             self.lesson = None
         self.teacher.release()
         self.teacher = None

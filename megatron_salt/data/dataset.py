@@ -58,13 +58,20 @@ class Batch:
     """How many of a row's first tokens see each other in both directions, int64, always on the CPU:
     it decides which attention runs. None where every row is causal."""
 
-    def to(self, device: torch.device) -> Batch:
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
         moved: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             stays = value is None or field.name == "prefix_R"
-            moved[field.name] = value if stays else value.to(device, non_blocking=True)
+            moved[field.name] = value if stays else change(value)
         return Batch(**moved)
+
+    def pinned(self) -> Batch:
+        """In page-locked memory, from which `to` copies beside the computation."""
+        return self._changed(Tensor.pin_memory)
+
+    def to(self, device: torch.device) -> Batch:
+        return self._changed(lambda value: value.to(device, non_blocking=True))
 
 
 def find_tokenizer(data: DataConfig) -> Tokenizer:

@@ -22,7 +22,9 @@ class ReadAhead:
     def __init__(
         self, read: Callable[[int], Batch], first: int, stop: int, device: torch.device
     ) -> None:
-        self._read, self._stop, self._device = read, stop, device
+        pins = device.type == "cuda"
+        self._read = (lambda step: read(step).pinned()) if pins else read
+        self._stop, self._device = stop, device
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
         self._pending: dict[int, Future[Batch]] = {}
         self._on_device: dict[int, Batch] = {}

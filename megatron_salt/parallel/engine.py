@@ -134,7 +134,6 @@ class StudentEngine:
         self.instructions: Instructions | None = None
         if self.is_pipeline:
             self.instructions = Instructions(self.engine, self.whereabouts)
-        self._beside = torch.cuda.Stream() if groups.device.type == "cuda" else None
 
     @property
     def is_pipeline(self) -> bool:
@@ -226,7 +225,7 @@ class StudentEngine:
         """Forward, backward and optimiser step over M micro-batches.
 
         Args:
-            lesson: the teacher's work on the next batch, done on the way.
+            lesson: the teacher's work on the next batch, done where the pipeline waits.
         Mutates: weights, optimiser state, the loss function's sums.
         """
         for group in self.engine.optimizer.param_groups:
@@ -241,8 +240,6 @@ class StudentEngine:
                 self.whereabouts.enter(f"micro-batch {number}")
                 loss = self.engine(tokens_BS, targets)
                 self.engine.backward(loss)
-                if lesson is not None and number == len(micro_batches) - 1:
-                    self._teach_beside(lesson)
                 self.engine.step()
 
     def _take_model_step(self, lr_kwargs: dict[str, Any] | None) -> None:
@@ -260,26 +257,6 @@ class StudentEngine:
 
     def take_trace(self) -> list[tuple[Any, float, float]] | None:
         return self.instructions.take_trace() if self.instructions else None
-
-    def _teach_beside(self, lesson: Lesson) -> None:
-        """One stage has no bubbles: the teacher works beside gradient reduction and optimizer.
-
-        On CUDA on a stream of its own, which `finish_beside` brings back; on a CPU one after the
-        other.
-        """
-        if self._beside is None:
-            lesson.run_all()
-            return
-        # Tokens are there and the buffer is free; the weights that are being updated are not read.
-        self._beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._beside):
-            lesson.run_all()
-
-    def finish(self, lesson: Lesson) -> Tensor | None:
-        """The hidden states of a lesson that a step has taught ahead (`Lesson.finish`)."""
-        if self._beside is not None:
-            torch.cuda.current_stream().wait_stream(self._beside)
-        return lesson.finish()
 
     @contextlib.contextmanager
     def _waiting(self, micro_batches: Sequence[MicroBatch]) -> Iterator[None]:

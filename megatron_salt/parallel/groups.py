@@ -94,6 +94,17 @@ def planned_world_size() -> int | None:
     return int(value) if value else None
 
 
+def make_deterministic() -> None:
+    """Ask PyTorch, cuBLAS and NCCL for the same bits in every run; before CUDA is first used.
+
+    megatron-core's layers are told by `transformer_config`. What has no deterministic form raises.
+    """
+    torch.use_deterministic_algorithms(True)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # By itself NCCL may choose another algorithm, and so another order of sums, from run to run.
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+
+
 def initialize(tp_size: int, pp_size: int, timeout_minutes: float) -> Groups:
     """Join the world (torchrun, deepspeed, srun or a single process) and build all groups.
 
@@ -120,12 +131,18 @@ def initialize(tp_size: int, pp_size: int, timeout_minutes: float) -> Groups:
         # DeepSpeed would compile a shared-memory all-reduce for CPU inference here, which nothing
         # in training calls, and whose build lock hangs every later run if one is killed in it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Before DeepSpeed, which would bind the device: with that every new group, of whomever, is
+        # a split of the world that all ranks wait for. Without it a communicator is made by its
+        # members when they first use it; docs/bubbles.md says what follows from that.
+        dist.init_process_group(backend, timeout=timeout)
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tp_size,
             pipeline_model_parallel_size=pp_size,
-            distributed_timeout_minutes=max(1, round(timeout_minutes)),
+            # Said to be whole minutes; they go into a timedelta, which takes any.
+            distributed_timeout_minutes=timeout_minutes,  # type: ignore[arg-type]
+            create_gloo_process_groups=False,  # a second set of them, which nothing here uses
         )
     rank = dist.get_rank()
     alone = dist.new_group([rank], use_local_synchronization=True, timeout=timeout)

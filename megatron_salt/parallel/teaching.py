@@ -211,11 +211,10 @@ def plan_teaching(shape: StepShape, times: Times, *, in_bubbles: bool) -> Teachi
     return min(plans, key=lambda plan: plan.placement.overhead if plan.placement else 0.0)
 
 
-def teaches_ahead(placement: str, layout: Layout, *, cuda: bool) -> bool:
-    """Whether teacher.placement lets the teacher work on the next batch during this one's step."""
-    if placement == "auto":
-        return cuda or layout.pp_size > 1
-    return placement == "bubble"
+def teaches_ahead(placement: str, layout: Layout) -> bool:
+    """Whether the teacher works on the next batch during this one's step: only in waits, which one
+    stage has none of."""
+    return placement != "before_step" and layout.pp_size > 1
 
 
 # How much of a stage's own work counts when rows are shared: none, as before the step, to all.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from megatron_salt.memory import Sizes, StageMemory, stage_memory
 from megatron_salt.parallel.placement import with_teacher, work_bound
 from megatron_salt.parallel.schedule import plain_programs
-from megatron_salt.parallel.simulator import Op, Program, Span, Timeline, Times, simulate
+from megatron_salt.parallel.simulator import Op, Program, Timeline, Times, simulate
 from megatron_salt.parallel.teaching import TeachingPlan, plan_teaching, teaches_ahead
 from megatron_salt.planner.hardware import Machine
 from megatron_salt.planner.times import (
@@ -21,7 +21,8 @@ from megatron_salt.planner.times import (
 
 @dataclass(frozen=True, kw_only=True)
 class Steps:
-    """Seconds of a step in each phase and placement, and what the simulator saw."""
+    """Seconds of a step in each phase and placement, and what the simulator saw; one stage has no
+    bubbles."""
 
     lm_s: float
     lm: Timeline
@@ -51,18 +52,19 @@ def simulated(sizes: Sizes, machine: Machine, measured: Measured | None = None) 
     times = measured.applied_to(step_times(sizes, machine), sizes)
     exchange = hidden_exchange_s(sizes, machine)
     kd_before = _before_the_step(sizes, times, programs)
-    plan = plan_teaching(sizes.shape, times, in_bubbles=True)
-    if plan.placement is None:
-        kd_bubble = _beside_the_update(simulate(programs, times), times, plan)
-        bound = kd_bubble.step_time
-    else:
-        kd_bubble = simulate(with_teacher(programs, plan.placement.before), times)
-        bound = work_bound(times, programs, teacher_work(plan, times)) + times.update
-    return Steps(
+    steps = Steps(
         lm_s=lm.step_time,
         lm=lm,
         kd_before_s=kd_before.step_time + exchange + _arrival(sizes, machine, times),
         kd_before=kd_before,
+    )
+    plan = plan_teaching(sizes.shape, times, in_bubbles=True)
+    if plan.placement is None:  # one stage
+        return steps
+    kd_bubble = simulate(with_teacher(programs, plan.placement.before), times)
+    bound = work_bound(times, programs, teacher_work(plan, times)) + times.update
+    return replace(
+        steps,
         kd_bubble_s=kd_bubble.step_time + exchange,
         kd_bubble=kd_bubble,
         kd_bound_s=bound + exchange,
@@ -100,18 +102,6 @@ def _arrival(sizes: Sizes, machine: Machine, times: Times) -> float:
     return max(times.hidden_transfer, received - teacher_work(plan, times)[-1])
 
 
-def _beside_the_update(plain: Timeline, times: Times, plan: TeachingPlan) -> Timeline:
-    """One stage: the teacher on a stream of its own, at best hidden by reduction and optimizer."""
-    now = plain.backward_end
-    lessons = []
-    for piece in plan.shares[0][0]:
-        for chunk in range(plan.num_chunks):
-            stop = now + times.teacher(piece, chunk)
-            lessons.append(Span(Op("teacher", piece, chunk), now, stop))
-            now = stop
-    return replace(plain, spans=[[*plain.spans[0], *lessons]], step_time=max(plain.step_time, now))
-
-
 def closed_form(sizes: Sizes, machine: Machine) -> tuple[float, float]:
     """Seconds of a plain step and of a KD step, without the simulator.
 
@@ -130,11 +120,8 @@ def closed_form(sizes: Sizes, machine: Machine) -> tuple[float, float]:
     row = sum(times.teacher(0, chunk) for chunk in range(chunks)) / rows
     work = row * sizes.shape.num_rows / layout.tp_size
     extra = times.update + hidden_exchange_s(sizes, machine)
-    ahead = teaches_ahead(sizes.config.teacher.placement, layout, cuda=True)
-    if not ahead:
+    if not teaches_ahead(sizes.config.teacher.placement, layout):
         return lm_s, step + work / layout.pp_size + _arrival(sizes, machine, times) + extra
-    if layout.pp_size == 1:
-        return lm_s, step + max(work, times.update) + extra - times.update
     num_micro = sizes.settings.num_micro_batches
     busy = [num_micro * (f + b) for f, b in zip(times.forward, times.backward, strict=True)]
     return lm_s, max(step, water_level(busy, work)) + extra
@@ -198,7 +185,7 @@ def quick_estimate(sizes: Sizes, machine: Machine) -> Estimate:
 def full_estimate(sizes: Sizes, machine: Machine, measured: Measured | None = None) -> Estimate:
     """By the simulator."""
     steps = simulated(sizes, machine, measured)
-    ahead = teaches_ahead(sizes.config.teacher.placement, sizes.layout, cuda=True)
+    ahead = teaches_ahead(sizes.config.teacher.placement, sizes.layout)
     return Estimate(
         sizes=sizes,
         memory=phases_memory(sizes, steps.plan if ahead else None),
@@ -228,7 +215,7 @@ def overheads(
         own_steps: those of the run's own number, if they are known.
         limit: of p times M, beyond which the search for places takes too long.
     """
-    if sizes.teacher is None:
+    if sizes.teacher is None or sizes.layout.pp_size == 1:
         return []
     p, own = sizes.layout.pp_size, sizes.settings.num_micro_batches
     found = []

@@ -206,6 +206,10 @@ def test_closed_form_is_the_simulators_step(tmp_path: Path, pp: int) -> None:
     assert lm_s == pytest.approx(simulated(sizes, fast).lm_s, rel=0.05)
     sizes = at(inputs_of(tmp_path, pp, **settings), 1, pp, 1)
     steps = simulated(sizes, fast)
+    if pp == 1:
+        assert steps.kd_bubble_s is None and overheads(sizes, fast) == []
+        assert closed_form(sizes, fast)[1] == pytest.approx(steps.kd_before_s, rel=0.05)
+        return
     assert steps.kd_bound_s is not None and steps.kd_bubble_s is not None
     assert steps.kd_bubble_s >= steps.kd_bound_s * (1 - 1e-9)
     assert closed_form(sizes, fast)[1] <= steps.kd_bubble_s * 1.05
