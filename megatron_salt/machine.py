@@ -32,16 +32,14 @@ def set_cuda_connections(tp_size: int, environment: MutableMapping[str, str]) ->
         environment[CONNECTIONS] = "1"
     if chosen is None or (chosen == "1") == (tp_size > 1):
         return None
-    problem = (
-        "tensor-parallel communication may start too late to hide behind compute"
-        if tp_size > 1
-        else "one queue serves tensor parallelism only, and makes other streams wait"
-    )
+    problem = "one queue serves tensor parallelism only, and makes other streams wait"
+    if tp_size > 1:
+        problem = "tensor-parallel communication may start too late to hide behind compute"
     return f"{CONNECTIONS}={chosen} with tp = {tp_size}: {problem}; unset, it is chosen by tp"
 
 
 def fused_adam_facts() -> dict[str, Any]:
-    """This machine, for `check_fused_adam`: nvcc and ninja as DeepSpeed finds them."""
+    """This machine, for `check_fused_adam`, as DeepSpeed finds it; versions as "13.0"."""
     import torch
     from deepspeed.git_version_info import installed_ops
     from deepspeed.ops.op_builder.builder import MissingCUDAException, installed_cuda_version
@@ -72,35 +70,23 @@ def wants_fused_adam(values: Mapping[str, Any]) -> bool:
     return adam and not (torch_adam or offload or zero.get("cpu_offload"))
 
 
-def check_fused_adam(
-    values: Mapping[str, Any],
-    path: str,
-    *,
-    prebuilt: bool,
-    nvcc: str | None,
-    torch_cuda: str,
-    ninja: bool,
-    skips_check: bool,
-) -> None:
-    """Raise ValueError, naming what is missing, if FusedAdam is wanted and will not compile.
-
-    `nvcc` and `torch_cuda` are CUDA versions as "13.0"; `prebuilt` is DS_BUILD_FUSED_ADAM.
-    """
+def check_fused_adam(values: Mapping[str, Any], path: str, facts: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming what is missing, if FusedAdam is wanted and will not compile."""
     from deepspeed.ops.op_builder.builder import cuda_minor_mismatch_ok
 
-    if prebuilt or not wants_fused_adam(values):
+    if facts["prebuilt"] or not wants_fused_adam(values):
         return
-    missing = []
+    missing, nvcc, ours = [], facts["nvcc"], facts["torch_cuda"]
     if nvcc is None:
         missing.append("there is no nvcc (CUDA toolkit, CUDA_HOME)")
-    elif nvcc != torch_cuda and not skips_check:
+    elif nvcc != ours and not facts["skips_check"]:
         alike = cuda_minor_mismatch_ok.get(int(nvcc.split(".")[0]), ())
-        if nvcc not in alike or torch_cuda not in alike:
+        if nvcc not in alike or ours not in alike:
             missing.append(
-                f"nvcc is of CUDA {nvcc} and torch of {torch_cuda}, which DeepSpeed refuses "
+                f"nvcc is of CUDA {nvcc} and torch of {ours}, which DeepSpeed refuses "
                 "(DS_SKIP_CUDA_CHECK=1 overrules it)"
             )
-    if not ninja:
+    if not facts["ninja"]:
         missing.append("ninja is not on the PATH (it is in the environment's bin folder)")
     if missing:
         raise ValueError(

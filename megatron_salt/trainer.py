@@ -94,7 +94,7 @@ def prepare(config: RunConfig, deepspeed_config: str) -> Run:
         settings = load_deepspeed_config(deepspeed_config, groups.layout.dp_size)
         check_against_run(settings, config)
         if groups.device.type == "cuda":
-            check_fused_adam(settings.values, settings.path, **fused_adam_facts())
+            check_fused_adam(settings.values, settings.path, fused_adam_facts())
     return Run(config, settings, groups)
 
 

@@ -38,7 +38,7 @@ GPT: dict[str, Any] = {
     "untie_embeddings_and_output_weights": False,
 }
 # As in examples/deepspeed: nothing is compiled for it.
-ADAM = {
+ADAM: dict[str, Any] = {
     "type": "AdamW",
     "params": {"lr": 3e-3, "weight_decay": 0.1, "torch_adam": True, "fused": True},
 }

@@ -121,14 +121,14 @@ def test_examples_compile_nothing_for_their_optimizer(path: Path) -> None:
 )
 def test_what_fused_adam_lacks_is_named(found: dict[str, Any], words: tuple[str, ...]) -> None:
     if not words:
-        check_fused_adam(FUSED, "ds.json", **{**GOOD, **found})
+        check_fused_adam(FUSED, "ds.json", {**GOOD, **found})
         return
     with pytest.raises(ValueError) as caught:
-        check_fused_adam(FUSED, "ds.json", **{**GOOD, **found})
+        check_fused_adam(FUSED, "ds.json", {**GOOD, **found})
     for part in ("ds.json: optimizer.type 'AdamW'", '"torch_adam": true, "fused": true', *words):
         assert part in str(caught.value)
     torch_adam = {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}
-    check_fused_adam(torch_adam, "ds.json", **{**GOOD, **found})
+    check_fused_adam(torch_adam, "ds.json", {**GOOD, **found})
 
 
 def test_deepspeed_refuses_what_is_refused_here(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +144,7 @@ def test_deepspeed_refuses_what_is_refused_here(monkeypatch: pytest.MonkeyPatch)
             refused = []
             for check in (
                 builder.assert_no_cuda_mismatch,
-                lambda: check_fused_adam(FUSED, "", **GOOD | {"nvcc": nvcc, "torch_cuda": torch_cuda}),  # noqa: B023, E501
+                lambda: check_fused_adam(FUSED, "", GOOD | {"nvcc": nvcc, "torch_cuda": torch_cuda}),  # noqa: B023, E501
             ):  # fmt: skip
                 try:
                     check()
@@ -179,12 +179,12 @@ def test_what_torch_compile_lacks_is_named(tmp_path: Path, monkeypatch: pytest.M
         (tmp_path / name).chmod(0o755)
 
     headers = tmp_path / "include"
+    headers.mkdir()
     monkeypatch.setattr(sysconfig, "get_path", lambda name, scheme: str(headers))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     reason = why_not_compiled()
     assert reason and "no C compiler (gcc, clang) and no Python.h in" in reason
-    headers.mkdir()
     (headers / "Python.h").touch()
     assert why_not_compiled() == "no C compiler (gcc, clang)"
     program("clang")
