@@ -258,7 +258,7 @@ def model_states(parameters: int, settings: DeepSpeedSettings, layout: Layout) -
                  stage 1 on, where fp32 weights have a master copy too
       buckets    reduce_bucket_size elements in stages 1 to 3, twice with overlap_comm
       update     copies while gradients are reduced and the optimizer runs; PyTorch's own Adam
-                 (torch_adam) makes two more of its part, which DeepSpeed's does not
+                 (torch_adam) makes two more of its part, which fused ones do not
 
     Source: ZeRO, arXiv 1910.02054, section 3, and DeepSpeed 0.19's `BF16_Optimizer`,
     `DeepSpeedZeroOptimizer` and `DeepSpeedZeroOptimizer_Stage3`, which keep more than it counts.
@@ -268,8 +268,9 @@ def model_states(parameters: int, settings: DeepSpeedSettings, layout: Layout) -
     optimizer_section = settings.values.get("optimizer", {})
     state = STATE_BYTES.get(str(optimizer_section.get("type", "")).lower(), 8)
     # PyTorch's own Adam makes its denominator anew, twice, of a flat part of all weights.
-    torch_adam = bool(optimizer_section.get("params", {}).get("torch_adam"))
-    scratch = 8.0 * parameters / d if torch_adam and stage > 0 else 0.0
+    adam = optimizer_section.get("params", {})
+    unfused = bool(adam.get("torch_adam")) and not adam.get("fused")
+    scratch = 8.0 * parameters / d if unfused and stage > 0 else 0.0
     bucket = float(zero.get("reduce_bucket_size", REDUCED_TOGETHER)) * w
     if stage == 0:
         flat = float(w * min(parameters, REDUCED_TOGETHER) if d > 1 else 0)

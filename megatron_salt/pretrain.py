@@ -11,12 +11,17 @@ import sys
 from collections.abc import Sequence
 
 from megatron_salt.config import parse_command_line
+from megatron_salt.machine import set_cuda_connections
 from megatron_salt.noise import silence_known_warnings
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, then train or describe. Bad settings and bad files end with one line and status 2."""
     command = parse_command_line(argv, prog="python -m megatron_salt.pretrain")
+    tp_size = command.config.parallel.tensor_model_parallel_size
+    warning = set_cuda_connections(tp_size, os.environ)
+    if warning and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        print(f"WARNING {warning}", file=sys.stderr)
     silence_known_warnings()
     # torch, megatron-core and deepspeed take seconds to import: after the settings are known good.
     import torch.distributed as dist

@@ -41,6 +41,7 @@ from megatron_salt.deepspeed_config import (
     read_json,
 )
 from megatron_salt.held_out import HeldOut
+from megatron_salt.machine import check_fused_adam, fused_adam_facts
 from megatron_salt.metrics import MetricsLog, Stopwatch, allocated_bytes, console_line
 from megatron_salt.model.loss import LossSums, loss_body
 from megatron_salt.model.teacher import Lesson, Teacher
@@ -95,6 +96,8 @@ def prepare(config: RunConfig, deepspeed_config: str) -> Run:
     with same_error_everywhere("reading the DeepSpeed config"):
         settings = load_deepspeed_config(deepspeed_config, groups.layout.dp_size)
         check_against_run(settings, config)
+        if groups.device.type == "cuda":
+            check_fused_adam(settings.values, settings.path, fused_adam_facts())
     return Run(config, settings, groups)
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed  # noqa: F401  imported here so that ranks need not
+import pytest
 import torch
 from megatron.core import parallel_state  # noqa: F401
 
@@ -88,6 +89,8 @@ def _outcomes(
     world_size: int, function: Callable[..., Any], args: tuple[Any, ...], timeout_s: float
 ) -> Iterator[tuple[int, Any]]:
     """(rank, result or RankError) as they come; the ranks are gone when this ends."""
+    if torch.cuda.is_available():
+        pytest.skip("forked ranks cannot use CUDA: CUDA_VISIBLE_DEVICES= make test")
     context = multiprocessing.get_context("fork")
     port = free_port()
     processes, pipes = [], []

@@ -16,8 +16,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -33,7 +35,10 @@ INSTALLED = Path(__file__).parent / "lib"
 """Libraries that `setup.py` built."""
 
 CUDA_ARCHITECTURES = (80, 90, 100)
-"""Machine code at installation: A100; H100 and H200; B200. PTX of the last serves later ones."""
+"""Machine code at installation: A100; H100 and H200; B200. PTX of the last serves later ones.
+
+Where nvcc is too old for one (sm_100 needs CUDA 12.8), the PTX of the last that it knows serves.
+"""
 
 CXX_FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno",
@@ -43,6 +48,8 @@ CXX_FLAGS = (
 NVCC_FLAGS = (
     "-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC", "--threads", "0",
 )  # fmt: skip
+
+_logger = logging.getLogger(__name__)
 
 
 class BuildError(RuntimeError):
@@ -61,6 +68,28 @@ def find_nvcc() -> str | None:
         if home:
             return shutil.which("nvcc", path=str(Path(home) / "bin"))
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def known_to(nvcc: str, architectures: Sequence[int]) -> list[int]:
+    """Each architecture, or in its place the newest before it that this nvcc knows; in order.
+
+    Raises: BuildError for an architecture before all that it knows.
+    """
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    known = {int(number) for number in re.findall(r"compute_(\d+)\b", listed)}
+    if not known:  # too old to say: let it try
+        return sorted(architectures)
+    chosen = {}
+    for wanted in sorted(architectures):
+        chosen[wanted] = max((each for each in known if each <= wanted), default=0)
+        if chosen[wanted] == 0:
+            raise BuildError(f"{nvcc} no longer knows sm_{wanted}: take an older CUDA toolkit")
+        if chosen[wanted] != wanted:
+            _logger.warning(
+                "%s does not know sm_%d: its GPUs get the code of sm_%d, by way of PTX",
+                nvcc, wanted, chosen[wanted],
+            )  # fmt: skip
+    return sorted(set(chosen.values()))
 
 
 def cuda_flags(architectures: Sequence[int], *, ptx: bool) -> list[str]:
@@ -99,6 +128,7 @@ def compile_command(
             "to it"
         )
     host = find_cxx()
+    architectures = known_to(compiler, architectures)
     return [
         compiler, *NVCC_FLAGS, *(["-ccbin", host] if host else []), "-shared",
         *cuda_flags(architectures, ptx=True), str(SOURCES / "kd_loss.cu"), "-o", str(output),
@@ -106,7 +136,10 @@ def compile_command(
 
 
 def library_name(kind: Kind, architectures: Sequence[int] = CUDA_ARCHITECTURES) -> str:
-    """File name of the library that this code, these flags and this machine need."""
+    """File name of the library that this code, these flags and this machine need.
+
+    `architectures` are those it serves: compute nodes need no nvcc to look for it.
+    """
     key = hashlib.sha256()
     for path in sorted(SOURCES.iterdir()):
         key.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")

@@ -38,6 +38,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_salt.config import ModelConfig
 from megatron_salt.kernels.vocab import VocabShard
+from megatron_salt.machine import fuses_operations
 from megatron_salt.model.weights import padded_vocab
 
 if not torch.cuda.is_available():
@@ -51,7 +52,7 @@ def transformer_config(
     model: ModelConfig, *, tp_size: int, sequence_parallel: bool, dtype: torch.dtype
 ) -> TransformerConfig:
     """megatron-core's config of one model. Pipeline stages are DeepSpeed's: always 1 here."""
-    fuse = torch.cuda.is_available()
+    fuse = fuses_operations()
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,

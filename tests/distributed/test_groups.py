@@ -26,7 +26,8 @@ def test_number_of_groups_of_a_rank(dataset: Path, teacher: Path, tmp_path: Path
     """docs/bubbles.md names it. On NCCL each that is used becomes a communicator."""
     config = make_config(
         dataset, tmp_path / "run", parallel__tensor_model_parallel_size=2,
-        parallel__pipeline_model_parallel_size=2, salt__kd_steps=3, teacher__checkpoint=str(teacher),
+        parallel__pipeline_model_parallel_size=2, salt__kd_steps=3,
+        teacher__checkpoint=str(teacher),
     )  # fmt: skip
     deepspeed_config = make_deepspeed(tmp_path, zero_optimization={"stage": 1})
     for groups in run_ranks(8, _groups_of_rank, config, deepspeed_config):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from storages import alive, most_allocated, num_bytes, storages
-from tiny import GPT, LLAMA, make_config, make_deepspeed, run_to_end
+from tiny import ADAM, GPT, LLAMA, make_config, make_deepspeed, run_to_end
 
 from megatron_salt.config import RunConfig
 from megatron_salt.deepspeed_config import DeepSpeedSettings
@@ -109,6 +109,7 @@ def zero(stage: int) -> dict[str, Any]:
 
 
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+UNFUSED = {"optimizer": {**ADAM, "params": {**ADAM["params"], "fused": False}}}
 CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
     "one": ("llama", 1, {}, {}),
     "dp2-zero2": ("gpt", 2, zero(2), {}),
@@ -117,7 +118,9 @@ CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
     "pp2-before-full": (
         "gpt", 2, {}, {"pp": 2, "recompute": "full", "placement": "before_step"},
     ),
-    "pp2-prefix-zero1": ("llama", 2, zero(1), {"pp": 2, "objective": ["prefix"]}),
+    "pp2-prefix-zero1-unfused": (
+        "llama", 2, {**zero(1), **UNFUSED}, {"pp": 2, "objective": ["prefix"]},
+    ),
     "tp2-bf16-sp": ("llama", 2, {**BF16, **zero(1)}, {"tp": 2, "sp": True}),
     "tp2-pp2-bf16-full": ("gpt", 4, {**BF16, **zero(1)}, {"tp": 2, "pp": 2, "recompute": "full"}),
 }  # fmt: skip

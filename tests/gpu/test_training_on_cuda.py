@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import run_command
-from tiny import GPT, LLAMA, make_deepspeed, metrics_of, without_times
+from tiny import GPT, LLAMA, make_deepspeed, metrics_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -63,24 +63,6 @@ def test_losses_of_cuda_equal_those_of_the_cpu(
     for on_gpu, on_cpu in list(pairs)[1:]:
         for key in ("loss", "ce_nats"):
             assert on_gpu[key] == pytest.approx(on_cpu[key], rel=1e-4), on_gpu["step"]
-
-
-def test_teacher_beside_the_optimizer_gives_the_same_bits(
-    dataset: Path, teacher: Path, tmp_path: Path
-) -> None:
-    """On one stage the next batch is taught on a stream of its own: a race would show here."""
-    yaml_file = write_yaml(tmp_path, dataset, teacher, LLAMA, objective=[1, "causal", 1, "prefix"])
-    deepspeed_config = make_deepspeed(tmp_path, zero_optimization={"stage": 1})
-    found = {}
-    for placement in ("bubble", "before_step"):
-        folder = tmp_path / placement
-        folder.mkdir()
-        option = f"--teacher.placement={placement}"
-        log = train_on(folder, yaml_file, deepspeed_config, option, cuda=True)
-        assert ("the teacher reads this batch before the step" in log) == (placement == "bubble")
-        found[placement] = without_times(metrics_of(folder / "cuda"))
-    assert found["bubble"] == found["before_step"]
-    assert found["bubble"][6]["kl_nats"] is not None and found["bubble"][7]["kl_nats"] is None
 
 
 def test_bf16_trains_and_the_switch_frees_memory(

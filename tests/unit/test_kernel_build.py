@@ -77,6 +77,65 @@ def test_cuda_kernels_read_and_write_16_bytes_at_a_time(
             assert re.search(r"st\.global\.v4\.[bfu]32", body), name
 
 
+def fake_nvcc(folder: Path, known: str) -> Path:
+    """A program in `folder`/bin that lists architectures and writes its other words into a file."""
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    listed = "".join(f"echo compute_{number}; " for number in known.split()) or "exit 1; "
+    nvcc.write_text(
+        f'#!/bin/sh\n[ "$1" = --list-gpu-arch ] && {{ {listed}exit 0; }}\n'
+        'for word; do [ "$previous" = -o ] && echo "$@" > "$word"; previous=$word; done\n',
+        encoding="utf-8",
+    )
+    nvcc.chmod(0o755)
+    return nvcc
+
+
+@pytest.mark.parametrize(
+    ("known", "machine_code", "ptx", "said"),
+    [
+        ("75 80 86 90 100 110 103 120", ["80", "90", "100"], "100", []),
+        ("52 80 86 87 89 90", ["80", "90"], "90", ["sm_100: its GPUs get the code of sm_90"]),
+        ("50 70 80 86", ["80", "86"], "86", ["sm_90: its GPUs", "sm_100: its GPUs"]),
+        ("", ["80", "90", "100"], "100", []),  # it cannot list them
+    ],
+)
+def test_code_is_made_for_what_nvcc_knows(
+    known: str, machine_code: list[str], ptx: str, said: list[str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    fake_nvcc(tmp_path, known)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    library = build.build("cuda", tmp_path / "lib")
+    words = library.read_text(encoding="utf-8")
+    assert re.findall(r"code=sm_(\d+)", words) == machine_code
+    assert re.findall(r"code=compute_(\d+)", words) == [ptx]
+    assert len(caplog.messages) == len(said)
+    assert all(part in message for part, message in zip(said, caplog.messages, strict=True))
+    # Found again where there is no nvcc, under the architectures that it serves.
+    monkeypatch.setenv("CUDA_HOME", "/no/such/folder")
+    monkeypatch.setenv("MEGATRON_SALT_CACHE", str(library.parent))
+    monkeypatch.setattr(build, "INSTALLED", tmp_path / "none")
+    assert build.find_or_build("cuda") == library
+
+
+def test_an_architecture_that_nvcc_dropped_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_nvcc(tmp_path, "90 100 120")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(build.BuildError, match="no longer knows sm_80"):
+        build.build("cuda", tmp_path / "lib")
+
+
+@needs_nvcc
+def test_this_nvcc_is_asked_for_its_architectures() -> None:
+    assert NVCC is not None
+    listed = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    newest = [arch for arch in build.CUDA_ARCHITECTURES if f"compute_{arch}" in listed.split()]
+    assert newest and build.known_to(NVCC, newest) == newest
+
+
 def test_native_code_compiles_without_warnings_and_is_vectorised(tmp_path: Path) -> None:
     """By the compiler's own report of the loops over columns."""
     command = [*build.compile_command("native", tmp_path / "native.so"), *WARNINGS]
