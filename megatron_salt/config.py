@@ -106,6 +106,9 @@ class ParallelConfig:
     """Shard activations between the tensor-parallel regions along the sequence."""
     recompute_granularity: Literal["none", "full"] = "none"
     """Activation checkpointing: full keeps only each layer's input and recomputes the rest."""
+    gradient_accumulation_fusion: bool = False
+    """Add the linears' weight gradients up in fp32 within the matrix product (Megatron's), with
+    apex or without. For bf16 with ZeRO 1 and fp32 sums. Not tried on a GPU yet."""
     timeout_minutes: float = 30.0
     """A collective that waits longer than this ends the run on every rank; fractions count."""
 

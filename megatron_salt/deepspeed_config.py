@@ -7,6 +7,7 @@ contradictions with the run's own config) and the few numbers that the trainer n
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 from collections.abc import Iterator, Mapping
@@ -97,6 +98,17 @@ class DeepSpeedSettings:
     @property
     def data_parallel_size(self) -> int:
         return self.global_batch_size // (self.micro_batch_size * self.num_micro_batches)
+
+    @property
+    def lets_deepspeed_speak(self) -> bool:
+        """Whether a key asks for lines of DeepSpeed's log, which else shows warnings alone."""
+        asked = any(
+            self.values.get(key) for key in ("steps_per_print", "memory_breakdown", "dump_state")
+        )
+        sections = (self.values.get(key) or {} for key in ("comms_logger", "flops_profiler"))
+        asked = asked or any(section.get("enabled") for section in sections)
+        # With several stages the times are ours.
+        return asked or logging.getLogger().isEnabledFor(logging.DEBUG)
 
     @property
     def accumulation(self) -> str:
@@ -279,6 +291,11 @@ def check_against_run(settings: DeepSpeedSettings, config: RunConfig) -> None:
         )
     if settings.precision == "bf16":
         _check_bf16(settings, pp)
+    if parallel.gradient_accumulation_fusion and not settings.uses_bf16_optimizer:
+        raise ValueError(
+            f'{path}: parallel.gradient_accumulation_fusion needs bf16, "zero_optimization": '
+            '{"stage": 1} without offload and "data_types": {"grad_accum_dtype": "fp32"}'
+        )
     if settings.precision == "fp16" and settings.zero_stage == 0:
         raise ValueError(
             f"{path}: fp16 with ZeRO 0: DeepSpeed would divide the gradients by a loss scale, and "

@@ -10,12 +10,13 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed import comm
 from torch import Tensor
 from tqdm import tqdm
 
@@ -53,7 +54,7 @@ from megatron_salt.parallel.groups import (
     make_deterministic,
     same_error_everywhere,
 )
-from megatron_salt.parallel.schedule import measured_times, measured_values
+from megatron_salt.parallel.schedule import Trace, measured_times, measured_values, times_table
 from megatron_salt.parallel.teaching import (
     StepShape,
     TeachingPlan,
@@ -317,7 +318,8 @@ class Run:
             hidden_RSE = self._taught(step, batch)
             micro_batches = self.student.micro_batches(batch, weight, hidden_RSE, phase(salt, step))
             lr = learning_rate(train, self.settings.learning_rate, step)
-            if step == self.first_step + MEASURED_STEP:
+            logged = (step + 1) % train.log_interval == 0
+            if step == self.first_step + MEASURED_STEP or (logged and self.student.says_times):
                 self.student.start_trace()
             self.student.train_step(micro_batches, lr, self._lesson_for(step + 1))
             del hidden_RSE, micro_batches
@@ -325,8 +327,7 @@ class Run:
             sums = self.student.reduce_sums()
             self.clock.stop()
             done = step + 1
-            if step == self.first_step + MEASURED_STEP:
-                self._place_anew(step)
+            self._use_trace(step)
             record = self._record(done, sums, weight, lr)
             self.tokens = record["tokens"]
             self._stop_if_untrained(done, sums.loss, record["grad_norm"])
@@ -362,22 +363,34 @@ class Run:
         lesson.run_all()
         return lesson.finish()
 
-    def _place_anew(self, step: int) -> None:
-        """Plan the teacher's work by the times of this step, which has been traced.
+    def _use_trace(self, step: int) -> None:
+        """If this step was traced: say its times if that is wanted, and plan by them if it is time.
 
-        Multiply-adds know nothing of how well a device does them. Pieces stay, so the numbers do
-        too, whoever computes them and when. Rank 0's pipeline is taken for all.
-
-        Also writes measured_times.json into output_dir, for `tools/plan.py --measured`.
-        Collectives: an all-gather of the traces over pp, a broadcast of the plan over all ranks.
+        Rank 0's pipeline is taken for all.
+        Collectives: an all-gather of the traces over pp, a broadcast of a new plan over all ranks.
         """
-        trace, teacher = self.student.take_trace(), self.teacher
-        if trace is None or teacher is None or not self.teaches_ahead:
-            return
-        if phase(self.salt, step + 2) == "lm":  # nothing more to be taught ahead
+        trace = self.student.take_trace()
+        if trace is None:
             return
         traces: list[Any] = [None] * self.groups.layout.pp_size
         dist.all_gather_object(traces, trace, group=self.groups.pp)
+        if self.student.says_times:
+            self.say(f"step {step + 1}, ms by stage: {times_table(traces)}")
+        # After the next step there may be nothing more to be taught ahead.
+        if step == self.first_step + MEASURED_STEP and phase(self.salt, step + 2) == "kd":
+            self._place_anew(traces)
+
+    def _place_anew(self, traces: Sequence[Trace]) -> None:
+        """Plan the teacher's work by the times of a traced step of all stages.
+
+        Multiply-adds know nothing of how well a device does them. Pieces stay, so the numbers do
+        too, whoever computes them and when.
+
+        Also writes measured_times.json into output_dir, for `tools/plan.py --measured`.
+        """
+        teacher = self.teacher
+        if teacher is None or not self.teaches_ahead:
+            return
         plan: TeachingPlan | None = None
         with same_error_everywhere("planning the teacher's work"):
             if self.groups.rank == 0:
@@ -614,6 +627,8 @@ class Run:
     def finish(self) -> None:
         """Close files and threads; what was trained lies in the last checkpoint."""
         self.batches.close()
+        if self.settings.values.get("comms_logger", {}).get("enabled"):
+            comm.log_summary()
         if self.log:
             self.log.close()
             self.lock.close()

@@ -49,7 +49,12 @@ if not torch.cuda.is_available():
 
 
 def transformer_config(
-    model: ModelConfig, *, tp_size: int, sequence_parallel: bool, dtype: torch.dtype
+    model: ModelConfig,
+    *,
+    tp_size: int,
+    sequence_parallel: bool,
+    dtype: torch.dtype,
+    gradient_accumulation_fusion: bool = False,
 ) -> TransformerConfig:
     """megatron-core's config of one model. Pipeline stages are DeepSpeed's: always 1 here."""
     fuse = fuses_operations()
@@ -81,7 +86,7 @@ def transformer_config(
         bias_dropout_fusion=fuse,
         persist_layer_norm=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=gradient_accumulation_fusion,
         deterministic_mode=torch.are_deterministic_algorithms_enabled(),
     )
 
@@ -244,6 +249,7 @@ class ModelParts:
         sequence_parallel: bool,
         dtype: torch.dtype,
         recompute: bool = False,
+        gradient_accumulation_fusion: bool = False,
     ) -> None:
         self.model = model
         self.seq_length = seq_length
@@ -252,7 +258,11 @@ class ModelParts:
         self.sequence_parallel = sequence_parallel
         self.recompute = recompute
         self.config = transformer_config(
-            model, tp_size=self.tp_size, sequence_parallel=sequence_parallel, dtype=dtype
+            model,
+            tp_size=self.tp_size,
+            sequence_parallel=sequence_parallel,
+            dtype=dtype,
+            gradient_accumulation_fusion=gradient_accumulation_fusion,
         )
         self.vocab_size = vocab_size
         self.padded_vocab = padded_vocab(model, vocab_size, self.tp_size)

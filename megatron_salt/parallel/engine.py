@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor
 
@@ -38,7 +39,12 @@ from megatron_salt.model.student import (
     sum_sequence_parallel_gradients,
 )
 from megatron_salt.model.teacher import Lesson
-from megatron_salt.parallel.gradients import GradientCheck, sum_sequence_parallel
+from megatron_salt.parallel.gradients import (
+    FusedAccumulation,
+    GradientCheck,
+    provide_accumulating_product,
+    sum_sequence_parallel,
+)
 from megatron_salt.parallel.groups import Groups
 from megatron_salt.parallel.instructions import Instructions
 from megatron_salt.parallel.layout import balanced_stages, layer_costs
@@ -89,10 +95,12 @@ class StudentEngine:
         self, config: RunConfig, settings: DeepSpeedSettings, groups: Groups, *, vocab_size: int
     ) -> None:
         self.whereabouts = Whereabouts(groups, config.parallel.timeout_minutes)
-        if not logging.getLogger().isEnabledFor(logging.DEBUG):
+        if not settings.lets_deepspeed_speak:
             deepspeed_logger.setLevel(logging.WARNING)
         self.groups, self.settings = groups, settings
         parallel = config.parallel
+        if parallel.gradient_accumulation_fusion:
+            provide_accumulating_product()
         self.parts = ModelParts(
             config.model,
             vocab_size=vocab_size,
@@ -102,6 +110,7 @@ class StudentEngine:
             sequence_parallel=parallel.sequence_parallel,
             dtype=DTYPES[settings.precision],
             recompute=parallel.recompute_granularity == "full",
+            gradient_accumulation_fusion=parallel.gradient_accumulation_fusion,
         )
         self.loss_function = LossFunction(
             vocab=self.parts.vocab,
@@ -125,6 +134,7 @@ class StudentEngine:
             mpu=None if self.is_pipeline else ModelParallelUnit(groups),
             dist_init_required=False,
         )[0]
+        self.fused = FusedAccumulation(module, self.engine.optimizer)
         self.engine.clip_fp32_gradients = self._clip_fp32_gradients
         self._update = self.engine._take_model_step
         self.engine._take_model_step = self._take_model_step
@@ -134,6 +144,11 @@ class StudentEngine:
         self.instructions: Instructions | None = None
         if self.is_pipeline:
             self.instructions = Instructions(self.engine, self.whereabouts)
+
+    @property
+    def says_times(self) -> bool:
+        """Whether wall_clock_breakdown asks for the stages' times; on one stage DeepSpeed tells."""
+        return self.is_pipeline and bool(self.settings.values.get("wall_clock_breakdown"))
 
     @property
     def is_pipeline(self) -> bool:
@@ -234,6 +249,8 @@ class StudentEngine:
             if self.instructions:
                 with self.instructions.teaching(lesson):
                     self.engine.train_batch(data_iter=_pipeline_form(micro_batches))
+                if "steps_per_print" not in self.settings.values:  # or two CUDA events a step stay
+                    self.engine.timers(TRAIN_BATCH_TIMER).reset()
                 return
             self.engine.train()
             for number, (tokens_BS, targets, _) in enumerate(micro_batches):
@@ -244,6 +261,7 @@ class StudentEngine:
 
     def _take_model_step(self, lr_kwargs: dict[str, Any] | None) -> None:
         """DeepSpeed's clipping and update, called when all gradients of a step are there."""
+        self.fused.announce()
         if self.parts.sequence_parallel and self.settings.keeps_whole_sums:
             sum_sequence_parallel(self.module, self.engine.optimizer, self.groups.tp)
         if self.gradient_check is not None:

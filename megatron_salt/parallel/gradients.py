@@ -1,7 +1,7 @@
 """Gradients between backward and optimizer: added up where DeepSpeed does not, and checked.
 
 DeepSpeed keeps the sum over micro-batches in a place that depends on precision and ZeRO stage;
-`accumulated` knows where. Letters: D student width.
+`accumulated` knows where. Letters: D student width, T tokens, K inputs and N outputs of a linear.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import safe_get_full_grad
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import layers as tensor_parallel_layers
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
@@ -63,6 +65,57 @@ def sum_sequence_parallel(student: nn.Module, optimizer: Any, group: dist.Proces
     flat = _flatten_dense_tensors(gradients)
     dist.all_reduce(flat, group=group)
     torch._foreach_copy_(gradients, list(_unflatten_dense_tensors(flat, gradients)))
+
+
+class _AccumulatingProduct:
+    """Stands in for apex's extension of this name, with PyTorch's own product."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(input_TK: Tensor, grad_TN: Tensor, main_grad_NK: Tensor) -> None:
+        """main_grad += grad.T @ input, 16-bit operands added up in fp32. Mutates: main_grad_NK."""
+        if input_TK.is_cuda:
+            operands = main_grad_NK, grad_TN.t(), input_TK
+            torch.addmm(*operands, out_dtype=torch.float32, out=main_grad_NK)
+        else:
+            main_grad_NK.addmm_(grad_TN.t().float(), input_TK.float())
+
+
+def provide_accumulating_product() -> None:
+    """Let megatron-core's linears be built with gradient_accumulation_fusion, apex or not."""
+    if not tensor_parallel_layers._grad_accum_fusion_available:
+        tensor_parallel_layers.fused_weight_gradient_mlp_cuda = _AccumulatingProduct
+        tensor_parallel_layers._grad_accum_fusion_available = True
+
+
+class FusedAccumulation:
+    """Weight gradients of megatron-core's linears, added by the product itself to DeepSpeed's sums.
+
+    The backward then hands on no gradient, so DeepSpeed's hooks do not see these weights: they get
+    their sums here, and `announce` says that these are there. Nothing for a model built without
+    gradient_accumulation_fusion.
+    """
+
+    def __init__(self, student: nn.Module, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        linears = ColumnParallelLinear, RowParallelLinear
+        fused = {
+            id(layer.weight)
+            for layer in student.modules()
+            if isinstance(layer, linears) and layer.gradient_accumulation_fusion
+        }
+        self._places: list[tuple[int, int]] = []
+        for group, parameters in enumerate(optimizer.bf16_groups if fused else ()):
+            for place, parameter in enumerate(parameters):
+                if id(parameter) in fused:
+                    parameter._hp_grad = optimizer.fp32_groups_gradients[group][place]
+                    parameter.main_grad = parameter._hp_grad.view(parameter.shape)
+                    self._places.append((group, place))
+        assert len(self._places) == len(fused)
+
+    def announce(self) -> None:
+        """Before the update, which leaves out what it has not been told of."""
+        for group, place in self._places:
+            self._optimizer.fp32_groups_has_gradients[group][place] = True
 
 
 class GradientCheck:

@@ -162,6 +162,21 @@ def measured_times(
     )  # fmt: skip
 
 
+def times_table(traces: Sequence[Trace]) -> str:
+    """What every stage did in a traced step, for people: milliseconds of each kind of instruction,
+    by stage; transfers with the waits for the other end."""
+    totals: dict[Kind, list[float]] = {}
+    for stage, trace in enumerate(traces):
+        for instruction, start, stop in trace:
+            of_kind = totals.setdefault(KINDS[type(instruction).__name__], [0.0] * len(traces))
+            of_kind[stage] += 1000.0 * (stop - start)
+    return " | ".join(
+        f"{kind} " + " ".join(f"{value:.1f}" for value in totals[kind])
+        for kind in dict.fromkeys(KINDS.values())
+        if kind in totals
+    )
+
+
 def measured_values(
     times: Times, pieces: Sequence[tuple[int, int]], num_chunks: int
 ) -> dict[str, float | list[float]]:

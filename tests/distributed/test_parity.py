@@ -60,6 +60,7 @@ class Layout:
     precision: str = "fp32"
     accumulate: str = "fp32"
     """Dtype in which micro-batches are added up."""
+    fused: bool = False
     immediate: bool | None = None
     """bf16.immediate_grad_update of the JSON; None: not said."""
 
@@ -113,6 +114,7 @@ def measure(
         parallel__pipeline_model_parallel_size=layout.pp,
         parallel__sequence_parallel=layout.sp,
         parallel__recompute_granularity="full" if layout.recompute else "none",
+        parallel__gradient_accumulation_fusion=layout.fused,
     )  # fmt: skip
     sections: dict[str, Any] = {"zero_optimization": {"stage": layout.zero}}
     if layout.precision != "fp32":
@@ -145,8 +147,8 @@ def errors(found: Measured, expected: Measured) -> dict[tuple[int, str], float]:
 
 def _round_initial_weights(precision: str) -> None:
     """Start an fp32 run from the weights that a 16-bit run starts from."""
-    make = student.initial_weight
-    student.initial_weight = lambda *arguments: make(*arguments).to(DTYPES[precision]).float()
+    make, dtype = student.initial_weight, DTYPES[precision]
+    student.initial_weight = lambda *arguments: make(*arguments).to(dtype).float()
 
 
 @pytest.fixture(scope="module")
@@ -160,9 +162,7 @@ def reference(
         folder = tmp_path_factory.mktemp("reference")
         # fp16 and bf16 need ZeRO 1, which on one process divides nothing.
         layout = Layout(precision=precision, zero=int(precision != "fp32"))
-        rounded = (
-            functools.partial(_round_initial_weights, DTYPES[rounded_to]) if rounded_to else None
-        )
+        rounded = functools.partial(_round_initial_weights, rounded_to) if rounded_to else None
         return measure(folder, dataset, teacher, model, layout, rounded)
 
     return make
@@ -239,6 +239,8 @@ LAYOUTS_16BIT = [
 LAYOUTS_16BIT += [
     ("gpt", Layout(tp=2, pp=2, zero=1, precision="bf16", immediate=False)),
     ("gpt", Layout(pp=2, zero=1, precision="fp16", accumulate="fp16")),
+    ("gpt", Layout(dp=2, zero=1, precision="bf16", fused=True)),
+    ("llama", Layout(tp=2, pp=2, sp=True, zero=1, precision="bf16", fused=True, recompute=True)),
 ]
 # Beyond twice the error of one process: another order of rounding in sums of few terms, and after
 # some steps of Adam other signs of gradients that are next to nothing.
