@@ -116,8 +116,9 @@ def random_step(rng: random.Random, stages: int, tp_size: int) -> Step:
     shape = StepShape(
         student=model(stages + rng.randint(0, 2 * stages), [512, 1024]),
         teacher=model(rng.choice([2, 4, 8, 12]), [256, 512, 768]),
-        vocab_size=rng.choice([1000, 32000]), seq_length=128, micro_batch_size=rng.choice([1, 2, 4]),
-        num_micro_batches=micro_batches, layout=Layout(tp_size=tp_size, pp_size=stages, dp_size=1),
+        vocab_size=rng.choice([1000, 32000]), seq_length=128,
+        micro_batch_size=rng.choice([1, 2, 4]), num_micro_batches=micro_batches,
+        layout=Layout(tp_size=tp_size, pp_size=stages, dp_size=1),
     )  # fmt: skip
     counted = multiply_adds(shape)
     factor = rng.uniform(0.3, 3.0)

@@ -80,7 +80,5 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
     torch.version.cuda is not None, reason="a CUDA build of PyTorch: tests/gpu has the real thing"
 )
 @pytest.mark.parametrize("name", CASES)
-def test_every_tensor_of_a_step_is_on_the_device(
-    errors: dict[str, str | None], name: str
-) -> None:
+def test_every_tensor_of_a_step_is_on_the_device(errors: dict[str, str | None], name: str) -> None:
     assert errors[name] is None, errors[name]
