@@ -165,7 +165,7 @@ def make_run(case: dict[str, Any], folder: Path) -> tuple[Any, Any, Any, Any, An
     from megatron_salt.parallel.teaching import StepShape, multiply_adds, plan_teaching
 
     config = tiny.make_config(
-        "data", folder, model={**getattr(tiny, case["model"]), "num_layers": 2},
+        "data", folder, model={**getattr(tiny, case["model"]), "num_layers": 1},
         parallel__tensor_model_parallel_size=case["tp"],
         parallel__sequence_parallel=case["sequence_parallel"],
         parallel__recompute_granularity="full" if case["recompute"] else None,
