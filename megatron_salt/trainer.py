@@ -405,14 +405,8 @@ class Run:
         self.say(f"teacher, placed anew: {plan.describe('measured times')}")
 
     def _lesson_for(self, step: int) -> Lesson | None:
-        """What the teacher does ahead for `step` during the one before it; None if nothing.
-
-        Nothing in a process's first step: code that is loaded there for the first time may make the
-        host wait for the whole device, which must not hold an open transfer then.
-        """
+        """What the teacher does ahead for `step` during the one before it; None if nothing."""
         if self.teacher is None or not self.teaches_ahead or step >= self.config.train.steps:
-            return None
-        if step == self.first_step + 1:
             return None
         if phase(self.salt, step) == "lm":
             return None

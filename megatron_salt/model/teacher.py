@@ -123,9 +123,8 @@ class Teacher:
     def _connect(self) -> None:
         """Send something between every pair of ranks that hidden states may ever pass.
 
-        NCCL connects a pair at its first transfer, and both hosts wait for that: in the middle of a
-        step, where the one may depend on work that the other has not asked for yet, they would wait
-        for ever.
+        NCCL connects a pair at its first transfer, and both hosts wait for that. In a step that
+        would be safe (docs/bubbles.md) but slow, and a pair that cannot connect is found at once.
         """
         groups, layout = self.groups, self.groups.layout
         token = torch.zeros(1, device=groups.device)

@@ -181,8 +181,8 @@ def _with_transfers(
 ) -> tuple[dict[int, tuple[Op, ...]], ...]:
     """The chunks, and the transfers of the hidden states that they make.
 
-    A stage sends a piece as soon as it is complete; the last stage begins to receive it at the
-    first of its instructions that starts later, so that neither end waits on the other for long.
+    A stage sends a piece as soon as it is complete. The last stage begins to receive it before the
+    first of its own instructions that comes later, so neither end waits on the other for long.
     """
     last = len(programs) - 1
     before: list[dict[int, tuple[Op, ...]]] = []
@@ -196,25 +196,22 @@ def _with_transfers(
                     extended.append(Op("send_hidden", op.number))
             done[number] = tuple(extended)
         before.append(done)
-    # Without the receiving ends, which take no time.
-    timeline = Clock(with_teacher(programs, before), times).spans_of_all()
-    sent = deque(
-        sorted(
-            (span.start, stage, span.op.number)
-            for stage, spans in enumerate(timeline)
-            for span in spans
-            if span.op.kind == "send_hidden"
-        )
-    )
+    # Both ends of a transfer stand at one place in the order in which the step takes place without
+    # receiving ends, and so does all else that ranks wait for together. Whoever waits, whatever
+    # the real times, then waits for what comes earlier in it, and no ring of waiting ranks can
+    # close, even if each transfer held up both hosts: docs/bubbles.md, "Why it cannot deadlock".
+    # Comparing the times of both ends would leave the places of equal ones open.
+    clock = Clock(with_teacher(programs, before), times)
+    clock.spans_of_all()
     receiving: dict[int, tuple[Op, ...]] = {}
     number, waiting = 0, []
-    for op, start, _ in timeline[last]:
-        while sent and (sent[0][0] <= start or op.kind == "reduce_tied"):
-            waiting.append(Op("recv_hidden", sent.popleft()[2]))
-        if op.kind == "teacher":
+    for stage, op in clock.order:
+        if op.kind == "send_hidden":
+            waiting.append(Op("recv_hidden", op.number))
+        elif stage == last and op.kind == "teacher":
             waiting.append(op)
-            continue
-        if waiting:
-            receiving[number] = tuple(waiting)
-        number, waiting = number + 1, []
+        elif stage == last:
+            if waiting:
+                receiving[number] = tuple(waiting)
+            number, waiting = number + 1, []
     return (*before[:last], receiving)

@@ -128,6 +128,8 @@ class Clock:
     ) -> None:
         self.programs, self.times, self.fill = programs, times, fill
         self.spans: list[list[Span]] = [[] for _ in programs]
+        self.order: list[tuple[int, Op]] = []
+        """Every instruction with its stage, as they took place; both ends of a transfer at once."""
         self.position = [0] * len(programs)
         scale = max(max(times.forward), max(times.backward), 1e-30)
         self.tie = TIE * scale
@@ -173,6 +175,7 @@ class Clock:
 
     def _finish(self, stage: int, op: Op, start: float, stop: float) -> None:
         self.spans[stage].append(Span(op, start, stop))
+        self.order.append((stage, op))
         self.position[stage] += 1
         self._resume(stage, stop)
 

@@ -94,9 +94,9 @@ def test_both_placements_give_the_same_bits(
     for ahead, before in zip(found["bubble"], found["before_step"], strict=True):
         for name, weight in before[0].items():
             np.testing.assert_array_equal(ahead[0][name], weight, err_msg=name)
-        # The first step teaches nothing ahead, the last KD step has nobody to teach, and the LM
-        # phase runs DeepSpeed's own schedule.
-        assert ahead[1] == ["TrainSchedule", *["TeachingSchedule"] * 12, *["TrainSchedule"] * 7]
+        # From a process's first step on; the last KD step has nobody to teach, and the LM phase
+        # runs DeepSpeed's own schedule.
+        assert ahead[1] == [*["TeachingSchedule"] * 13, *["TrainSchedule"] * 7]
         assert before[1] == ["TrainSchedule"] * 20
     records = [without_times(metrics_of(tmp_path / name)) for name in found]
     assert records[0] == records[1]
