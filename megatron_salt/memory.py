@@ -272,12 +272,9 @@ def model_states(parameters: int, settings: DeepSpeedSettings, layout: Layout) -
     unfused = bool(adam.get("torch_adam")) and not adam.get("fused")
     scratch = 8.0 * parameters / d if unfused and stage > 0 else 0.0
     bucket = float(zero.get("reduce_bucket_size", REDUCED_TOGETHER)) * w
-    if stage == 0:
+    if stage == 0:  # fp32 alone; 16 bits need ZeRO
         flat = float(w * min(parameters, REDUCED_TOGETHER) if d > 1 else 0)
-        if settings.precision == "fp32":
-            return _states(parameters, w, w, state, 0.0, flat)
-        # FP16_Optimizer: master weights, and at the step all gradients in fp32.
-        return _states(parameters, w, w, 4 + state, 0.0, flat + 4 * parameters)
+        return _states(parameters, w, w, state, 0.0, flat)
     optimizer = (4 + state) / d
     if settings.uses_bf16_optimizer:
         # Sums are reduced in one piece: copied together unless that is too much, and in the
