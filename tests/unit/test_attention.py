@@ -102,6 +102,16 @@ def test_rotation_is_that_of_the_paper(dtype: torch.dtype) -> None:
     assert not torch.equal(turned[1][1], key[1])
 
 
+def test_attention_turns_both_query_and_key() -> None:
+    """And the value not; the scores then depend on the distance alone."""
+    _, query, key = inputs(torch.float32, LENGTH)
+    value = torch.randn_like(key)
+    mine = SdpaCoreAttention(rotary=table(torch.float32))(query, key, value, attention_mask=None)
+    turned = [written_out(x, LENGTH).float() for x in (query, key)]
+    expected = SdpaCoreAttention()(*turned, value, attention_mask=None)
+    torch.testing.assert_close(mine, expected)
+
+
 def test_nothing_is_kept_for_the_gradient_of_a_rotation() -> None:
     _, query, key = inputs(torch.float32, LENGTH)
     kept: list[Tensor] = []
