@@ -3,7 +3,7 @@
     pip install -e ".[race]"
     python benchmarks/step_beside_transformers.py [--label after]
 
-fp32, one process, two CPU threads. Student: 8 layers, 512 wide; teacher: 6 layers, 384 wide; a
+fp32, one process on a CPU. Student: 8 layers, 512 wide; teacher: 6 layers, 384 wide; a
 vocabulary of 16384; 2048 tokens a step.
 
 - ours: `Run.step`, that is reading, teacher, micro-batches, DeepSpeed's engine, metrics.
@@ -16,7 +16,8 @@ anything is timed, both losses must agree over the first steps, so through their
 they must in every timed step. Then rounds: each runs a KD and an LM step of ours and of theirs, in
 an order that turns from round to round, so that other load on the machine meets all alike. The
 ratios are medians over rounds of ratios within a round, by the clock on the wall and by the
-process's time on the cores, which other load disturbs less. Adds an entry, under the label, to
+process's time on the cores, which other load disturbs less, least with `--threads 1`: two threads
+wait for each other where one of them has lost its core. Adds an entry, under the label, to
 benchmarks/results/step_beside_transformers.json.
 """
 
@@ -51,7 +52,7 @@ from megatron_salt.report.markdown import describe_machine
 from megatron_salt.trainer import Run, prepare, train
 
 RESULT = Path(__file__).parent / "results/step_beside_transformers.json"
-VOCAB_SIZE, SEQ_LENGTH, ROWS, NUM_THREADS = 16384, 512, 4, 2
+VOCAB_SIZE, SEQ_LENGTH, ROWS = 16384, 512, 4
 STUDENT = {"num_layers": 8, "hidden_size": 512, "num_attention_heads": 8, "ffn_hidden_size": 1408}
 TEACHER = {"num_layers": 6, "hidden_size": 384, "num_attention_heads": 6, "ffn_hidden_size": 1024}
 KD_WEIGHT = 0.5
@@ -69,11 +70,12 @@ def main() -> None:
     parser.add_argument("--label", default="after", help="of the entry in the result file")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--micro-batches", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--fused", action="store_true", help="AdamW's fused code, on both sides")
     parser.add_argument("--data", type=Path, help="a folder that keeps the data for the next time")
     parser.add_argument("--output", type=Path, default=RESULT)
     arguments = parser.parse_args()
-    torch.set_num_threads(NUM_THREADS)
+    torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         rounds = arguments.rounds
         data = arguments.data or Path(name)
@@ -89,9 +91,10 @@ def main() -> None:
     version = importlib.metadata.version("transformers")
     found = {
         "machine": f"{describe_machine()}, transformers {version}",
-        "threads": NUM_THREADS, "student": STUDENT, "teacher": TEACHER, "vocab_size": VOCAB_SIZE,
-        "seq_length": SEQ_LENGTH, "rows": ROWS, "micro_batches": arguments.micro_batches,
-        "fused_adamw": arguments.fused, "rounds": rounds, **found,
+        "threads": arguments.threads, "student": STUDENT, "teacher": TEACHER,
+        "vocab_size": VOCAB_SIZE, "seq_length": SEQ_LENGTH, "rows": ROWS,
+        "micro_batches": arguments.micro_batches, "fused_adamw": arguments.fused, "rounds": rounds,
+        **found,
     }  # fmt: skip
     output: Path = arguments.output
     every = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {}
