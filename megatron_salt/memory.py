@@ -336,7 +336,6 @@ def layer_bytes(sizes: Sizes) -> int:
       attention    w (3 Q + 3 G): rotated queries and keys, the product they came from (values are
                    a view of it), the result; w (2 Q + 2 G) without rotation; 4 bytes a head for
                    its log-sum. With a mask and groups, keys and values are repeated: w 4 Q
-      rotation     cosine and sine for queries and for keys, w 4 S C
       MLP          SwiGLU 3 F on CUDA (both parts, their product), 5 F elsewhere; GELU 2 F
     """
     model, w, tp = sizes.config.model, sizes.width, sizes.layout.tp_size
@@ -348,8 +347,7 @@ def layer_bytes(sizes: Sizes) -> int:
         attention = 4 * query if rope else 4 * query + 2 * key
     mlp = 2 if model.activation == "gelu" else 3 if sizes.on_cuda else 5
     per_token = w * (attention + mlp * model.ffn_size // tp) + 4 * model.num_attention_heads // tp
-    tables = 4 * w * sizes.config.data.seq_length * model.head_size if rope else 0
-    return 2 * _norm_bytes(sizes) + sizes.tokens * per_token + tables
+    return 2 * _norm_bytes(sizes) + sizes.tokens * per_token
 
 
 def activation_bytes(sizes: Sizes, stage: int) -> float:
@@ -454,13 +452,13 @@ def pipeline_bytes(sizes: Sizes, stage: int) -> float:
 
 def input_bytes(sizes: Sizes) -> float:
     """Tokens and labels (int64) and mask (fp32) of this step's rows and the next one's, the CE and
-    KD weights of this one's (fp32), and the rotary table (fp32)."""
+    KD weights of this one's (fp32), and cosine and sine of the rotary angles."""
     data, model = sizes.config.data, sizes.config.model
     rows = sizes.settings.micro_batch_size * sizes.settings.num_micro_batches
     total = rows * data.seq_length * (2 * (8 + 8 + 4) + 2 * 4)
     for each in (model, sizes.teacher.model if sizes.teacher else None):
         if each is not None and each.position_embedding_type == "rope":
-            total += 4 * data.seq_length * each.head_size
+            total += 2 * sizes.width * data.seq_length * each.head_size
     return float(total)
 
 

@@ -44,6 +44,7 @@ from megatron_salt.deepspeed_config import (
 from megatron_salt.held_out import HeldOut
 from megatron_salt.machine import check_fused_adam, fused_adam_facts
 from megatron_salt.metrics import MetricsLog, Stopwatch, allocated_bytes, console_line
+from megatron_salt.model.layers import device_attention_backends
 from megatron_salt.model.loss import LossSums, loss_body
 from megatron_salt.model.teacher import Lesson, Teacher
 from megatron_salt.parallel.engine import DTYPES, StudentEngine
@@ -228,6 +229,10 @@ class Run:
                     "why; mend that, or set salt.loss_impl"
                 )
         self.say(f"loss: {name} code, logits in {salt.logits_dtype}")
+        backends = device_attention_backends()
+        if backends is not None:
+            order = ", ".join(each.name.removesuffix("_ATTENTION") for each in backends)
+            self.say(f"attention: the first of {order} that serves the tensors at hand")
 
     def say(self, text: str) -> None:
         if self.groups.rank == 0:

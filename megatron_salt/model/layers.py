@@ -5,7 +5,7 @@ Between layers the hidden state is `[S, B, D]`, or `[S/tp, B, D]` under sequence
 
 Where megatron-core's local spec stops short this file fills in: its core attention needs CUDA (ours
 is PyTorch's SDPA), its torch norm refuses sequence parallelism, its rotary cache would keep a
-released teacher's tensors alive.
+released teacher's tensors alive, and its rotation is a dozen operations without Transformer Engine.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from megatron_salt.config import ModelConfig
@@ -57,6 +59,7 @@ def transformer_config(
     gradient_accumulation_fusion: bool = False,
 ) -> TransformerConfig:
     """megatron-core's config of one model. Pipeline stages are DeepSpeed's: always 1 here."""
+    # Whether compiled functions are used, the rotation too. Not worth their start-up on a CPU.
     fuse = fuses_operations()
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -80,7 +83,6 @@ def transformer_config(
         # Weights come from model/weights.py, the same for every layout.
         perform_initialization=False,
         use_cpu_initialization=True,
-        # These go through torch.compile, which is not worth its start-up on a CPU.
         # Not for gelu: megatron-core's fused one is the tanh approximation, another function.
         bias_activation_fusion=fuse and model.activation == "swiglu",
         bias_dropout_fusion=fuse,
@@ -108,34 +110,83 @@ class Norm(nn.Module):
         return norm
 
 
+def attention_backends(capability: tuple[int, int] | None) -> list[SDPBackend] | None:
+    """PyTorch's kernels for attention, the preferred first; None: PyTorch's own order.
+
+    Args:
+        capability: of the CUDA device; None without one.
+    Source: on Hopper cuDNN's is reported to be about twice as fast as the FlashAttention-2 that
+        PyTorch prefers, and slower elsewhere; not measured here. What cuDNN does not serve (fp32,
+        deterministic algorithms) goes to the next.
+    """
+    if capability is None or capability[0] != 9:
+        return None
+    return [
+        SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]  # fmt: skip
+
+
+def device_attention_backends() -> list[SDPBackend] | None:
+    """`attention_backends` of this process's device."""
+    cuda = torch.cuda.is_available()
+    return attention_backends(torch.cuda.get_device_capability() if cuda else None)
+
+
+def repeats_keys(device_type: str, dtype: torch.dtype, masked: bool) -> bool:
+    """Whether keys and values of a group are repeated for each of its queries before SDPA.
+
+    Of PyTorch's CUDA kernels those that take a mask or fp32 know no groups; SDPA would fall back to
+    the one that writes out all S * S scores. On a CPU the same holds of masks.
+    """
+    return masked or (device_type == "cuda" and dtype == torch.float32)
+
+
 class SdpaCoreAttention(nn.Module):
     """Causal attention through `torch.nn.functional.scaled_dot_product_attention`.
 
     Shapes: query [S, B, H, C], key and value [S, B, G, C] with this rank's heads and groups and
-    C channels; result [S, B, H * C]. Without a mask the causal flag picks flash attention; a mask
-    [B, 1, S, S], which is added to the scores, takes its place.
+    C channels; result [S, B, H * C]. Under sequence parallelism S is whole here as well. Without a
+    mask the causal flag picks flash attention; a mask [B, 1, S, S], which is added to the scores,
+    takes its place.
+
+    Args:
+        rotary: turns query and key by their positions first.
+        backends: see `attention_backends`.
     """
 
-    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig | None = None,
+        rotary: RotaryTable | None = None,
+        backends: list[SDPBackend] | None = None,
+        **_: Any,
+    ) -> None:
         super().__init__()
+        self.rotary, self.backends = rotary, backends
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
     ) -> Tensor:
+        if self.rotary is not None:
+            query, key = self.rotary.rotated(query, key)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         grouped = query.shape[1] != key.shape[1]
-        if attention_mask is None:
+        if grouped and repeats_keys(query.device.type, query.dtype, attention_mask is not None):
+            repeats = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+            grouped = False
+        with self._order():
             context = F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, enable_gqa=grouped
-            )
-        else:
-            if grouped:
-                # Of PyTorch's CUDA kernels only flash attention, which takes no mask, knows groups;
-                # with both, SDPA would fall back to the one that writes out all S * S scores.
-                repeats = query.shape[1] // key.shape[1]
-                key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-            context = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+                query, key, value, attn_mask=attention_mask, is_causal=attention_mask is None,
+                enable_gqa=grouped,
+            )  # fmt: skip
         return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _order(self) -> contextlib.AbstractContextManager[Any]:
+        if self.backends is None:
+            return contextlib.nullcontext()
+        return sdpa_kernel(self.backends, set_priority=True)
 
 
 class PrefixMasks:
@@ -182,7 +233,7 @@ class PrefixMasks:
             self.mask_B1SS = mask_BSS.masked_fill_(barred_BSS, -math.inf)[:, None]
 
 
-def layer_submodules() -> TransformerLayerSubmodules:
+def layer_submodules(parts: ModelParts) -> TransformerLayerSubmodules:
     """megatron-core's local layer spec with our core attention and norm."""
     return TransformerLayerSubmodules(
         input_layernorm=Norm,
@@ -191,7 +242,10 @@ def layer_submodules() -> TransformerLayerSubmodules:
             params={"attn_mask_type": AttnMaskType.causal},
             submodules=SelfAttentionSubmodules(
                 linear_qkv=ColumnParallelLinear,
-                core_attention=SdpaCoreAttention,
+                core_attention=ModuleSpec(
+                    module=SdpaCoreAttention,
+                    params={"rotary": parts.rotary, "backends": device_attention_backends()},
+                ),
                 linear_proj=RowParallelLinear,
                 q_layernorm=IdentityOp,
                 k_layernorm=IdentityOp,
@@ -207,13 +261,52 @@ def layer_submodules() -> TransformerLayerSubmodules:
     )
 
 
-class RotaryTable:
-    """Rotary angles [S, 1, 1, C], one tensor shared by all layers of a model on this rank.
+def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, ...]:
+    """Both turned by their positions' angles, or back.
 
-    A plain object, not a module with a buffer: casting the model to bf16 must leave it in fp32.
+    Math: x cos + (-x2, x1) sin of the halves (x1, x2) of the channels: bit for bit megatron-core's
+        `apply_rotary_pos_emb`, where it is not compiled; there each result is rounded once.
+    Shapes: query [S, B, H, C], key [S, B, G, C], cos and sin [S, 1, 1, C] as in `RotaryTable`.
+    """
+    if back:
+        sin = -sin
+    # In place: on a CPU each new tensor costs as much as the arithmetic.
+    return tuple(
+        torch.cat(x.chunk(2, dim=-1)[::-1], dim=-1).mul_(sin).add_(x * cos) for x in (query, key)
+    )
+
+
+# Of any shape: student, teacher, evaluations and tagging all differ, and after eight compilations
+# PyTorch runs what comes next uncompiled, with a warning.
+compiled_rotate = torch.compile(rotate, dynamic=True)
+
+
+class _Rotation(torch.autograd.Function):
+    """`rotate`, whose gradient is the rotation back; so nothing of query and key is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, turn: Callable[..., Any]
+    ) -> tuple[Tensor, ...]:
+        ctx.cos, ctx.sin, ctx.turn = cos, sin, turn
+        return turn(query, key, cos, sin, False)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, query: Tensor, key: Tensor) -> tuple[Tensor | None, ...]:
+        return (*ctx.turn(query, key, ctx.cos, ctx.sin, True), None, None, None)
+
+
+class RotaryTable:
+    """Cosine and sine of the rotary angles [S, 1, 1, C] in the model's precision, one pair shared
+    by all layers of a model on this rank; the first half of the sine is negated (see `rotate`).
+
+    A plain object, not a module with buffers: it has no place in checkpoints.
     """
 
-    def __init__(self, model: ModelConfig, seq_length: int, group: Any) -> None:
+    def __init__(
+        self, model: ModelConfig, seq_length: int, group: Any, dtype: torch.dtype, *, fuse: bool
+    ) -> None:
         rotary = RotaryEmbedding(
             kv_channels=model.head_size,
             rotary_percent=1.0,
@@ -221,13 +314,18 @@ class RotaryTable:
             use_cpu_initialization=True,
             cp_group=group,
         )
-        self._angles = rotary.get_emb(seq_length)
+        angles = rotary.get_emb(seq_length)
+        sin = angles.sin()
+        sin[..., : model.head_size // 2].neg_()
+        self.cos, self.sin = angles.cos().to(dtype), sin.to(dtype)
+        self._rotate = compiled_rotate if fuse else rotate
 
-    def angles(self, length: int, device: torch.device) -> Tensor:
-        """Of the first `length` positions."""
-        if self._angles.device != device:
-            self._angles = self._angles.to(device)
-        return self._angles[:length]
+    def rotated(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Query and key [S', B, ., C] of the first S' positions."""
+        length, device = query.shape[0], query.device
+        if self.cos.device != device:
+            self.cos, self.sin = self.cos.to(device), self.sin.to(device)
+        return _Rotation.apply(query, key, self.cos[:length], self.sin[:length], self._rotate)
 
 
 class ModelParts:
@@ -268,7 +366,11 @@ class ModelParts:
         self.padded_vocab = padded_vocab(model, vocab_size, self.tp_size)
         self.position_rows = position_rows
         uses_rope = model.position_embedding_type == "rope"
-        self.rotary = RotaryTable(model, seq_length, groups.cp) if uses_rope else None
+        self.rotary = (
+            RotaryTable(model, seq_length, groups.cp, dtype, fuse=self.config.bias_dropout_fusion)
+            if uses_rope
+            else None
+        )
         self.prefix_masks = PrefixMasks(seq_length, dtype)
 
     @property
@@ -326,26 +428,25 @@ class DecoderLayer(TransformerLayer):
 
     def __init__(self, parts: ModelParts, index: int) -> None:
         super().__init__(
-            parts.config, layer_submodules(), layer_number=index + 1, pg_collection=parts.groups
-        )
+            parts.config, layer_submodules(parts), layer_number=index + 1,
+            pg_collection=parts.groups,
+        )  # fmt: skip
         self.canonical_name = f"layers.{index}"
-        self.rotary = parts.rotary
         self.prefix_masks = parts.prefix_masks
-        self.sequence_parts = parts.tp_size if parts.sequence_parallel else 1
         self.recompute = parts.recompute
 
     def forward(self, hidden_SBD: Tensor) -> Tensor:  # type: ignore[override]
         mask_B1SS = self.prefix_masks.mask_B1SS
         if self.recompute and torch.is_grad_enabled():
             # The mask is an argument: when the backward runs the layer again, later micro-batches
-            # have been forward and prefix_masks holds theirs.
-            return checkpoint(self._layer, hidden_SBD, mask_B1SS, use_reentrant=False)
+            # have been forward and prefix_masks holds theirs. Nothing here draws random numbers.
+            return checkpoint(
+                self._layer, hidden_SBD, mask_B1SS, use_reentrant=False, preserve_rng_state=False
+            )
         return self._layer(hidden_SBD, mask_B1SS)
 
     def _layer(self, hidden_SBD: Tensor, mask_B1SS: Tensor | None) -> Tensor:
-        length = hidden_SBD.shape[0] * self.sequence_parts
-        angles = self.rotary.angles(length, hidden_SBD.device) if self.rotary else None
-        output_SBD, _ = super().forward(hidden_SBD, attention_mask=mask_B1SS, rotary_pos_emb=angles)
+        output_SBD, _ = super().forward(hidden_SBD, attention_mask=mask_B1SS)
         return output_SBD
 
 
