@@ -102,13 +102,10 @@ class DeepSpeedSettings:
     @property
     def lets_deepspeed_speak(self) -> bool:
         """Whether a key asks for lines of DeepSpeed's log, which else shows warnings alone."""
-        asked = any(
-            self.values.get(key) for key in ("steps_per_print", "memory_breakdown", "dump_state")
-        )
+        keys = ("steps_per_print", "memory_breakdown", "dump_state")
         sections = (self.values.get(key) or {} for key in ("comms_logger", "flops_profiler"))
-        asked = asked or any(section.get("enabled") for section in sections)
-        # With several stages the times are ours.
-        return asked or logging.getLogger().isEnabledFor(logging.DEBUG)
+        asked = [*map(self.values.get, keys), *(section.get("enabled") for section in sections)]
+        return any(asked) or logging.getLogger().isEnabledFor(logging.DEBUG)
 
     @property
     def accumulation(self) -> str:

@@ -495,6 +495,17 @@ BF16, FP32_SUMS = {"enabled": True}, {"grad_accum_dtype": "fp32"}
         (dict(pp=2),
          dict(zero_optimization={"stage": 1}, bf16=BF16, data_types=FP32_SUMS), None),
         (dict(tp=2), dict(pipeline={"pipe_partitioned": True}), None),
+        (dict(), dict(fp16={"enabled": True}), "fp16 with ZeRO 0"),
+        (dict(), dict(fp16={"enabled": True}, zero_optimization={"stage": 1}), None),
+        (dict(pp=2), dict(flops_profiler={"enabled": True}), "flops_profiler.enabled.*= 2"),
+        (dict(pp=1), dict(flops_profiler={"enabled": True}), None),
+        (dict(pp=2),
+         dict(zero_optimization={"stage": 1, "offload_optimizer": {"device": "cpu"}},
+              bf16=BF16, data_types=FP32_SUMS), "offload_optimizer does not work"),
+        (dict(fuse=True), dict(zero_optimization={"stage": 2}, bf16=BF16, data_types=FP32_SUMS),
+         "gradient_accumulation_fusion needs bf16"),
+        (dict(fuse=True), dict(zero_optimization={"stage": 1}, bf16=BF16, data_types=FP32_SUMS),
+         None),
     ],
     ids=str,
 )  # fmt: skip
@@ -503,7 +514,7 @@ def test_json_that_contradicts_the_run_is_refused(
     write: Callable[..., str],
 ) -> None:  # fmt: skip
     names = {"tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size",
-             "sp": "sequence_parallel"}  # fmt: skip
+             "sp": "sequence_parallel", "fuse": "gradient_accumulation_fusion"}  # fmt: skip
     config = changed(good, {f"parallel.{names[key]}": v for key, v in parallel.items()})
     settings = settings_of(write(**changes))
     if message is None:
@@ -531,6 +542,41 @@ def test_engine_gets_the_json_with_all_three_batch_sizes(
     pipeline = engine_config(settings, split.parallel)["pipeline"]
     assert pipeline == {"seed_layers": False, "pipe_partitioned": False, "grad_partitioned": False}
     assert json.dumps(settings.values) == before, "the file's values are not changed in place"
+
+
+@pytest.mark.parametrize("said", [None, True, False])
+def test_16_bit_gradients_go_as_they_are_added_unless_the_json_says_otherwise(
+    write: Callable[..., str], good: RunConfig, said: bool | None
+) -> None:
+    section = BF16 if said is None else {**BF16, "immediate_grad_update": said}
+    path = write(bf16=section, data_types=FP32_SUMS, zero_optimization={"stage": 1})
+    values = engine_config(settings_of(path), good.parallel)
+    assert values["bf16"]["immediate_grad_update"] is (said is not False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "speaks"),
+    [
+        ({}, False),
+        ({"wall_clock_breakdown": True}, False),
+        ({"steps_per_print": 10}, True),
+        ({"memory_breakdown": True}, True),
+        ({"comms_logger": {"enabled": True}}, True),
+        ({"comms_logger": {"enabled": False}}, False),
+    ],
+    ids=str,
+)
+def test_deepspeed_speaks_when_it_is_asked(
+    write: Callable[..., str], good: RunConfig, changes: dict[str, Any], speaks: bool
+) -> None:
+    assert settings_of(write(**changes)).lets_deepspeed_speak is speaks
+
+
+def test_one_stage_has_no_waits_to_teach_in(good: RunConfig) -> None:
+    with pytest.raises(ValueError, match="teacher.placement = bubble: one stage has no waits"):
+        check_config(changed(good, {"teacher.placement": "bubble"}))
+    check_config(changed(good, {"teacher.placement": "bubble",
+                                "parallel.pipeline_model_parallel_size": 2}))  # fmt: skip
 
 
 QUICKLY_S = 30.0  # about one second here; importing torch and deepspeed alone costs several
