@@ -323,8 +323,10 @@ class Run:
             hidden_RSE = self._taught(step, batch)
             micro_batches = self.student.micro_batches(batch, weight, hidden_RSE, phase(salt, step))
             lr = learning_rate(train, self.settings.learning_rate, step)
-            logged = (step + 1) % train.log_interval == 0
-            if step == self.first_step + MEASURED_STEP or (logged and self.student.says_times):
+            traced = step == self.first_step + MEASURED_STEP
+            if self.student.says_times:
+                traced = traced or (step + 1) % train.log_interval == 0
+            if traced:
                 self.student.start_trace()
             self.student.train_step(micro_batches, lr, self._lesson_for(step + 1))
             del hidden_RSE, micro_batches
@@ -332,7 +334,8 @@ class Run:
             sums = self.student.reduce_sums()
             self.clock.stop()
             done = step + 1
-            self._use_trace(step)
+            if traced:
+                self._use_trace(step)
             record = self._record(done, sums, weight, lr)
             self.tokens = record["tokens"]
             self._stop_if_untrained(done, sums.loss, record["grad_norm"])
@@ -369,7 +372,7 @@ class Run:
         return lesson.finish()
 
     def _use_trace(self, step: int) -> None:
-        """If this step was traced: say its times if that is wanted, and plan by them if it is time.
+        """Of a step that was traced: say its times if that is wanted, plan by them if it is time.
 
         Rank 0's pipeline is taken for all.
         Collectives: an all-gather of the traces over pp, a broadcast of a new plan over all ranks.

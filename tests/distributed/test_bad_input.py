@@ -246,6 +246,15 @@ def test_output_dir_of_a_living_run_is_refused(
     run_ranks(1, _train, config, make_deepspeed(tmp_path))  # free again
 
 
+def test_resume_in_another_precision(
+    dataset: Path, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    zero_1 = {"zero_optimization": {"stage": 1}}
+    config = make_config(dataset, tmp_path / "run", train__steps=1)
+    run_ranks(1, _train, config, make_deepspeed(tmp_path, **zero_1))
+    assert "precision" in fails(1, dataset, deepspeed={**zero_1, "fp16": {"enabled": True}})
+
+
 def test_resume_at_another_layout_or_batch_or_data(
     dataset: Path, tmp_path: Path, fails: Callable[..., str]
 ) -> None:
@@ -257,7 +266,6 @@ def test_resume_at_another_layout_or_batch_or_data(
     assert "data.split" in fails(1, dataset, data__split="80,20")
     assert "training documents" in fails(1, dataset, data__valid_data_path=[str(dataset)])
     assert "gradient_clipping" in fails(1, dataset, deepspeed={"gradient_clipping": 0.5})
-    assert "precision" in fails(1, dataset, deepspeed={"fp16": {"enabled": True}})
     assert "blend weights" in fails(
         1, dataset, data__train_data_path=["0.5", str(dataset), "0.5", str(dataset)]
     )

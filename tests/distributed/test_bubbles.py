@@ -290,7 +290,7 @@ def _bytes_around_the_switch(
 
 @pytest.mark.parametrize(("tp", "pp", "placement"),
                          [(1, 4, "bubble"), (2, 2, "bubble"), (2, 2, "before_step"),
-                          (1, 1, "bubble")])  # fmt: skip
+                          (1, 1, "before_step")])  # fmt: skip
 def test_what_the_teacher_took_is_returned_on_every_rank(
     dataset: Path, teacher: Path, tmp_path: Path, tp: int, pp: int, placement: str
 ) -> None:
