@@ -9,12 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from commands import run_command
-from tiny import GPT, LLAMA, make_deepspeed, metrics_of
+from tiny import GPT, LLAMA, make_deepspeed, metrics_of, without_times
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
 ]
+
+
+BF16 = {
+    "bf16": {"enabled": True},
+    "data_types": {"grad_accum_dtype": "fp32"},
+    "zero_optimization": {"stage": 1},
+}
 
 
 def write_yaml(
@@ -69,14 +76,45 @@ def test_bf16_trains_and_the_switch_frees_memory(
     dataset: Path, teacher: Path, tmp_path: Path
 ) -> None:
     yaml_file = write_yaml(tmp_path, dataset, teacher, LLAMA)
-    deepspeed_config = make_deepspeed(
-        tmp_path,
-        bf16={"enabled": True},
-        data_types={"grad_accum_dtype": "fp32"},
-        zero_optimization={"stage": 1},
-    )
+    deepspeed_config = make_deepspeed(tmp_path, **BF16)
     log = train_on(tmp_path, yaml_file, deepspeed_config, cuda=True)
     assert "teacher released" in log
     records = metrics_of(tmp_path / "cuda")[1:]
     assert records[-1]["loss"] < records[0]["ce_nats"]
     assert re.search(r"memory [\d.]+ to [\d.]+ GiB per rank", log)
+
+
+def test_deterministic_runs_have_the_same_bits(
+    dataset: Path, teacher: Path, tmp_path: Path
+) -> None:
+    """At a length where flash attention's backward adds up with atomics otherwise."""
+    yaml_file = write_yaml(tmp_path, dataset, teacher, LLAMA)
+    # Its teacher has read 16 tokens at most.
+    alone = "--teacher.checkpoint=null", "--salt.kd_steps=0", "--data.seq_length=128"
+    deepspeed_config = make_deepspeed(tmp_path, **BF16)
+    found = []
+    for name in ("first", "second"):
+        folder = tmp_path / name
+        folder.mkdir()
+        options = (*alone, "--train.deterministic=true")
+        train_on(folder, yaml_file, deepspeed_config, *options, cuda=True)
+        found.append(without_times(metrics_of(folder / "cuda")))
+    assert found[0] == found[1]
+
+
+def test_products_that_add_up_in_fp32_train_as_without(
+    dataset: Path, teacher: Path, tmp_path: Path
+) -> None:
+    """apex's extension where it is installed, else PyTorch's product into an fp32 sum."""
+    yaml_file = write_yaml(tmp_path, dataset, teacher, LLAMA)
+    deepspeed_config = make_deepspeed(tmp_path, **BF16)
+    found = []
+    for fused in ("false", "true"):
+        folder = tmp_path / fused
+        folder.mkdir()
+        option = f"--parallel.gradient_accumulation_fusion={fused}"
+        train_on(folder, yaml_file, deepspeed_config, option, cuda=True)
+        found.append(metrics_of(folder / "cuda")[1:])
+    for plain, with_product in zip(*found, strict=True):
+        assert with_product["loss"] == pytest.approx(plain["loss"], rel=2e-3), plain["step"]
+    assert found[1][0]["grad_norm"] == pytest.approx(found[0][0]["grad_norm"], rel=1e-2)
