@@ -7,6 +7,9 @@ thread pool does not survive a fork.
 
 from __future__ import annotations
 
+import functools
+import gc
+import importlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -16,12 +19,31 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import deepspeed  # noqa: F401  imported here so that ranks need not
+import deepspeed  # imported here so that ranks need not
 import pytest
 import torch
 from megatron.core import parallel_state  # noqa: F401
 
 torch.set_num_threads(1)
+
+
+@functools.cache
+def _warm_up() -> None:
+    """Do once what every rank would do: late imports, and DeepSpeed's look at its operators, which
+    starts compilers. It takes a rank most of a second, which is as long as a tiny run's steps."""
+    for name in (
+        "deepspeed.module_inject.auto_ep_layer",
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+        "megatron.core.datasets.helpers",
+        "megatron.core.transformer.moe.experts",
+        "megatron_salt.trainer",
+    ):
+        importlib.import_module(name)
+    assert deepspeed.ops.__compatible_ops__
+    # So that a rank's garbage collector does not touch, and thereby copy, what it has inherited.
+    gc.collect()
+    gc.freeze()
+
 
 TIMEOUT_S = 240
 
@@ -91,6 +113,7 @@ def _outcomes(
     """(rank, result or RankError) as they come; the ranks are gone when this ends."""
     if torch.cuda.is_available():
         pytest.skip("forked ranks cannot use CUDA: CUDA_VISIBLE_DEVICES= make test")
+    _warm_up()
     context = multiprocessing.get_context("fork")
     port = free_port()
     processes, pipes = [], []
