@@ -44,10 +44,11 @@ from megatron_salt.deepspeed_config import (
 from megatron_salt.held_out import HeldOut
 from megatron_salt.machine import check_fused_adam, fused_adam_facts
 from megatron_salt.metrics import MetricsLog, Stopwatch, allocated_bytes, console_line
-from megatron_salt.model.layers import device_attention_backends
+from megatron_salt.model.attention import device_attention_backends
 from megatron_salt.model.loss import LossSums, loss_body
 from megatron_salt.model.teacher import Lesson, Teacher
 from megatron_salt.parallel.engine import DTYPES, StudentEngine
+from megatron_salt.parallel.gradients import not_finite
 from megatron_salt.parallel.groups import (
     Groups,
     from_rank_0,
@@ -567,7 +568,7 @@ class Run:
         groups, config, settings = self.groups, self.config, self.settings
         partial = ckpt.partial_dir(self.output_dir, done)
         with same_error_everywhere("checking the weights"):
-            problem = self.student.not_finite()
+            problem = not_finite(self.student.module, groups)
             if problem:
                 raise RuntimeError(
                     f"step {done}: {problem}: no checkpoint is made of it. "

@@ -3,23 +3,17 @@
 Letters: B micro-batch, S sequence, D width, H heads, V vocabulary, W its columns on this rank.
 Between layers the hidden state is `[S, B, D]`, or `[S/tp, B, D]` under sequence parallelism.
 
-Where megatron-core's local spec stops short this file fills in: its core attention needs CUDA (ours
-is PyTorch's SDPA), its torch norm refuses sequence parallelism, its rotary cache would keep a
-released teacher's tensors alive, and its rotation is a dozen operations without Transformer Engine.
+Where megatron-core's local spec stops short this file and `attention.py` fill in: its torch norm
+refuses sequence parallelism, its attention wants Transformer Engine.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -34,13 +28,17 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from megatron_salt.config import ModelConfig
 from megatron_salt.kernels.vocab import VocabShard
 from megatron_salt.machine import fuses_operations
+from megatron_salt.model.attention import (
+    PrefixMasks,
+    RotaryTable,
+    SdpaCoreAttention,
+    device_attention_backends,
+)
 from megatron_salt.model.weights import padded_vocab
 
 if not torch.cuda.is_available():
@@ -110,129 +108,6 @@ class Norm(nn.Module):
         return norm
 
 
-def attention_backends(capability: tuple[int, int] | None) -> list[SDPBackend] | None:
-    """PyTorch's kernels for attention, the preferred first; None: PyTorch's own order.
-
-    Args:
-        capability: of the CUDA device; None without one.
-    Source: on Hopper cuDNN's is reported to be about twice as fast as the FlashAttention-2 that
-        PyTorch prefers, and slower elsewhere; not measured here. What cuDNN does not serve (fp32,
-        deterministic algorithms) goes to the next.
-    """
-    if capability is None or capability[0] != 9:
-        return None
-    return [
-        SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
-    ]  # fmt: skip
-
-
-def device_attention_backends() -> list[SDPBackend] | None:
-    """`attention_backends` of this process's device."""
-    cuda = torch.cuda.is_available()
-    return attention_backends(torch.cuda.get_device_capability() if cuda else None)
-
-
-def repeats_keys(device_type: str, dtype: torch.dtype, masked: bool) -> bool:
-    """Whether keys and values of a group are repeated for each of its queries before SDPA.
-
-    Of PyTorch's CUDA kernels those that take a mask or fp32 know no groups; SDPA would fall back to
-    the one that writes out all S * S scores. On a CPU the same holds of masks.
-    """
-    return masked or (device_type == "cuda" and dtype == torch.float32)
-
-
-class SdpaCoreAttention(nn.Module):
-    """Causal attention through `torch.nn.functional.scaled_dot_product_attention`.
-
-    Shapes: query [S, B, H, C], key and value [S, B, G, C] with this rank's heads and groups and
-    C channels; result [S, B, H * C]. Under sequence parallelism S is whole here as well. Without a
-    mask the causal flag picks flash attention; a mask [B, 1, S, S], which is added to the scores,
-    takes its place.
-
-    Args:
-        rotary: turns query and key by their positions first.
-        backends: see `attention_backends`.
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig | None = None,
-        rotary: RotaryTable | None = None,
-        backends: list[SDPBackend] | None = None,
-        **_: Any,
-    ) -> None:
-        super().__init__()
-        self.rotary, self.backends = rotary, backends
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
-    ) -> Tensor:
-        if self.rotary is not None:
-            query, key = self.rotary.rotated(query, key)
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        grouped = query.shape[1] != key.shape[1]
-        if grouped and repeats_keys(query.device.type, query.dtype, attention_mask is not None):
-            repeats = query.shape[1] // key.shape[1]
-            key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-            grouped = False
-        with self._order():
-            context = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=attention_mask, is_causal=attention_mask is None,
-                enable_gqa=grouped,
-            )  # fmt: skip
-        return context.permute(2, 0, 1, 3).flatten(2)
-
-    def _order(self) -> contextlib.AbstractContextManager[Any]:
-        if self.backends is None:
-            return contextlib.nullcontext()
-        return sdpa_kernel(self.backends, set_priority=True)
-
-
-class PrefixMasks:
-    """Who may attend to whom in the micro-batch at hand; causal unless a prefix says otherwise.
-
-    The prefixes of a step wait here instead of travelling through the pipeline: every rank has read
-    them, and every stage runs its forward passes in the order of the micro-batches.
-    """
-
-    def __init__(self, seq_length: int, dtype: torch.dtype) -> None:
-        self.mask_B1SS: Tensor | None = None
-        """0 where a row may attend to a column, else -inf, in the model's precision; None: causal.
-        Of a boolean mask SDPA would make this in every layer, and keep each for the backward."""
-        self._seq_length, self._dtype = seq_length, dtype
-        self._waiting: deque[Tensor | None] | None = None
-
-    @contextlib.contextmanager
-    def of_step(self, prefixes: Sequence[Tensor | None]) -> Iterator[None]:
-        """Within it each `advance` takes the next of these prefixes [B] (on the CPU); at its end
-        none may be left."""
-        self._waiting = deque(prefixes)
-        try:
-            yield
-            assert not self._waiting, f"{len(self._waiting)} micro-batches were not run"
-        finally:
-            self._waiting = self.mask_B1SS = None
-
-    def advance(self, device: torch.device) -> None:
-        """Start the forward pass of the next micro-batch. Outside of a step all is causal."""
-        if self._waiting is None:
-            return
-        assert self._waiting, "more forward passes than micro-batches"
-        self.use(self._waiting.popleft(), device)
-
-    def use(self, prefix_B: Tensor | None, device: torch.device) -> None:
-        """Make the mask of the rows at hand, from how much of each is read in both directions."""
-        self.mask_B1SS = None
-        if prefix_B is not None and prefix_B.any():
-            column_S = torch.arange(self._seq_length, device=device)
-            causal_SS = column_S <= column_S[:, None]
-            inside_BS = column_S < prefix_B.to(device, non_blocking=True)[:, None]
-            barred_BSS = ~(causal_SS | inside_BS[:, None, :])
-            mask_BSS = torch.zeros(barred_BSS.shape, dtype=self._dtype, device=device)
-            self.mask_B1SS = mask_BSS.masked_fill_(barred_BSS, -math.inf)[:, None]
-
-
 def layer_submodules(parts: ModelParts) -> TransformerLayerSubmodules:
     """megatron-core's local layer spec with our core attention and norm."""
     return TransformerLayerSubmodules(
@@ -259,73 +134,6 @@ def layer_submodules(parts: ModelParts) -> TransformerLayerSubmodules:
         ),
         mlp_bda=get_bias_dropout_add,
     )
-
-
-def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, ...]:
-    """Both turned by their positions' angles, or back.
-
-    Math: x cos + (-x2, x1) sin of the halves (x1, x2) of the channels: bit for bit megatron-core's
-        `apply_rotary_pos_emb`, where it is not compiled; there each result is rounded once.
-    Shapes: query [S, B, H, C], key [S, B, G, C], cos and sin [S, 1, 1, C] as in `RotaryTable`.
-    """
-    if back:
-        sin = -sin
-    # In place: on a CPU each new tensor costs as much as the arithmetic.
-    return tuple(
-        torch.cat(x.chunk(2, dim=-1)[::-1], dim=-1).mul_(sin).add_(x * cos) for x in (query, key)
-    )
-
-
-# Of any shape: student, teacher, evaluations and tagging all differ, and after eight compilations
-# PyTorch runs what comes next uncompiled, with a warning.
-compiled_rotate = torch.compile(rotate, dynamic=True)
-
-
-class _Rotation(torch.autograd.Function):
-    """`rotate`, whose gradient is the rotation back; so nothing of query and key is kept."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, turn: Callable[..., Any]
-    ) -> tuple[Tensor, ...]:
-        ctx.cos, ctx.sin, ctx.turn = cos, sin, turn
-        return turn(query, key, cos, sin, False)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, query: Tensor, key: Tensor) -> tuple[Tensor | None, ...]:
-        return (*ctx.turn(query, key, ctx.cos, ctx.sin, True), None, None, None)
-
-
-class RotaryTable:
-    """Cosine and sine of the rotary angles [S, 1, 1, C] in the model's precision, one pair shared
-    by all layers of a model on this rank; the first half of the sine is negated (see `rotate`).
-
-    A plain object, not a module with buffers: it has no place in checkpoints.
-    """
-
-    def __init__(
-        self, model: ModelConfig, seq_length: int, group: Any, dtype: torch.dtype, *, fuse: bool
-    ) -> None:
-        rotary = RotaryEmbedding(
-            kv_channels=model.head_size,
-            rotary_percent=1.0,
-            rotary_base=model.rotary_base,
-            use_cpu_initialization=True,
-            cp_group=group,
-        )
-        angles = rotary.get_emb(seq_length)
-        sin = angles.sin()
-        sin[..., : model.head_size // 2].neg_()
-        self.cos, self.sin = angles.cos().to(dtype), sin.to(dtype)
-        self._rotate = compiled_rotate if fuse else rotate
-
-    def rotated(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Query and key [S', B, ., C] of the first S' positions."""
-        length, device = query.shape[0], query.device
-        if self.cos.device != device:
-            self.cos, self.sin = self.cos.to(device), self.sin.to(device)
-        return _Rotation.apply(query, key, self.cos[:length], self.sin[:length], self._rotate)
 
 
 class ModelParts:

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ from megatron_salt.model.teacher import Lesson
 from megatron_salt.parallel.gradients import (
     FusedAccumulation,
     GradientCheck,
+    clip_fp32,
     provide_accumulating_product,
     sum_sequence_parallel,
 )
@@ -135,7 +137,7 @@ class StudentEngine:
             dist_init_required=False,
         )[0]
         self.fused = FusedAccumulation(module, self.engine.optimizer)
-        self.engine.clip_fp32_gradients = self._clip_fp32_gradients
+        self.engine.clip_fp32_gradients = partial(clip_fp32, self.engine, groups)
         self._update = self.engine._take_model_step
         self.engine._take_model_step = self._take_model_step
         self.gradient_check: GradientCheck | None = None
@@ -334,24 +336,6 @@ class StudentEngine:
             ce_counted=ce_counted,
         )
 
-    @torch.no_grad()
-    def not_finite(self) -> str | None:
-        """Which of this rank's weights hold an inf or nan, in words; None if all are finite.
-
-        Under ZeRO 3 of the parts that this rank owns. Host sync: one.
-        """
-        named = canonical_parameters(self.module)
-        finite = [self._own_part(p).isfinite().all().to(self.groups.device) for p in named.values()]
-        found = [n for n, good in zip(named, torch.stack(finite).tolist(), strict=True) if not good]
-        return f"weight {', '.join(found)} has inf or nan" if found else None
-
-    def _own_part(self, parameter: torch.nn.Parameter) -> Tensor:
-        part: Tensor | None = getattr(parameter, "ds_tensor", None)
-        if part is None:
-            return parameter
-        start = self.groups.dp_rank * part.numel()  # the last part is padded with anything
-        return part.flatten()[: max(0, parameter.ds_numel - start)]  # type: ignore[attr-defined]
-
     def save(self, directory: Path) -> None:
         """Write DeepSpeed's state and this rank's part of the weights into an existing directory.
 
@@ -390,33 +374,6 @@ class StudentEngine:
         if norm is None:
             return None
         return math.inf if float(norm) < 0 else float(norm)
-
-    def _clip_fp32_gradients(self) -> None:
-        """Clip in fp32 without ZeRO, by the norm of the whole model's gradient, each weight once.
-
-        Replaces DeepSpeed's own, which counts a tied embedding on both of its stages and keeps the
-        norm to itself.
-        """
-        squares = torch.zeros((), dtype=torch.float64, device=self.groups.device)
-        gradients = []
-        for parameter in self.module.parameters():
-            if parameter.grad is None:
-                continue
-            gradients.append(parameter.grad)
-            sharded = getattr(parameter, "tensor_model_parallel", False)
-            replica = getattr(parameter, "ds_pipe_replicated", False)
-            if (sharded or self.groups.tp_rank == 0) and not replica:
-                # In fp64 only from the norms of the rows on: a copy of every gradient in fp64 takes
-                # longer than all else that is done to gradients here.
-                rows = torch.linalg.vector_norm(parameter.grad, dim=-1)
-                squares += rows.double().square().sum()
-        dist.all_reduce(squares, group=self.groups.tp)
-        dist.all_reduce(squares, group=self.groups.pp)
-        norm = math.sqrt(squares.item())
-        self.engine._global_grad_norm = norm
-        limit = self.engine.gradient_clipping()
-        if norm + 1e-6 > limit:  # DeepSpeed's ZeRO clips with this epsilon; be the same
-            torch._foreach_mul_(gradients, limit / (norm + 1e-6))
 
 
 def _pipeline_form(micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[Tensor, None]]:

@@ -1,4 +1,4 @@
-"""Gradients between backward and optimizer: added up where DeepSpeed does not, and checked.
+"""Gradients between backward and optimizer: added up and clipped where DeepSpeed does not, checked.
 
 DeepSpeed keeps the sum over micro-batches in a place that depends on precision and ZeRO stage;
 `accumulated` knows where. Letters: D student width, T tokens, K inputs and N outputs of a linear.
@@ -6,6 +6,7 @@ DeepSpeed keeps the sum over micro-batches in a place that depends on precision 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -65,6 +66,56 @@ def sum_sequence_parallel(student: nn.Module, optimizer: Any, group: dist.Proces
     flat = _flatten_dense_tensors(gradients)
     dist.all_reduce(flat, group=group)
     torch._foreach_copy_(gradients, list(_unflatten_dense_tensors(flat, gradients)))
+
+
+def clip_fp32(engine: Any, groups: Groups) -> None:
+    """Clip in fp32 without ZeRO, by the norm of the whole model's gradient, each weight once.
+
+    Replaces DeepSpeed's own, which counts a tied embedding on both of its stages and keeps the
+    norm to itself.
+
+    Collectives: an all-reduce of one number over tp and one over pp. Host sync: one.
+    """
+    squares = torch.zeros((), dtype=torch.float64, device=groups.device)
+    gradients = []
+    for parameter in engine.module.parameters():
+        if parameter.grad is None:
+            continue
+        gradients.append(parameter.grad)
+        sharded = getattr(parameter, "tensor_model_parallel", False)
+        replica = getattr(parameter, "ds_pipe_replicated", False)
+        if (sharded or groups.tp_rank == 0) and not replica:
+            # In fp64 only from the norms of the rows on: a copy of every gradient in fp64 takes
+            # longer than all else that is done to gradients here.
+            rows = torch.linalg.vector_norm(parameter.grad, dim=-1)
+            squares += rows.double().square().sum()
+    dist.all_reduce(squares, group=groups.tp)
+    dist.all_reduce(squares, group=groups.pp)
+    norm = math.sqrt(squares.item())
+    engine._global_grad_norm = norm
+    limit = engine.gradient_clipping()
+    if norm + 1e-6 > limit:  # DeepSpeed's ZeRO clips with this epsilon; be the same
+        torch._foreach_mul_(gradients, limit / (norm + 1e-6))
+
+
+@torch.no_grad()
+def not_finite(student: nn.Module, groups: Groups) -> str | None:
+    """Which of this rank's weights hold an inf or nan, in words; None if all are finite.
+
+    Under ZeRO 3 of the parts that this rank owns. Host sync: one.
+    """
+    named = canonical_parameters(student)
+    finite = [_own_part(p, groups).isfinite().all().to(groups.device) for p in named.values()]
+    found = [n for n, good in zip(named, torch.stack(finite).tolist(), strict=True) if not good]
+    return f"weight {', '.join(found)} has inf or nan" if found else None
+
+
+def _own_part(parameter: nn.Parameter, groups: Groups) -> Tensor:
+    part: Tensor | None = getattr(parameter, "ds_tensor", None)
+    if part is None:
+        return parameter
+    start = groups.dp_rank * part.numel()  # the last part is padded with anything
+    return part.flatten()[: max(0, parameter.ds_numel - start)]  # type: ignore[attr-defined]
 
 
 class _AccumulatingProduct:

@@ -13,14 +13,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from megatron_salt.config import ModelConfig
-from megatron_salt.model import layers
-from megatron_salt.model.layers import (
+from megatron_salt.model import attention as module
+from megatron_salt.model.attention import (
+    PrefixMasks,
     RotaryTable,
     SdpaCoreAttention,
     attention_backends,
     repeats_keys,
     rotate,
 )
+from megatron_salt.model.layers import DecoderLayer
 
 LENGTH, WIDTH = 24, 16
 MODEL = ModelConfig(
@@ -153,7 +155,7 @@ def test_fused_rotation_is_the_compiled_one(monkeypatch: pytest.MonkeyPatch) -> 
         seen.append(arguments[-1])
         return rotate(*arguments)
 
-    monkeypatch.setattr(layers, "compiled_rotate", stand_in)
+    monkeypatch.setattr(module, "compiled_rotate", stand_in)
     mixed, query, key = inputs(torch.float32, LENGTH)
     fused = RotaryTable(MODEL, LENGTH, OneRank(), torch.float32, fuse=True)
     turned = fused.rotated(query, key)
@@ -183,7 +185,7 @@ def test_order_of_kernels_holds_within_the_attention_alone(
         orders.append(list(torch._C._get_sdp_priority_order()))
         return real(*tensors, **options)
 
-    monkeypatch.setattr(layers.F, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(module.F, "scaled_dot_product_attention", watched)
     before = list(torch._C._get_sdp_priority_order())
     backends = attention_backends((9, 0))
     assert backends is not None
@@ -225,11 +227,13 @@ def test_repeated_keys_give_what_groups_give(
         groups.append((tensors[1].shape[1], tensors[2].shape[1], enable_gqa))
         return real(*tensors, enable_gqa=enable_gqa, **options)
 
-    monkeypatch.setattr(layers.F, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(module.F, "scaled_dot_product_attention", watched)
     for device_type in ("cpu", "cuda"):
         with monkeypatch.context() as patch:
             patch.setattr(
-                layers, "repeats_keys", lambda _, *rest, kind=device_type: repeats_keys(kind, *rest)
+                module,
+                "repeats_keys",
+                lambda _, *rest, kind=device_type: repeats_keys(kind, *rest),
             )
             output = attention(*tensors, attention_mask=None)
         results.append((output, *torch.autograd.grad((output * weight).sum(), tensors)))
@@ -244,12 +248,12 @@ def test_recomputation_keeps_no_state_of_random_numbers(monkeypatch: pytest.Monk
     def forbidden(*_: Any, **__: Any) -> Any:
         raise AssertionError("the state of random numbers was saved")
 
-    class Layer(layers.DecoderLayer):
+    class Layer(DecoderLayer):
         def __init__(self) -> None:
             torch.nn.Module.__init__(self)
-            self.recompute, self.prefix_masks = True, layers.PrefixMasks(4, torch.float32)
+            self.recompute, self.prefix_masks = True, PrefixMasks(4, torch.float32)
 
-        __call__ = layers.DecoderLayer.forward
+        __call__ = DecoderLayer.forward
 
         def _layer(self, hidden_SBD: Tensor, mask_B1SS: Tensor | None) -> Tensor:
             return hidden_SBD.sin()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_salt.model.layers import PrefixMasks, SdpaCoreAttention
+from megatron_salt.model.attention import PrefixMasks, SdpaCoreAttention
 
 CPU = torch.device("cpu")
 
