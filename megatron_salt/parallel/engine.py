@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor
@@ -124,6 +125,10 @@ class StudentEngine:
         costs = layer_costs(config.model, vocab_size, config.data.seq_length)
         self.stage_bounds = balanced_stages(costs, groups.layout.pp_size)
         values = engine_config(settings, parallel)
+        try:
+            DeepSpeedConfig(values, mpu=ModelParallelUnit(groups))
+        except (ValueError, AssertionError) as error:  # which know no file
+            raise ValueError(f"{settings.path}: DeepSpeed refuses it: {error}") from error
         module = self._build_module(values)
         table = initialize_weights(module, self.parts, config.train.seed)
         if parallel.sequence_parallel and not settings.keeps_whole_sums:

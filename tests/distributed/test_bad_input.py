@@ -223,6 +223,13 @@ def test_batch_that_does_not_divide(dataset: Path, fails: Callable[..., str]) ->
     assert "train_batch_size = 8" in message and "train_micro_batch_size_per_gpu = 3" in message
 
 
+def test_what_deepspeed_refuses_is_named_with_the_file(
+    dataset: Path, fails: Callable[..., str]
+) -> None:
+    message = fails(1, dataset, deepspeed={"zero_optimization": {"stage": 1, "stagee": 2}})
+    assert "/ds_" in message and "DeepSpeed refuses it" in message and "stagee" in message
+
+
 def test_output_dir_with_checkpoints_is_not_overwritten(
     dataset: Path, tmp_path: Path, fails: Callable[..., str]
 ) -> None:
