@@ -73,7 +73,11 @@ class PlainEngine:
 
     def train(self) -> None: ...
     def eval(self) -> None: ...
-    def step(self) -> None: ...
+
+    def _take_model_step(self, lr_kwargs: None) -> None: ...
+
+    def step(self) -> None:  # the student's engine puts its own in the place of the one above
+        self._take_model_step(None)
 
     def backward(self, loss: Tensor) -> None:
         expect_device(loss)
@@ -197,18 +201,18 @@ def make_run(case: dict[str, Any], folder: Path) -> tuple[Any, Any, Any, Any, An
 
 
 def train(config: Any, settings: Any, student: Any, teacher: Any, route: dict[str, Any]) -> None:
-    """Two steps of the KD phase, the second with a route, taught during the first; one without a
-    teacher."""
+    """Two steps of the KD phase, the second with a route; one without a teacher."""
     loss_function = student.loss_function
     num_rows = settings.micro_batch_size * settings.num_micro_batches
     expect_device(*student.module.parameters(), *student.module.buffers())
     batch = batch_of(num_rows, config.data.seq_length).to(DEVICE)
     lesson = teacher.lesson(batch.tokens_RS, batch.prefix_R)
     lesson.run_all()
-    ahead = teacher.lesson(batch.tokens_RS, batch.prefix_R)
-    student.train_step(student.micro_batches(batch, 0.5, lesson.finish()), 0.1, ahead)
+    student.train_step(student.micro_batches(batch, 0.5, lesson.finish()), 0.1)
+    again = teacher.lesson(batch.tokens_RS, batch.prefix_R)
+    again.run_all()
     loss_function.salt = dataclasses.replace(loss_function.salt, **route)
-    student.train_step(student.micro_batches(batch, 0.5, student.finish(ahead)), 0.1)
+    student.train_step(student.micro_batches(batch, 0.5, again.finish()), 0.1)
     student.train_step(student.micro_batches(batch, 0.0, None, "lm")[-1:], 0.1)
     expect_device(loss_function.take_sums())
 
@@ -254,6 +258,7 @@ def main(guard: str, cases: str, folder: str) -> None:
     from megatron_salt.kernels import build, compiled
     from megatron_salt.model import teacher as teacher_module
     from megatron_salt.model.score_sums import ScoreSums
+    from megatron_salt.parallel import engine as engine_module
 
     dist.init_process_group("fake", rank=RANK, world_size=WORLD_SIZE, store=FakeStore())
     parallel_state._set_global_memory_buffer()
@@ -262,6 +267,7 @@ def main(guard: str, cases: str, folder: str) -> None:
         assert not isinstance(compiled.load("cuda", 90), str)  # the one that the loss will find
     deepspeed.initialize = lambda model, **_: [PlainEngine(model)]
     deepspeed.zero.Init = lambda **_: contextlib.nullcontext()  # it is for ZeRO 3
+    engine_module.DeepSpeedConfig = lambda *_, **__: None  # it asks DeepSpeed's own groups
     # These ask other ranks, or bring numbers to the host.
     teacher_module.same_error_everywhere = lambda what: contextlib.nullcontext()
     sums = ScoreSums(
