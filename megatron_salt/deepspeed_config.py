@@ -77,6 +77,15 @@ REFUSED_KEYS = {
 }
 
 
+# Old words of the zero_optimization section, which DeepSpeed still turns into these.
+OLD_ZERO_KEYS = {
+    "cpu_offload": 'offload_optimizer: {"device": "cpu"}',
+    "cpu_offload_param": 'offload_param: {"device": "cpu"}',
+    "cpu_offload_use_pin_memory": "pin_memory in offload_optimizer",
+}
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeepSpeedSettings:
     """What the trainer reads out of the JSON, for a given data-parallel size."""
@@ -262,6 +271,12 @@ def load_deepspeed_config(path: str, data_parallel_size: int) -> DeepSpeedSettin
             raise ValueError(f"{path}: {section}.auto_cast would round the loss weights; remove it")
     optimizer = values.get("optimizer", {})
     params = optimizer.get("params")
+    for old, new in OLD_ZERO_KEYS.items():
+        if old in values.get("zero_optimization", {}):
+            raise ValueError(f"{path}: zero_optimization.{old} is now called {new}")
+    sums = values.get("data_types", {}).get("grad_accum_dtype", precision)
+    if sums not in PRECISIONS:
+        raise ValueError(f"{path}: data_types.grad_accum_dtype = {sums!r}: use one of {PRECISIONS}")
     named = isinstance(optimizer.get("type"), str) and isinstance(params, Mapping)
     if not named or "lr" not in params:
         raise ValueError(f'{path}: needs "optimizer": {{"type": "AdamW", "params": {{"lr": …}}}}')
@@ -304,6 +319,17 @@ def check_against_run(settings: DeepSpeedSettings, config: RunConfig) -> None:
             f"parallel.pipeline_model_parallel_size = {pp} (its timers are started twice); profile "
             "with one stage, or see tools/plan.py and wall_clock_breakdown"
         )
+    zero = values.get("zero_optimization", {})
+    if zero.get("compute_grad_norm") is False:
+        raise ValueError(
+            f"{path}: zero_optimization.compute_grad_norm: the run stops by the norm if a gradient "
+            "is not finite; remove the key"
+        )
+    if zero.get("round_robin_gradients") and config.train.check_gradients:
+        raise ValueError(
+            f"{path}: zero_optimization.round_robin_gradients: DeepSpeed then finds no gradient of "
+            "a weight, which train.check_gradients asks for; switch one of them off"
+        )
     pipeline = values.get("pipeline", {})
     for key in ("pipe_partitioned", "grad_partitioned"):
         if parallel.sequence_parallel and pipeline.get(key):
@@ -324,11 +350,6 @@ def _check_bf16(settings: DeepSpeedSettings, pp: int) -> None:
             f"{settings.path}: bf16 with ZeRO 0 adds up gradients in bf16, and with pipeline "
             'parallelism cannot be resumed; use "zero_optimization": {"stage": 1} and '
             '"data_types": {"grad_accum_dtype": "fp32"}'
-        )
-    if pp > 1 and settings.offloads_optimizer:
-        raise ValueError(
-            f"{settings.path}: zero_optimization.offload_optimizer does not work with bf16 and "
-            f"parallel.pipeline_model_parallel_size = {pp}; leave it out, or use one stage"
         )
     accumulate = settings.values.get("data_types", {}).get("grad_accum_dtype")
     if accumulate == "fp32" or (accumulate is not None and pp == 1):

@@ -95,7 +95,7 @@ class Norm(nn.Module):
     """Factory with megatron-core's signature for torch's fused RMSNorm or LayerNorm.
 
     Under sequence parallelism each tensor-parallel rank normalises its own tokens, so its weight
-    gradient is partial; the mark makes `sum_sequence_parallel_gradients` add them up.
+    gradient is partial; by the mark `parallel/gradients.py` or a hook adds them up.
     """
 
     def __new__(  # type: ignore[misc]

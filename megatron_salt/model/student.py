@@ -205,7 +205,8 @@ def sum_sequence_parallel_gradients(student: nn.Module, group: dist.ProcessGroup
     For the ZeRO stages that give a gradient away before the step is over; elsewhere
     `gradients.sum_sequence_parallel` does it once per step, as megatron-core does.
 
-    Collectives: one all-reduce of D numbers per norm weight and micro-batch over tp.
+    Collectives: an all-reduce over tp per such weight (D numbers, or a learned position table) and
+        micro-batch.
     """
 
     def all_reduce(gradient: Tensor) -> Tensor:

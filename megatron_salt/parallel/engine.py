@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
 from deepspeed.utils import logger as deepspeed_logger
@@ -141,6 +142,8 @@ class StudentEngine:
             mpu=None if self.is_pipeline else ModelParallelUnit(groups),
             dist_init_required=False,
         )[0]
+        # Where sums of gradients are looked for depends on it.
+        assert isinstance(self.engine.optimizer, BF16_Optimizer) == settings.uses_bf16_optimizer
         self.fused = FusedAccumulation(module, self.engine.optimizer)
         self.engine.clip_fp32_gradients = partial(clip_fp32, self.engine, groups)
         self._update = self.engine._take_model_step

@@ -56,12 +56,14 @@ def sum_sequence_parallel(student: nn.Module, optimizer: Any, group: dist.Proces
 
     Only where whole sums lie on every rank until the update (`DeepSpeedSettings.keeps_whole_sums`).
 
-    Collectives: one all-reduce over tp of all of them, some times D numbers.
+    Collectives: one all-reduce over tp of all of them: D numbers a norm, and a learned position
+        table.
     """
     marked = [p for p in student.parameters() if getattr(p, "sequence_parallel", False)]
     found = [accumulated(parameter, optimizer) for parameter in marked]
     gradients = [gradient for gradient in found if gradient is not None]
-    if not gradients:
+    assert len(gradients) == len(marked)  # or they are kept elsewhere, and would not be added up
+    if not gradients:  # a pipeline stage without norms
         return
     flat = _flatten_dense_tensors(gradients)
     dist.all_reduce(flat, group=group)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from megatron_salt.checkpoint import list_checkpoints
 from megatron_salt.config import RunConfig
 from megatron_salt.data.dataset import Batch, DataSource
 from megatron_salt.model.layers import canonical_parameters
+from megatron_salt.parallel.gradients import not_finite
 from megatron_salt.trainer import prepare
 
 
@@ -42,6 +44,49 @@ def _train_without(name: str, config: RunConfig, deepspeed_config: str) -> None:
         parameter.register_hook(torch.zeros_like)
     for step in range(config.train.steps):
         run.step(step)
+
+
+def _train_without_one_shard(config: RunConfig, deepspeed_config: str) -> None:
+    run = prepare(config, deepspeed_config)
+    if run.groups.tp_rank == 1:
+        weights = canonical_parameters(run.student.module)
+        weights["layers.0.self_attention.linear_qkv.weight"].register_hook(torch.zeros_like)
+    run.step(0)
+
+
+def test_every_shard_of_a_weight_must_get_a_gradient(dataset: Path, tmp_path: Path) -> None:
+    config = make_config(dataset, tmp_path / "run", parallel__tensor_model_parallel_size=2)
+    deepspeed_config = make_deepspeed(tmp_path, **sections("bf16", 1))
+    outcomes = run_ranks_to_the_end(2, 120, _train_without_one_shard, config, deepspeed_config)
+    for outcome in outcomes:
+        assert isinstance(outcome, RankError)
+        assert "linear_qkv.weight got no gradient" in outcome.message
+
+
+def test_search_for_a_loss_scale_is_passed_over(dataset: Path, tmp_path: Path) -> None:
+    """From 2^32 gradients overflow for some steps; then the weight that is cut off is found."""
+    config = make_config(dataset, tmp_path / "run", train__steps=40)
+    values = sections("fp16", 1)
+    values["fp16"] |= {"initial_scale_power": 32, "hysteresis": 1}
+    deepspeed_config = make_deepspeed(tmp_path, **values)
+    (outcome,) = run_ranks_to_the_end(1, 120, _train_without, HEAD, config, deepspeed_config)
+    assert isinstance(outcome, RankError) and f"{HEAD} got no gradient" in outcome.message
+    skipped = metrics_of(tmp_path / "run")[1:]
+    assert len(skipped) > 3 and all(record["grad_norm"] is None for record in skipped)
+
+
+def test_padding_of_zero_3_is_no_weight() -> None:
+    """Ten numbers over two ranks in parts of six: the last two of the second part are anything."""
+    for dp_rank, place, found in ((0, 5, True), (1, 3, True), (1, 4, False), (1, 5, False)):
+        layer = torch.nn.Linear(2, 5, bias=False)
+        layer.canonical_name = "layer"  # type: ignore[assignment]
+        weight: Any = layer.weight
+        weight.ds_numel, weight.ds_tensor = 10, torch.zeros(6)
+        weight.ds_tensor[place] = torch.inf
+        groups: Any = SimpleNamespace(dp_rank=dp_rank, device=torch.device("cpu"))
+        problem = not_finite(layer, groups)
+        assert (problem == "weight layer.weight has inf or nan") is found, (dp_rank, place)
+        assert found or problem is None
 
 
 def _mask_first_step() -> None:

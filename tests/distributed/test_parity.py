@@ -129,7 +129,11 @@ def measure(
         parallel__recompute_granularity="full" if layout.recompute else "none",
         parallel__gradient_accumulation_fusion=layout.fused,
     )  # fmt: skip
-    sections: dict[str, Any] = {"zero_optimization": {"stage": layout.zero}}
+    # The norms of gpt's steps lie below 1, and its tied embedding should be clipped as well.
+    sections: dict[str, Any] = {
+        "zero_optimization": {"stage": layout.zero},
+        "gradient_clipping": 0.3 if model == "gpt" else 1.0,
+    }
     if layout.precision != "fp32":
         sections[layout.precision] = {"enabled": True}
         sections["data_types"] = {"grad_accum_dtype": layout.accumulate}

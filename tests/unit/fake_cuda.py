@@ -19,6 +19,7 @@ import json
 import os
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,8 +66,16 @@ class Library:
 class PlainEngine:
     """Stands for DeepSpeed's: forward passes, and the backward of the loss function alone."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, values: dict[str, Any]) -> None:
+        from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
         self.module, self.optimizer = module, SimpleNamespace(param_groups=[])
+        if "bf16" in values:
+            self.optimizer = object.__new__(BF16_Optimizer)
+            self.optimizer.optimizer = SimpleNamespace(param_groups=[])  # DeepSpeed passes on
+            for weight in module.parameters():  # what backward passes would have added up
+                weight._hp_grad = torch.zeros_like(weight, dtype=torch.float32)
+                weight.get_full_hp_grad = partial(getattr, weight, "_hp_grad")
 
     def __call__(self, *inputs: Any) -> Tensor:
         return self.module(*inputs)
@@ -265,7 +274,7 @@ def main(guard: str, cases: str, folder: str) -> None:
     with mock.patch.object(ctypes, "CDLL", Library), \
             mock.patch.object(build, "find_or_build", lambda *_: Path("none")):  # fmt: skip
         assert not isinstance(compiled.load("cuda", 90), str)  # the one that the loss will find
-    deepspeed.initialize = lambda model, **_: [PlainEngine(model)]
+    deepspeed.initialize = lambda model, config, **_: [PlainEngine(model, config)]
     deepspeed.zero.Init = lambda **_: contextlib.nullcontext()  # it is for ZeRO 3
     engine_module.DeepSpeedConfig = lambda *_, **__: None  # it asks DeepSpeed's own groups
     # These ask other ranks, or bring numbers to the host.
