@@ -15,7 +15,7 @@ TEXT      ?=
 TORCH     := $(shell sed -n 's/^ *"\(torch[<>=!~][^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test checks format quickstart bench gpu clean
+.PHONY: help setup test checks format golden quickstart bench gpu clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | \
@@ -50,6 +50,9 @@ checks: setup ## lint, formatting, types and spelling, as before every commit
 format: setup ## apply the formatter and the safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+golden: setup ## record tests/golden/losses.json anew and print what moved; say in the commit why it may
+	$(BIN)/python tests/golden_losses.py
 
 quickstart: setup ## a small SALT run against its baseline on this machine (TEXT=my.jsonl to use your own text)
 	$(BIN)/python examples/quickstart/run.py --output runs/quickstart $(if $(TEXT),--text $(TEXT))
