@@ -28,18 +28,13 @@ import torch
 import torch.distributed as dist
 from real_text import make_data
 
-from megatron_salt.config import RunConfig
-from megatron_salt.model.teacher import Lesson
+from megatron_salt.config.fields import RunConfig
 from megatron_salt.parallel.groups import from_rank_0
-from megatron_salt.parallel.schedule import measured_times
-from megatron_salt.parallel.teaching import (
-    StepShape,
-    TeachingPlan,
-    multiply_adds,
-    plan_teaching,
-)
 from megatron_salt.report.markdown import describe_machine
-from megatron_salt.trainer import prepare
+from megatron_salt.teacher.passes import TeacherPass
+from megatron_salt.teacher.plan import StepShape, TeacherPlan, multiply_adds, plan_teacher
+from megatron_salt.teacher.schedule import measured_times
+from megatron_salt.training.run import prepare
 
 REPO = Path(__file__).parents[1]
 VOCAB_SIZE, SEQ_LENGTH, MICRO_BATCHES = 2048, 256, 8
@@ -117,8 +112,8 @@ def work(folder: Path, rounds: int, output: Path) -> None:
     batch = run.batches.take(0)
     shape = StepShape.of_run(config, run.settings, run.groups.layout, VOCAB_SIZE,
                              teacher.manifest.config.model)  # fmt: skip
-    plan = plan_teaching(shape, multiply_adds(shape), in_bubbles=True)
-    equal = plan_teaching(shape, multiply_adds(shape), in_bubbles=False)
+    plan = plan_teacher(shape, multiply_adds(shape), in_bubbles=True)
+    equal = plan_teacher(shape, multiply_adds(shape), in_bubbles=False)
     shares_RSE = teacher._empty(teacher._buffer_shape(equal, SEQ_LENGTH))
     hidden_RSE = teacher.hidden_states(batch.tokens_RS)
 
@@ -126,15 +121,18 @@ def work(folder: Path, rounds: int, output: Path) -> None:
         student.train_step(student.micro_batches(batch, 0.0, None, "lm"), 1e-4)
 
     def before_step() -> None:
-        lesson = Lesson(teacher, equal, batch.tokens_RS, None, shares_RSE)
-        lesson.run_all()
-        student.train_step(student.micro_batches(batch, 0.5, lesson.finish()), 1e-4)
+        teacher_pass = TeacherPass(
+            teacher.model, groups=teacher.groups, timer=teacher.timer, plan=equal,
+            tokens_RS=batch.tokens_RS, prefix_R=None, out_RSE=shares_RSE,
+        )  # fmt: skip
+        teacher_pass.run_all()
+        student.train_step(student.micro_batches(batch, 0.5, teacher_pass.finish()), 1e-4)
 
     def in_waits() -> None:
         nonlocal hidden_RSE
-        lesson = teacher.lesson(batch.tokens_RS, None)
-        student.train_step(student.micro_batches(batch, 0.5, hidden_RSE), 1e-4, lesson)
-        hidden_RSE = student.finish(lesson)
+        teacher_pass = teacher.begin_pass(batch.tokens_RS, None)
+        student.train_step(student.micro_batches(batch, 0.5, hidden_RSE), 1e-4, teacher_pass)
+        hidden_RSE = teacher_pass.finish()
 
     def with_head() -> None:
         """The teacher's states for nothing: what its head and the KL cost the last stage."""
@@ -148,7 +146,7 @@ def work(folder: Path, rounds: int, output: Path) -> None:
     traces: list[Any] = [None, None]
     dist.all_gather_object(traces, student.take_trace())
     measured = measured_times(traces, shape.pieces, shape.chunk_bounds)
-    placed_anew: TeachingPlan = from_rank_0(plan_teaching(shape, measured, in_bubbles=True))
+    placed_anew: TeacherPlan = from_rank_0(plan_teacher(shape, measured, in_bubbles=True))
 
     def by_counted() -> None:
         teacher.prepare(plan, ahead=True)
@@ -179,8 +177,8 @@ def work(folder: Path, rounds: int, output: Path) -> None:
 
 def report(
     shape: StepShape,
-    counted: TeachingPlan,
-    measured: TeachingPlan,
+    counted: TeacherPlan,
+    measured: TeacherPlan,
     seconds: dict[str, list[float]],
     output: Path,
 ) -> None:
@@ -206,8 +204,8 @@ def report(
             for name, each in by_round.items()
         },
         "rows_by_stage": {
-            "by_multiply_adds": [len(ranks[0]) for ranks in counted.shares],
-            "by_measured_times": [len(ranks[0]) for ranks in measured.shares],
+            "by_multiply_adds": [len(ranks[0]) for ranks in counted.pieces_of],
+            "by_measured_times": [len(ranks[0]) for ranks in measured.pieces_of],
         },
         "overhead_in_the_plan": {
             "by_multiply_adds": round(counted.placement.overhead, 4),

@@ -55,11 +55,11 @@ from megatron_salt.kernels import (
     Heads,
     VocabShard,
     build,
-    choose_body,
+    choose_backend,
     kd_loss,
     linear_kd_loss,
 )
-from megatron_salt.kernels.rows import Options, Rows
+from megatron_salt.kernels.backend import LossInputs, LossOptions
 
 REPO = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -456,12 +456,12 @@ def measure_one_launch(run: Run, T: int, W: int, dtype: torch.dtype) -> dict[str
     for seed in range(num_sets(2 * T * W * dtype.itemsize)):
         x = make_logits(T, W, seed)
         logits = (x.student_TW.detach().to(dtype), x.teacher_TW.to(dtype))
-        sets.append(Rows(*logits, x.labels_T, x.weight_T, x.weight_T))
+        sets.append(LossInputs(*logits, x.labels_T, x.weight_T, x.weight_T))
     del x, logits
-    body = choose_body(IMPL, device=sets[0].labels_T.device, dtypes=frozenset({dtype, BF16}))
-    options, one = Options(vocab=whole(W)), torch.ones((), device=DEVICE)
+    body = choose_backend(IMPL, device=sets[0].labels_T.device, dtypes=frozenset({dtype, BF16}))
+    options, one = LossOptions(vocab=whole(W)), torch.ones((), device=DEVICE)
 
-    def call(rows: Rows) -> tuple[Tensor, Tensor]:
+    def call(rows: LossInputs) -> tuple[Tensor, Tensor]:
         gradient = torch.empty_like(rows.student_TW, dtype=BF16)
         scores = body.scores_and_gradient_(rows, options, None, one, gradient)
         return scores.loss_T.sum(), gradient

@@ -17,12 +17,12 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from megatron_salt.config import ModelConfig
+from megatron_salt.config.fields import ModelConfig
 from megatron_salt.parallel.layout import Layout
-from megatron_salt.parallel.placement import work_bound
-from megatron_salt.parallel.schedule import plain_programs
-from megatron_salt.parallel.simulator import Times
-from megatron_salt.parallel.teaching import StepShape, plan_teaching
+from megatron_salt.teacher.placement import work_bound
+from megatron_salt.teacher.plan import StepShape, plan_teacher
+from megatron_salt.teacher.schedule import plain_programs
+from megatron_salt.teacher.simulator import StepTimes
 
 REPO = Path(__file__).parents[1]
 RATIOS = (0.1, 0.3, 0.54, 1.0)
@@ -53,13 +53,13 @@ def measure(case: tuple[int, int, float, str, int]) -> dict[str, Any]:
         start, stop = pieces[piece]
         return whole * (stop - start) / ROWS / chunks
 
-    times = Times(forward=forward, backward=[2.0 * one for one in forward], teacher=teacher)
-    placement = plan_teaching(shape, times, in_bubbles=True).placement
+    times = StepTimes(forward=forward, backward=[2.0 * one for one in forward], teacher=teacher)
+    placement = plan_teacher(shape, times, in_bubbles=True).placement
     assert placement is not None
-    equal = plan_teaching(shape, times, in_bubbles=False)
+    equal = plan_teacher(shape, times, in_bubbles=False)
     work = [
         sum(teacher(piece, chunk) for piece in ranks[0] for chunk in range(chunks))
-        for ranks in equal.shares
+        for ranks in equal.pieces_of
     ]
     plain = placement.plain_time
     bound = work_bound(times, plain_programs(micro_batches, stages), work)

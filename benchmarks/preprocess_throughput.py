@@ -37,8 +37,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_salt.data.corpus import make_corpus
-from megatron_salt.data.train_tokenizer import sample_documents, train_tokenizer
+from megatron_salt.corpus.python_sources import make_corpus
+from megatron_salt.corpus.train_tokenizer import sample_documents, train_tokenizer
 
 REPO = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "preprocess_throughput.json"

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from megatron_salt.kernels import VocabShard
-from megatron_salt.kernels.compiled import CompiledBody, load
-from megatron_salt.kernels.reference import ReferenceBody
-from megatron_salt.kernels.rows import Options, Rows
+from megatron_salt.kernels.backend import LossInputs, LossOptions
+from megatron_salt.kernels.compiled import CompiledBackend, load
+from megatron_salt.kernels.reference import ReferenceBackend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOKENS = 6
@@ -97,7 +97,7 @@ def main() -> int:
     return 1 if mismatches else 0
 
 
-def load_body(device: str) -> CompiledBody | str:
+def load_body(device: str) -> CompiledBackend | str:
     if device == "cpu":
         return load("native")
     major, minor = torch.cuda.get_device_capability()
@@ -145,13 +145,13 @@ class Case:
         self.vocab = VocabShard(size=num_columns, start=0, stop=num_columns)
         self.temperatures = {"teacher_temperature": a, "student_temperature": b}
 
-    def rows(self, vocab: VocabShard) -> Rows:
+    def rows(self, vocab: VocabShard) -> LossInputs:
         """The tokens with the columns of one part of the vocabulary, padding after the last."""
         if vocab.num_columns == 0:
-            return Rows(*self.padding_alone(), *self.small)
+            return LossInputs(*self.padding_alone(), *self.small)
         columns = slice(vocab.start, None if vocab.stop == vocab.size else vocab.stop)
         teacher_TW = None if self.teacher_TW is None else self.teacher_TW[:, columns]
-        return Rows(self.student_TW[:, columns], teacher_TW, *self.small)
+        return LossInputs(self.student_TW[:, columns], teacher_TW, *self.small)
 
     def padding_alone(self) -> tuple[Tensor, Tensor | None]:
         """Logits of a rank whose columns are all padding."""
@@ -161,24 +161,24 @@ class Case:
         )
         return student_TW, teacher_TW if self.kind.teacher else None
 
-    def options(self, vocab: VocabShard) -> Options:
-        return Options(vocab=vocab, **self.temperatures)
+    def options(self, vocab: VocabShard) -> LossOptions:
+        return LossOptions(vocab=vocab, **self.temperatures)
 
     def exact(self) -> tuple[Tensor, Tensor]:
         """Values [3, T] and the gradient of the real columns, in fp64."""
-        rows = Rows(
+        rows = LossInputs(
             *(None if x is None else x.cpu().double() for x in self.rows(self.vocab)[:2]),
             self.small[0].cpu(),
             *(weight.cpu().double() for weight in self.small[1:]),
         )
-        options, body = self.options(self.vocab), ReferenceBody()
+        options, body = self.options(self.vocab), ReferenceBackend()
         scores = body.scores(rows, options, None)
         gradient = torch.empty_like(rows.student_TW, memory_format=torch.contiguous_format)
         upstream = self.upstream.cpu().double()
         body.gradient_(rows, options, scores.saved, upstream, gradient)
         return torch.stack(scores[:3]), gradient[:, : self.num_columns]
 
-    def compared(self, body: CompiledBody) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    def compared(self, body: CompiledBackend) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
         """name, result, exact result, allowed deviation, for each way of computing it."""
         values, gradient = self.exact()
         finfo = torch.finfo(self.kind.gradient)
@@ -201,14 +201,14 @@ class Case:
         shape = self.student_TW.shape
         return torch.full(shape, torch.nan, dtype=self.kind.gradient, device=self.device)
 
-    def two_passes(self, body: CompiledBody) -> tuple[Tensor, Tensor]:
+    def two_passes(self, body: CompiledBackend) -> tuple[Tensor, Tensor]:
         rows, options = self.rows(self.vocab), self.options(self.vocab)
         loss_T, ce_T, kl_T, saved = body.scores(rows, options, None)
         out_TW = self.empty_gradient()
         body.gradient_(rows, options, saved, self.upstream, out_TW)
         return torch.stack([loss_T, ce_T, kl_T]), out_TW
 
-    def one_launch(self, body: CompiledBody) -> tuple[Tensor, Tensor]:
+    def one_launch(self, body: CompiledBackend) -> tuple[Tensor, Tensor]:
         """Over a copy of the logits where the gradient has their dtype."""
         rows, options = self.rows(self.vocab), self.options(self.vocab)
         out_TW = self.empty_gradient()
@@ -218,7 +218,7 @@ class Case:
         scores = body.scores_and_gradient_(rows, options, None, self.upstream, out_TW)
         return torch.stack(scores[:3]), out_TW
 
-    def in_parts(self, body: CompiledBody) -> tuple[Tensor, Tensor]:
+    def in_parts(self, body: CompiledBackend) -> tuple[Tensor, Tensor]:
         """As ranks of a tensor-parallel group compute it, one after the other."""
         size = self.num_columns
         cuts = (0, size // 3, size, size)  # the last part is empty

@@ -44,12 +44,12 @@ from real_text import make_data
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_salt.config import ModelConfig, RunConfig
+from megatron_salt.config.fields import ModelConfig, RunConfig
 from megatron_salt.data.dataset import Batch
 from megatron_salt.model.layers import canonical_parameters
 from megatron_salt.model.weights import EMBEDDING, OUTPUT_LAYER
 from megatron_salt.report.markdown import describe_machine
-from megatron_salt.trainer import Run, prepare, train
+from megatron_salt.training.run import Run, prepare, train
 
 RESULT = Path(__file__).parent / "results/step_beside_transformers.json"
 VOCAB_SIZE, SEQ_LENGTH, ROWS = 16384, 512, 4
@@ -148,7 +148,7 @@ def make_runs(
         "lm": Run(config("lm", STUDENT, steps), small.settings, small.groups),
     }
     for run in runs.values():
-        stack.enter_context(run.student.whereabouts.watched())
+        stack.enter_context(run.student.watchdog.watched())
         stack.callback(run.finish)
     return runs
 
@@ -218,7 +218,7 @@ class PlainLoop:
         self.student = llama(run.config.model, weights_of(run.student.module)).train()
         self.teacher: LlamaForCausalLM | None = None
         if run.teacher is not None:
-            weights = weights_of(run.teacher.body, run.teacher.head_WE)
+            weights = weights_of(run.teacher.model.layers, run.teacher.head_WE)
             self.teacher = llama(run.teacher.manifest.config.model, weights).eval()
         matrices = [weight for weight in self.student.parameters() if weight.dim() >= 2]
         vectors = [weight for weight in self.student.parameters() if weight.dim() < 2]

@@ -110,8 +110,8 @@ def step_of(checkout: Path, files: tuple[Path, Path]) -> int:
 
 def peak_of_a_step(yaml_file: str, json_file: str) -> int:
     """Bytes. Runs all three steps, with what follows the last one."""
-    from megatron_salt.config import parse_command_line
-    from megatron_salt.trainer import prepare
+    from megatron_salt.config.command_line import parse_command_line
+    from megatron_salt.training.run import prepare
 
     command = parse_command_line(["--config", yaml_file, "--deepspeed_config", json_file])
     run = prepare(command.config, command.deepspeed_config)

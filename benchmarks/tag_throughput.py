@@ -26,12 +26,14 @@ from typing import Any
 import torch
 from real_text import make_data
 
-from megatron_salt import tagging
-from megatron_salt.data.sequences import Sequences, batches_of, rows_of
+from megatron_salt.data.sequences import Sequences, batches_of, windows_of
 from megatron_salt.data.tags import read_stream, sequence_lengths
 from megatron_salt.kernels import Heads
 from megatron_salt.parallel.groups import initialize
 from megatron_salt.report.markdown import describe_machine
+from megatron_salt.scoring.request import TagRequest, job_of
+from megatron_salt.scoring.scorer import Scorer
+from megatron_salt.scoring.shards import shard_path, write_shard
 
 REPO = Path(__file__).parents[1]
 VOCAB_SIZE = 16384
@@ -65,7 +67,7 @@ def main() -> None:
         groups = initialize(1, 1, 30.0)
         results = []
         for case, settings in CASES.items():
-            request = tagging.TagRequest(
+            request = TagRequest(
                 data=str(prefix), teacher=str(slm), output_prefix=str(folder / "tags"), **settings
             )
             result = {"case": case, **measure(request, groups, arguments, folder)}
@@ -104,10 +106,10 @@ def train(folder: Path, prefix: Path, output: Path) -> None:
 
 
 def measure(
-    request: tagging.TagRequest, groups: Any, arguments: argparse.Namespace, folder: Path
+    request: TagRequest, groups: Any, arguments: argparse.Namespace, folder: Path
 ) -> dict[str, float]:
     """Ratio of tokens per second, tagging over bare, medians of alternating rounds."""
-    scorer = tagging.Scorer(request, tagging._plan(request), groups)
+    scorer = Scorer(request, job_of(request), groups)
     sequences = Sequences.of(sequence_lengths(request.data), request.window)
     shards = sequences.shards(arguments.tokens)[: arguments.rounds + 1]
     shard_folder = folder / "shards"
@@ -117,8 +119,8 @@ def measure(
 
         def tag(first: int = first, last: int = last, index: int = index) -> None:
             scores = scorer.shard(sequences, first, last, lambda count: None)
-            path = tagging._shard_path(shard_folder, index)
-            tagging._write_shard(path, sequences, first, last, scores, scorer.settings)
+            path = shard_path(shard_folder, index)
+            write_shard(path, sequences, first, last, scores, scorer.settings)
 
         def bare(first: int = first, last: int = last) -> None:
             bare_forward(scorer, sequences, first, last)
@@ -135,10 +137,10 @@ def measure(
 
 
 @torch.no_grad()
-def bare_forward(scorer: tagging.Scorer, sequences: Sequences, first: int, last: int) -> None:
+def bare_forward(scorer: Scorer, sequences: Sequences, first: int, last: int) -> None:
     """The same batches through layers and head; nothing is read off the logits."""
     max_length = scorer.settings.max_length
-    rows = rows_of(sequences, first, last, max_length)
+    rows = windows_of(sequences, first, last, max_length)
     offset = max(int(sequences.bounds[first]) - 1, 0)
     stream = read_stream(scorer.data, offset, int(sequences.bounds[last]))
     for batch in batches_of(

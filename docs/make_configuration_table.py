@@ -20,7 +20,7 @@ import types
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from megatron_salt.config import SECTIONS
+from megatron_salt.config.fields import SECTIONS
 
 DOCUMENT = Path(__file__).with_name("configuration.md")
 BEGIN = "<!-- table: begin (docs/make_configuration_table.py --write) -->\n"

@@ -12,12 +12,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_salt.parallel.placement import place, with_teacher, work_bound
-from megatron_salt.parallel.schedule import plain_programs
-from megatron_salt.parallel.simulator import Op, Timeline, Times, simulate
+from megatron_salt.files.markdown import markdown_table
 from megatron_salt.planner.output import timeline_rows
-from megatron_salt.report.tables import markdown_table
 from megatron_salt.report.timeline import draw_timelines
+from megatron_salt.teacher.placement import place, with_teacher, work_bound
+from megatron_salt.teacher.schedule import plain_programs
+from megatron_salt.teacher.simulator import Op, StepTimes, Timeline, simulate
 
 STAGES, MICRO_BATCHES, RATIO, CHUNKS = 4, 16, 0.54, 4
 
@@ -27,7 +27,7 @@ def timelines() -> tuple[dict[str, Timeline], float]:
     programs = plain_programs(MICRO_BATCHES, STAGES)
     # The whole teacher on one rank costs RATIO of the student, whose forward is STAGES stages long.
     chunk_time = RATIO * STAGES / CHUNKS
-    times = Times(
+    times = StepTimes(
         forward=[1.0] * STAGES, backward=[2.0] * STAGES, teacher=lambda piece, chunk: chunk_time
     )
     share = MICRO_BATCHES // STAGES

@@ -10,9 +10,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron_salt.config import parse_command_line
-from megatron_salt.machine import set_cuda_connections
+from megatron_salt.config.command_line import parse_command_line
 from megatron_salt.noise import silence_known_warnings
+from megatron_salt.parallel.machine import set_cuda_connections
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,11 +30,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     try:
         if command.dry_run:
-            from megatron_salt.dry_run import describe
+            from megatron_salt.planner.dry_run import describe_run
 
-            print(describe(command.config, command.deepspeed_config))
+            print(describe_run(command.config, command.deepspeed_config))
             return
-        from megatron_salt.trainer import prepare, train
+        from megatron_salt.training.run import prepare, train
 
         run = prepare(command.config, command.deepspeed_config)
     except FailedElsewhere as error:

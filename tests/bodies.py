@@ -17,9 +17,9 @@ from unittest import mock
 
 import torch
 
-from megatron_salt.kernels import build, kd_loss, linear_kd_loss  # noqa: F401
-from megatron_salt.kernels.choose import choose_body
-from megatron_salt.kernels.compiled import CompiledBody
+from megatron_salt.kernels import build
+from megatron_salt.kernels.choose import choose_backend
+from megatron_salt.kernels.compiled import CompiledBackend
 
 BODIES = ("reference", "native", "cuda on cpu")
 EMULATOR = Path(__file__).parent / "cuda_on_cpu.h"
@@ -35,7 +35,7 @@ BODIES_AND_DTYPES = [(body, dtype) for body in BODIES for dtype in dtypes_of(bod
 
 
 @functools.cache
-def cuda_on_cpu() -> CompiledBody:
+def cuda_on_cpu() -> CompiledBackend:
     """The CUDA kernels as a body for CPU tensors."""
     compiler = build.find_cxx()
     assert compiler is not None, "the tests need a C++ compiler"
@@ -48,7 +48,7 @@ def cuda_on_cpu() -> CompiledBody:
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    body = CompiledBody("cuda on cpu", output)
+    body = CompiledBackend("cuda on cpu", output)
     folder.cleanup()  # what is loaded stays; forked ranks have it too
     return body
 
@@ -71,7 +71,7 @@ def chosen(body: str) -> Iterator[None]:
     def choose(impl: str, **about: Any) -> Any:
         if body == "cuda on cpu":
             return cuda_on_cpu()
-        return choose_body(body, **about)  # type: ignore[arg-type]
+        return choose_backend(body, **about)  # type: ignore[arg-type]
 
     with contextlib.ExitStack() as patches:
         for module in ("kd_loss", "linear_kd_loss"):

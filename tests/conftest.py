@@ -11,10 +11,10 @@ from commands import run_command
 from ranks import run_ranks
 from tiny import LLAMA, make_config, make_deepspeed, run_to_end
 
-from megatron_salt.config import write_config
-from megatron_salt.data.corpus import make_corpus
-from megatron_salt.data.preprocess import preprocess
-from megatron_salt.data.train_tokenizer import train_tokenizer
+from megatron_salt.config.command_line import write_config
+from megatron_salt.corpus.preprocess import preprocess
+from megatron_salt.corpus.python_sources import make_corpus
+from megatron_salt.corpus.train_tokenizer import train_tokenizer
 
 # 20 wide, as no tensor of the student is: hidden states that outlive the switch are recognised.
 TEACHER_MODEL = {**LLAMA, "num_layers": 2, "hidden_size": 20, "num_attention_heads": 2,

@@ -27,8 +27,8 @@ import torch
 from ranks import run_ranks
 from tiny import GPT, LLAMA, make_config, make_deepspeed, metrics_of, run_to_end
 
-from megatron_salt.config import RunConfig
-from megatron_salt.data.preprocess import preprocess
+from megatron_salt.config.fields import RunConfig
+from megatron_salt.corpus.preprocess import preprocess
 
 FILE = Path(__file__).parent / "golden/losses.json"
 STEPS, KD_STEPS, TEACHER_STEPS = 40, 20, 20

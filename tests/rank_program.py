@@ -11,9 +11,9 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_salt.config import parse_command_line
-from megatron_salt.machine import set_cuda_connections
+from megatron_salt.config.command_line import parse_command_line
 from megatron_salt.noise import silence_known_warnings
+from megatron_salt.parallel.machine import set_cuda_connections
 
 
 def main() -> None:

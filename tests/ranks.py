@@ -7,12 +7,14 @@ thread pool does not survive a fork.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import importlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import random
 import socket
 import time
 import traceback
@@ -36,7 +38,7 @@ def _warm_up() -> None:
         "deepspeed.runtime.zero.muon.muon_optimizer",
         "megatron.core.datasets.helpers",
         "megatron.core.transformer.moe.experts",
-        "megatron_salt.trainer",
+        "megatron_salt.training.run",
     ):
         importlib.import_module(name)
     assert deepspeed.ops.__compatible_ops__
@@ -49,9 +51,15 @@ TIMEOUT_S = 240
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port that nobody listens on, below those that the system hands out by itself: between this
+    look and rank 0's bind no connection of another test can take it."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):
+                listener.bind(("127.0.0.1", port))
+                return port
 
 
 def _rank_main(

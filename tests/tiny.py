@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_optimizer_state
 
-from megatron_salt.config import RunConfig, check_config
+from megatron_salt.config.fields import RunConfig
+from megatron_salt.config.problems import check_config
 from megatron_salt.model.layers import canonical_parameters
 from megatron_salt.model.student import gathered
 from megatron_salt.model.weights import initial_weight, merge, weight_table
-from megatron_salt.trainer import Run, prepare, train
+from megatron_salt.training.run import Run, prepare, train
 
 LLAMA: dict[str, Any] = {
     "num_layers": 4,

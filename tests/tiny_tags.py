@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_salt.data.manifest import bin_path, idx_path, read_manifest
+from megatron_salt.data.manifest import bin_path, idx_path, read_dataset_manifest
 from megatron_salt.data.scores import MASKED, SCORES, column, sequence_scores
 from megatron_salt.data.selection import Rule, SequenceTable, read_table, select, write_table
 from megatron_salt.data.sequences import Sequences
@@ -20,9 +20,9 @@ from megatron_salt.data.tags import (
     TagManifest,
     TagOrigin,
     TagSettings,
-    manifest_path,
     sequence_lengths,
     table_path,
+    tag_manifest_path,
     tag_prefix,
 )
 
@@ -84,7 +84,7 @@ def write_tags(
         "kept": np.diff(running[sequences.bounds]),
         **sequence_scores(values["loss"], kept, values["entropy"], tokens),
     }
-    manifest = read_manifest(data)
+    manifest = read_dataset_manifest(data)
     assert manifest is not None
     origin = make_origin(
         data=DataIdentity.of(data), tokenizer=manifest.tokenizer_fingerprint, window=window,
@@ -116,7 +116,7 @@ def write_manifest(prefix: Path, origin: TagOrigin, kept_tokens: int) -> TagMani
         files={suffix: FileRecord.of(Path(f"{prefix}{suffix}")) for suffix in suffixes},
         versions={},
     )
-    manifest_path(prefix).write_text(manifest.to_json(), encoding="utf-8")
+    tag_manifest_path(prefix).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
 

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _show(args: argparse.Namespace) -> None:
     # megatron-core takes seconds to import: --help does not wait for it
-    from megatron_salt.data import inspection, token_view
+    from megatron_salt.scoring import inspection, token_view
 
     opened = inspection.open_all(args.prefix, args.tags, args.selection, args.tokenizer)
     if args.document is not None:
@@ -61,10 +61,10 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from megatron_salt.data.inspection import verify_all
+    from megatron_salt.scoring.inspection import verify_with_tags
 
     left_out = False
-    for line in verify_all(args.prefix, args.tags, args.selection, args.tokenizer):
+    for line in verify_with_tags(args.prefix, args.tags, args.selection, args.tokenizer):
         print(line, flush=True)
         left_out = left_out or "not made again" in line
     print("verified, but for what was not made again" if left_out else "all of it verified")

@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_salt.data.corpus import make_corpus
+from megatron_salt.corpus.python_sources import make_corpus
 
 
 def main(argv: Sequence[str] | None = None) -> int:

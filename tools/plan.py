@@ -25,11 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     silence_known_warnings()
     # DeepSpeed, whose schedule is simulated, takes seconds to import: --help does not wait for it.
     from megatron_salt.planner.command import make_plan
-    from megatron_salt.planner.output import as_dict, describe, timelines
+    from megatron_salt.planner.output import as_dict, describe_plan, timelines
 
     try:
         plan = make_plan(options, run_options)
-        print(describe(plan))
+        print(describe_plan(plan))
         if options.json:
             text = json.dumps(as_dict(plan), indent=2) + "\n"
             Path(options.json).write_text(text, encoding="utf-8")

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from megatron_salt.data.preprocess import PreprocessSettings, available_cores, preprocess
+from megatron_salt.corpus.preprocess import PreprocessSettings, available_cores, preprocess
 
 
 def main(argv: Sequence[str] | None = None) -> int:

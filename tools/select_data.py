@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_salt.data.rule_arguments import add_rule_arguments, fractions_of, rule_of
 from megatron_salt.noise import silence_known_warnings
+from megatron_salt.scoring.rule_arguments import add_rule_arguments, fractions_of, rule_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,10 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     # matplotlib takes a second to import: --help does not wait for it
-    from megatron_salt.data import reselect
     from megatron_salt.data.selection import read_table, rule_text, write_table
-    from megatron_salt.data.text_files import atomic_path
+    from megatron_salt.files.atomic import atomic_path
     from megatron_salt.report.score_histogram import write_score_histogram
+    from megatron_salt.scoring import reselect
 
     rule = rule_of(args)
     sources = reselect.read_sources(args.tags, rule, args.reference)
@@ -76,7 +76,7 @@ def _run(args: argparse.Namespace) -> None:
             )
     for name, path, table in zip(names, paths, tables, strict=True):
         write_table(path, table)
-        print(reselect.describe(name, table, score))
+        print(reselect.describe_selection(name, table, score))
         print(f"    written: {path}")
     picture = Path(f"{args.output_prefix}.png")
     write_score_histogram(picture, dict(zip(names, tables, strict=True)), score)

@@ -17,8 +17,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_salt.data.rule_arguments import add_rule_arguments, rule_of
 from megatron_salt.noise import silence_known_warnings
+from megatron_salt.scoring.rule_arguments import add_rule_arguments, rule_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch.distributed as dist
 
     from megatron_salt.parallel.groups import FailedElsewhere, initialize
-    from megatron_salt.tagging import TagRequest, tag
+    from megatron_salt.scoring.tagging import TagRequest, tag
 
     groups = initialize(1, 1, timeout_minutes=24 * 60.0)
     try:

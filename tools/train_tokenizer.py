@@ -12,7 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_salt.data.train_tokenizer import sample_documents, train_tokenizer
+from megatron_salt.corpus.train_tokenizer import sample_documents, train_tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> int:

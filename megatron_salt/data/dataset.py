@@ -26,15 +26,16 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 from torch import Tensor
 
-from megatron_salt.config import DataConfig, RunConfig, check_split, parse_blend
+from megatron_salt.config.fields import DataConfig, RunConfig
+from megatron_salt.config.values import check_split, parse_blend
 from megatron_salt.data.epochs import Epoch, EpochedDataset, TaggedDataset, Tags, WindowDataset
-from megatron_salt.data.manifest import read_manifest, verify_dataset
+from megatron_salt.data.manifest import read_dataset_manifest, verify_dataset
 from megatron_salt.data.objective import Mixture, make_mixture
 from megatron_salt.data.order import epoch_seed, evaluation_rows
 from megatron_salt.data.selection import Selection, check_same_origin, load_selection, rule_text
-from megatron_salt.data.tags import TagManifest, manifest_path, verify_tags
+from megatron_salt.data.tags import TagManifest, tag_manifest_path, verify_tags
 from megatron_salt.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_salt.salt import Phase
+from megatron_salt.method.salt import Phase
 
 # Held-out samples are drawn with this seed whatever train.seed is, so runs score the same text.
 EVALUATION_SEED = 1234
@@ -91,7 +92,7 @@ def find_tokenizer(data: DataConfig) -> Tokenizer:
     return load_tokenizer(beside)
 
 
-def verify_all(data: DataConfig, tokenizer: Tokenizer) -> None:
+def verify_datasets(data: DataConfig, tokenizer: Tokenizer) -> None:
     """Check every dataset's files and tokenizer.
 
     Raises: ValueError/FileNotFoundError naming the file and the remedy (see `verify_dataset`).
@@ -102,7 +103,7 @@ def verify_all(data: DataConfig, tokenizer: Tokenizer) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class TagInputs:
     """The tags and selections of a run's training datasets, verified; empty where it has none."""
 
     tags: tuple[TagManifest, ...] = ()
@@ -126,7 +127,7 @@ class Choice:
         return lines
 
 
-def load_choice(config: RunConfig, tokenizer: Tokenizer) -> Choice:
+def load_tag_inputs(config: RunConfig, tokenizer: Tokenizer) -> TagInputs:
     """Read and check what config.data.tags and config.salt.selection name.
 
     Raises: ValueError naming the files that do not belong together, and the remedy.
@@ -152,8 +153,8 @@ def load_choice(config: RunConfig, tokenizer: Tokenizer) -> Choice:
         selections.append(selection)
     if tags and selections:
         for tagged, manifest, selection in zip(data.tags, tags, selections, strict=True):
-            check_same_origin(selection, manifest.origin, manifest_path(tagged))
-    return Choice(tags=tuple(tags), selections=tuple(selections))
+            check_same_origin(selection, manifest.origin, tag_manifest_path(tagged))
+    return TagInputs(tags=tuple(tags), selections=tuple(selections))
 
 
 def reads_reference_loss(config: RunConfig) -> bool:
@@ -178,7 +179,7 @@ class DataSource:
         num_samples: rows the run needs in all; decides how many epochs are indexed, not the order.
         num_selected: rows of the KD phase, the first ones.
         cache_path: folder for index files, shared by all ranks; rank 0 writes, the others map.
-        choice: tags and selections, if the run has any.
+        tag_inputs: tags and selections, if the run has any.
         with_reference_loss: read the losses of the tags.
         held_out_only: index no training data.
     """
@@ -192,7 +193,7 @@ class DataSource:
         seed: int,
         cache_path: Path,
         num_selected: int = 0,
-        choice: Choice | None = None,
+        tag_inputs: TagInputs | None = None,
         with_reference_loss: bool = False,
         held_out_only: bool = False,
     ) -> None:
@@ -203,7 +204,8 @@ class DataSource:
         self.prefixes, self.shares = prefixes, shares.tolist()
         self.valid = self._held_out(prefixes)
         self.num_samples, self.num_selected = num_samples, num_selected
-        self.selections = () if choice is None else choice.selections
+        self.tag_inputs = tag_inputs or TagInputs()
+        self.selections = self.tag_inputs.selections
         self.tags: list[Tags | None] = [None] * len(prefixes)
         self.parts: list[EpochedDataset] = []
         self.selected_parts: list[EpochedDataset] = []
@@ -213,7 +215,7 @@ class DataSource:
         if held_out_only:
             return
         self.mixture = make_mixture(data, tokenizer, seed)
-        if choice is not None and choice.tags:
+        if self.tag_inputs.tags:
             self.tags = [Tags(path, with_loss=with_reference_loss) for path in data.tags]
         self.train = self._order(num_samples, self.parts, self._all_epoch)
         if self.selections:
@@ -458,7 +460,7 @@ class DataSource:
 
 def dataset_fingerprint(prefix: str) -> str:
     """Short hash of a dataset: the token file's hash from its manifest, else its size and times."""
-    manifest = read_manifest(prefix)
+    manifest = read_dataset_manifest(prefix)
     if manifest is not None:
         text = manifest.bin_sha256 + manifest.idx_sha256
     else:

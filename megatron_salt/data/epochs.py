@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_salt.data.order import epoch_and_offset
 from megatron_salt.data.tags import as_fp16, open_indexed, read_stream, tag_prefix
 
-Sample = dict[str, Tensor]
+SampleFields = dict[str, Tensor]
 
 
 class Epoch(Protocol):
@@ -32,7 +32,7 @@ class Epoch(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Sample: ...
+    def __getitem__(self, index: int) -> SampleFields: ...
 
 
 class Tags:
@@ -42,14 +42,14 @@ class Tags:
         self.mask = open_indexed(tag_prefix(prefix, "mask"))
         self.loss = open_indexed(tag_prefix(prefix, "loss")) if with_loss else None
 
-    def of_places(self, start: int, stop: int) -> Sample:
+    def of_places(self, start: int, stop: int) -> SampleFields:
         """Tags of tokens `[start, stop)` of the stream."""
         mask = read_stream(self.mask, start, stop)
         loss = None if self.loss is None else read_stream(self.loss, start, stop)
         return tag_fields(mask, loss)
 
 
-def tag_fields(mask: NDArray[Any], loss_bits: NDArray[Any] | None) -> Sample:
+def tag_fields(mask: NDArray[Any], loss_bits: NDArray[Any] | None) -> SampleFields:
     """The fields of a sample that hold its tags: fp32, mask and nats."""
     fields = {"tag": torch.from_numpy(mask.astype(np.float32))}
     if loss_bits is not None:
@@ -79,7 +79,7 @@ class TaggedDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.epoch)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> SampleFields:
         mask, _ = self.mask._query_document_sample_shuffle_indices(index)
         bits = None
         if self.loss is not None:
@@ -125,7 +125,7 @@ class WindowDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self._in_order)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> SampleFields:
         start = int(self.windows[index]) * self.window
         stop = start + self.window
         text = read_stream(self.dataset, max(start - 1, 0), stop).astype(np.int64)
@@ -155,6 +155,6 @@ class EpochedDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.samples_per_epoch * len(self.epochs)
 
-    def __getitem__(self, row: int) -> Sample:
+    def __getitem__(self, row: int) -> SampleFields:
         epoch, offset = epoch_and_offset(int(row), self.samples_per_epoch)
         return self.epochs[epoch][offset]

@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from megatron_salt.data.text_files import sha256_of_file
 from megatron_salt.data.tokenizer import Tokenizer, check_same_tokens, load_tokenizer
+from megatron_salt.files.hashes import sha256_of
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
-AGAIN = "run tools/preprocess_data.py again"
+DATASET_FORMAT = 1
+PREPROCESS_AGAIN = "run tools/preprocess_data.py again"
 
 # The header of a Megatron .idx: magic, version, dtype code, numbers of sequences and documents.
 # Read here because megatron-core checks it with assertions and only up to the version.
@@ -83,7 +83,7 @@ def idx_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.idx")
 
 
-def manifest_path(prefix: str | Path) -> Path:
+def dataset_manifest_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.manifest.json")
 
 
@@ -91,24 +91,27 @@ def tokenizer_directory(prefix: str | Path) -> Path:
     return Path(f"{prefix}.tokenizer")
 
 
-def read_manifest(prefix: str | Path) -> DatasetManifest | None:
+def read_dataset_manifest(prefix: str | Path) -> DatasetManifest | None:
     """The manifest of the dataset at `prefix`, or None when it has none.
 
     Raises: ValueError when there is one that cannot be read.
     """
-    path = manifest_path(prefix)
+    path = dataset_manifest_path(prefix)
     if not path.exists():
         return None
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         version = fields["format_version"]
-        if version == FORMAT_VERSION:
+        if version == DATASET_FORMAT:
             inputs = tuple(InputRecord(**record) for record in fields.pop("inputs"))
             return DatasetManifest(inputs=inputs, **fields)
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is not a dataset manifest ({error!r}); {AGAIN}") from error
+        raise ValueError(
+            f"{path} is not a dataset manifest ({error!r}); {PREPROCESS_AGAIN}"
+        ) from error
     raise ValueError(
-        f"{path} has format version {version}, this release reads {FORMAT_VERSION}; {AGAIN}"
+        f"{path} has format version {version}, this release reads {DATASET_FORMAT}; "
+        f"{PREPROCESS_AGAIN}"
     )
 
 
@@ -127,15 +130,15 @@ def verify_dataset(
         raise FileNotFoundError(f"{prefix} is a file of a dataset: give the prefix without its end")
     for path in (bin_path(prefix), idx_path(prefix)):
         if not path.is_file():
-            raise FileNotFoundError(f"missing dataset file {path}; {AGAIN}")
+            raise FileNotFoundError(f"missing dataset file {path}; {PREPROCESS_AGAIN}")
     index = _check_index(idx_path(prefix))
     _check_size(bin_path(prefix), index.bin_bytes, "its index")
-    manifest = read_manifest(prefix)
+    manifest = read_dataset_manifest(prefix)
     if manifest is None:
         logger.warning(
             "%s is missing, so nothing tells which tokenizer made this dataset; its ids are taken"
             " on trust",
-            manifest_path(prefix),
+            dataset_manifest_path(prefix),
         )
         return None
     _check_size(bin_path(prefix), manifest.bin_bytes, "its manifest")
@@ -143,7 +146,7 @@ def verify_dataset(
     if (index.tokens, index.documents) != (manifest.tokens, manifest.documents):
         raise ValueError(
             f"{idx_path(prefix)} counts {index.tokens} tokens in {index.documents} documents, its"
-            f" manifest {manifest.tokens} in {manifest.documents}; {AGAIN}"
+            f" manifest {manifest.tokens} in {manifest.documents}; {PREPROCESS_AGAIN}"
         )
     if hashes:
         _check_hash(bin_path(prefix), manifest.bin_sha256)
@@ -159,7 +162,7 @@ def _check_index(path: Path) -> _IndexSummary:
     with open(path, "rb") as file:
         header = file.read(_IDX_HEADER.size)
     if len(header) < _IDX_HEADER.size or not header.startswith(_IDX_MAGIC):
-        raise ValueError(f"{path} is not a Megatron index (bad header); {AGAIN}")
+        raise ValueError(f"{path} is not a Megatron index (bad header); {PREPROCESS_AGAIN}")
     _, version, dtype_code, sequences, boundaries = _IDX_HEADER.unpack(header)
     if version != 1 or dtype_code not in _IDX_ITEM_BYTES:
         raise ValueError(
@@ -169,14 +172,17 @@ def _check_index(path: Path) -> _IndexSummary:
     expected = _IDX_HEADER.size + sequences * (4 + 8) + boundaries * 8
     if size != expected:
         raise ValueError(
-            f"truncated or overlong: {path} has {size} bytes, its header says {expected}; {AGAIN}"
+            f"truncated or overlong: {path} has {size} bytes, its header says {expected}; "
+            f"{PREPROCESS_AGAIN}"
         )
     offset = _IDX_HEADER.size
     lengths = np.fromfile(path, dtype="<i4", count=sequences, offset=offset)
     offset += sequences * (4 + 8)
     last_boundary = np.fromfile(path, dtype="<i8", offset=offset + max(boundaries - 1, 0) * 8)
     if last_boundary.tolist() != [sequences] or (sequences and lengths.min() < 0):
-        raise ValueError(f"{path} contradicts itself: documents do not end at its end; {AGAIN}")
+        raise ValueError(
+            f"{path} contradicts itself: documents do not end at its end; {PREPROCESS_AGAIN}"
+        )
     tokens = int(lengths.sum(dtype=np.int64))
     return _IndexSummary(
         sequences=sequences,
@@ -191,22 +197,24 @@ def _check_size(path: Path, expected_bytes: int, authority: str) -> None:
     if actual_bytes != expected_bytes:
         what = "truncated" if actual_bytes < expected_bytes else "overlong"
         raise ValueError(
-            f"{what}: {path} has {actual_bytes} bytes, {authority} says {expected_bytes}; {AGAIN}"
+            f"{what}: {path} has {actual_bytes} bytes, {authority} says {expected_bytes}; "
+            f"{PREPROCESS_AGAIN}"
         )
 
 
 def _check_hash(path: Path, expected_sha256: str) -> None:
-    actual = sha256_of_file(path)
+    actual = sha256_of(path)
     if actual != expected_sha256:
         raise ValueError(
-            f"corrupt: {path} has sha256 {actual}, its manifest says {expected_sha256}; {AGAIN}"
+            f"corrupt: {path} has sha256 {actual}, its manifest says {expected_sha256}; "
+            f"{PREPROCESS_AGAIN}"
         )
 
 
 def _check_tokenizer(prefix: str | Path, manifest: DatasetManifest, tokenizer: Tokenizer) -> None:
     if manifest.tokenizer_fingerprint == tokenizer.fingerprint:
         return
-    remedy = f"give the tokenizer that made the dataset, or {AGAIN}"
+    remedy = f"give the tokenizer that made the dataset, or {PREPROCESS_AGAIN}"
     try:
         made_with = load_tokenizer(tokenizer_directory(prefix))
     except (OSError, ValueError):

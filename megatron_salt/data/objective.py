@@ -14,7 +14,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from megatron_salt.config import DataConfig, parse_objective
+from megatron_salt.config.fields import DataConfig
+from megatron_salt.config.values import parse_objective
 from megatron_salt.data.tokenizer import SENTINEL, Tokenizer, sentinel_ids
 
 # Sets these draws apart from whatever else is seeded with train.seed.
@@ -22,7 +23,7 @@ OBJECTIVE_TAG = 0x0B1EC7
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class ObjectiveRow:
     """One row as the model gets it. S positions."""
 
     objective: str
@@ -149,7 +150,7 @@ class Mixture:
     def counts(self) -> SpanCounts:
         return fit_spans(self.seq_length + 1, self.rate, self.mean_length)
 
-    def sample(self, text: np.ndarray, row: int) -> Sample:
+    def sample(self, text: np.ndarray, row: int) -> ObjectiveRow:
         """What is made of the S + 1 consecutive tokens of a row.
 
         Args:
@@ -174,18 +175,18 @@ class Mixture:
                 return name
         return name  # the sum of the shares may be a rounding below 1
 
-    def _framed(self, objective: str, places: np.ndarray, prefix: int, stop: int) -> Sample:
+    def _framed(self, objective: str, places: np.ndarray, prefix: int, stop: int) -> ObjectiveRow:
         """Inputs and labels of S + 1 tokens, of which those in [max(prefix, 1), stop) count."""
         tokens_S, labels_S = places[:-1], places[1:]
         mask_S = np.zeros(len(tokens_S), dtype=np.float32)
         mask_S[max(prefix - 1, 0) : stop - 1] = 1.0
         if self.eod_mask_loss:
             mask_S[tokens_S == self.eod] = 0.0
-        return Sample(
+        return ObjectiveRow(
             objective=objective, tokens_S=tokens_S, labels_S=labels_S, mask_S=mask_S, prefix=prefix
         )
 
-    def _corrupted(self, text: np.ndarray, draws: Draws) -> Sample:
+    def _corrupted(self, text: np.ndarray, draws: Draws) -> ObjectiveRow:
         counts = self.counts
         noise = draws.lengths(counts.num_noise, counts.num_spans)
         kept = draws.lengths(counts.num_tokens - counts.num_noise, counts.num_spans)
@@ -225,7 +226,7 @@ def make_mixture(data: DataConfig, tokenizer: Tokenizer, seed: int) -> Mixture |
     )
 
 
-def original_text(sample: Sample, sentinels: Sequence[int]) -> np.ndarray:
+def original_text(sample: ObjectiveRow, sentinels: Sequence[int]) -> np.ndarray:
     """The tokens of text that a sample was made of: all S + 1, or span corruption's N."""
     places = np.append(sample.tokens_S, sample.labels_S[-1])
     if sample.objective != "span_corruption":

@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 from megatron_salt.data.scores import column
 from megatron_salt.data.sequences import Sequences
 from megatron_salt.data.tags import TagOrigin, sequence_lengths
-from megatron_salt.data.text_files import atomic_path
+from megatron_salt.files.atomic import atomic_path
 
-FORMAT_VERSION = 1
+TABLE_FORMAT = 1
 METADATA_KEY = b"megatron_salt"
 
 Columns = dict[str, NDArray[Any]]
@@ -152,7 +152,7 @@ def write_table(path: Path, table: SequenceTable) -> None:
     import pyarrow.parquet
 
     metadata = {
-        "format_version": FORMAT_VERSION,
+        "format_version": TABLE_FORMAT,
         "origin": table.origin.to_dict(),
         "rule": table.rule,
     }
@@ -182,8 +182,8 @@ def read_table(path: str | Path) -> SequenceTable:
             str(path), use_threads=False, page_checksum_verification=True
         )
         metadata = json.loads((arrow.schema.metadata or {})[METADATA_KEY])
-        if metadata["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format {metadata['format_version']}, expected {FORMAT_VERSION}")
+        if metadata["format_version"] != TABLE_FORMAT:
+            raise ValueError(f"format {metadata['format_version']}, expected {TABLE_FORMAT}")
         origin = TagOrigin.from_dict(metadata["origin"])
         columns = {name: arrow[name].to_numpy() for name in arrow.column_names}
         return SequenceTable(origin=origin, columns=columns, rule=metadata["rule"])

@@ -61,7 +61,7 @@ class Sequences:
         return list(pairwise(edges))
 
 
-class Rows(NamedTuple):
+class Windows(NamedTuple):
     """Pieces of sequences, each read by one row of a forward pass."""
 
     starts: Ints
@@ -72,7 +72,7 @@ class Rows(NamedTuple):
     at the start of a document, and of the stream."""
 
 
-def rows_of(sequences: Sequences, first: int, last: int, max_length: int) -> Rows:
+def windows_of(sequences: Sequences, first: int, last: int, max_length: int) -> Windows:
     """The rows of sequences `[first, last)`, in order, of at most max_length tokens each."""
     bounds = sequences.bounds[first : last + 1]
     lengths = np.diff(bounds)
@@ -83,7 +83,7 @@ def rows_of(sequences: Sequences, first: int, last: int, max_length: int) -> Row
     starts = bounds[index] + piece * max_length
     stops = np.minimum(starts + max_length, bounds[index + 1])
     inside = piece > 0 if sequences.window is None else np.full(len(index), True)
-    return Rows(starts, stops, inside & (starts > 0))
+    return Windows(starts, stops, inside & (starts > 0))
 
 
 def row_length(num_tokens: Ints, max_length: int) -> Ints:
@@ -91,7 +91,7 @@ def row_length(num_tokens: Ints, max_length: int) -> Ints:
     return np.minimum(-(-num_tokens // ROW_MULTIPLE) * ROW_MULTIPLE, max_length)
 
 
-class Batch(NamedTuple):
+class ScoringBatch(NamedTuple):
     """Rows of one length that go through the model together. B rows, S positions."""
 
     inputs_BS: Ints
@@ -104,9 +104,9 @@ class Batch(NamedTuple):
 
 
 def batches_of(
-    stream: NDArray[np.integer], offset: int, rows: Rows, *, max_length: int, num_rows: int,
+    stream: NDArray[np.integer], offset: int, rows: Windows, *, max_length: int, num_rows: int,
     eod: int,
-) -> Iterator[Batch]:  # fmt: skip
+) -> Iterator[ScoringBatch]:  # fmt: skip
     """Rows of equal length together: num_rows of max_length, or as many positions of shorter ones.
 
     Args:
@@ -129,4 +129,4 @@ def batches_of(
             before_BS = np.maximum(held_BS - 1 - offset, 0)
             inputs_BS = stream[before_BS].astype(np.int64)
             inputs_BS[~rows.follows[some], 0] = eod
-            yield Batch(inputs_BS, labels_BS, predicts_BS, place_BS[predicts_BS] - first)
+            yield ScoringBatch(inputs_BS, labels_BS, predicts_BS, place_BS[predicts_BS] - first)

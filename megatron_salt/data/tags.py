@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_salt.data.manifest import bin_path, idx_path, read_manifest
-from megatron_salt.data.text_files import sha256_of_file
+from megatron_salt.data.manifest import bin_path, idx_path, read_dataset_manifest
+from megatron_salt.files.hashes import sha256_of
 
-FORMAT_VERSION = 1
-AGAIN = "run tools/tag_data.py again"
+TAG_FORMAT = 1
+TAG_AGAIN = "run tools/tag_data.py again"
 # Of a file too large to be read at every start: this many blocks, evenly spread.
 SAMPLED_BLOCKS = 1024
-BLOCK_BYTES = 4096
+SAMPLED_BLOCK_BYTES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class DataIdentity:
     @classmethod
     def of(cls, prefix: str | Path) -> DataIdentity:
         lengths = sequence_lengths(prefix)
-        manifest = read_manifest(prefix)
+        manifest = read_dataset_manifest(prefix)
         return cls(
             name=Path(prefix).name,
             sequences=len(lengths),
@@ -58,7 +58,7 @@ class DataIdentity:
             bin_bytes=bin_path(prefix).stat().st_size,
             bin_sampled_sha256=sampled_sha256(bin_path(prefix)),
             bin_sha256=None if manifest is None else manifest.bin_sha256,
-            idx_sha256=sha256_of_file(idx_path(prefix)),
+            idx_sha256=sha256_of(idx_path(prefix)),
         )
 
     def check(self, prefix: str | Path, source: str | Path) -> None:
@@ -139,7 +139,7 @@ class FileRecord:
     def of(cls, path: Path) -> FileRecord:
         return cls(
             num_bytes=path.stat().st_size,
-            sha256=sha256_of_file(path),
+            sha256=sha256_of(path),
             sampled_sha256=sampled_sha256(path),
         )
 
@@ -154,7 +154,7 @@ class TagManifest:
     files: dict[str, FileRecord]
     """By what follows the prefix, such as `_mask.bin`."""
     versions: dict[str, str]
-    format_version: int = FORMAT_VERSION
+    format_version: int = TAG_FORMAT
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -171,7 +171,7 @@ class TagManifest:
         return ("mask", *self.origin.settings.store)
 
 
-def manifest_path(prefix: str | Path) -> Path:
+def tag_manifest_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.tags.json")
 
 
@@ -186,11 +186,11 @@ def tag_prefix(prefix: str | Path, kind: str) -> str:
 
 def read_tag_manifest(prefix: str | Path) -> TagManifest:
     """Raises: ValueError if there is none or it cannot be read."""
-    path = manifest_path(prefix)
+    path = tag_manifest_path(prefix)
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        if fields["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format {fields['format_version']}, expected {FORMAT_VERSION}")
+        if fields["format_version"] != TAG_FORMAT:
+            raise ValueError(f"format {fields['format_version']}, expected {TAG_FORMAT}")
         return TagManifest(
             origin=TagOrigin.from_dict(fields.pop("origin")),
             files={name: FileRecord(**record) for name, record in fields.pop("files").items()},
@@ -199,7 +199,7 @@ def read_tag_manifest(prefix: str | Path) -> TagManifest:
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; give the --output-prefix of tag_data.py") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is not a manifest of tags ({error!r}); {AGAIN}") from error
+        raise ValueError(f"{path} is not a manifest of tags ({error!r}); {TAG_AGAIN}") from error
 
 
 def verify_tags(
@@ -216,39 +216,39 @@ def verify_tags(
     """
     manifest = read_tag_manifest(prefix)
     for suffix, record in manifest.files.items():
-        _check_file(Path(f"{prefix}{suffix}"), record, manifest_path(prefix), hashes=hashes)
+        _check_file(Path(f"{prefix}{suffix}"), record, tag_manifest_path(prefix), hashes=hashes)
     origin = manifest.origin
-    origin.data.check(data_prefix, manifest_path(prefix))
+    origin.data.check(data_prefix, tag_manifest_path(prefix))
     if tokenizer_fingerprint not in (None, origin.tokenizer_fingerprint):
         raise ValueError(
-            f"{manifest_path(prefix)}: made with a tokenizer of fingerprint "
+            f"{tag_manifest_path(prefix)}: made with a tokenizer of fingerprint "
             f"{origin.tokenizer_fingerprint}, the tokenizer of {data_prefix} has "
-            f"{tokenizer_fingerprint}; {AGAIN}"
+            f"{tokenizer_fingerprint}; {TAG_AGAIN}"
         )
     lengths = sequence_lengths(data_prefix)
     for kind in manifest.stored:
         if not np.array_equal(sequence_lengths(tag_prefix(prefix, kind)), lengths):
             raise ValueError(
                 f"{idx_path(tag_prefix(prefix, kind))} and {idx_path(data_prefix)} have sequences "
-                f"of different lengths; {AGAIN}"
+                f"of different lengths; {TAG_AGAIN}"
             )
     return manifest
 
 
 def _check_file(path: Path, record: FileRecord, source: Path, *, hashes: bool) -> None:
     if not path.is_file():
-        raise ValueError(f"{path}: missing, but {source} lists it; {AGAIN}")
+        raise ValueError(f"{path}: missing, but {source} lists it; {TAG_AGAIN}")
     size = path.stat().st_size
     if size != record.num_bytes:
         what = "truncated" if size < record.num_bytes else "overlong"
         raise ValueError(f"{what}: {path} has {size} bytes, {source} says {record.num_bytes}; "
-                         f"{AGAIN}")  # fmt: skip
+                         f"{TAG_AGAIN}")  # fmt: skip
     same = sampled_sha256(path) == record.sampled_sha256
     if same and hashes:
-        same = sha256_of_file(path) == record.sha256
+        same = sha256_of(path) == record.sha256
     if not same:
         raise ValueError(f"{path} is not the file that {source} was written with: its content "
-                         f"differs (damaged, or of other tags); {AGAIN}")  # fmt: skip
+                         f"differs (damaged, or of other tags); {TAG_AGAIN}")  # fmt: skip
 
 
 def open_indexed(prefix: str | Path) -> Any:
@@ -281,7 +281,7 @@ def as_fp16(bits: NDArray[Any]) -> NDArray[np.float16]:
 
 def data_tokenizer_fingerprint(prefix: str | Path) -> str | None:
     """What the dataset's manifest says, if it has one."""
-    manifest = read_manifest(prefix)
+    manifest = read_dataset_manifest(prefix)
     return None if manifest is None else manifest.tokenizer_fingerprint
 
 
@@ -290,10 +290,10 @@ def sampled_sha256(path: str | Path) -> str:
     path = Path(path)
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
-    blocks = -(-size // BLOCK_BYTES)
+    blocks = -(-size // SAMPLED_BLOCK_BYTES)
     chosen = np.rint(np.linspace(0, max(blocks - 1, 0), min(blocks, SAMPLED_BLOCKS)))
     with path.open("rb") as file:
         for block in chosen.astype(np.int64).tolist():
-            file.seek(block * BLOCK_BYTES)
-            digest.update(file.read(BLOCK_BYTES))
+            file.seek(block * SAMPLED_BLOCK_BYTES)
+            digest.update(file.read(SAMPLED_BLOCK_BYTES))
     return digest.hexdigest()

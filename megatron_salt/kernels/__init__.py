@@ -1,22 +1,22 @@
 """The distillation loss over vocabulary shards: public functions, interchangeable bodies."""
 
-from megatron_salt.kernels.choose import choose_body
+from megatron_salt.kernels.backend import LossBackend
+from megatron_salt.kernels.choose import choose_backend
 from megatron_salt.kernels.chunks import Chunking, Heads
 from megatron_salt.kernels.kd_loss import KdLoss, kd_loss
 from megatron_salt.kernels.linear_kd_loss import linear_kd_loss
 from megatron_salt.kernels.reference import vocab_parallel_argmax
-from megatron_salt.kernels.rows import Body
 from megatron_salt.kernels.token_scores import TokenScores, token_scores
 from megatron_salt.kernels.vocab import VocabShard, padded_vocab_size
 
 __all__ = [
-    "Body",
     "Chunking",
     "Heads",
     "KdLoss",
+    "LossBackend",
     "TokenScores",
     "VocabShard",
-    "choose_body",
+    "choose_backend",
     "kd_loss",
     "linear_kd_loss",
     "padded_vocab_size",

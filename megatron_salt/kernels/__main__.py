@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_salt.kernels import build, compiled
-from megatron_salt.kernels.choose import choose_body, load_for
+from megatron_salt.kernels.choose import choose_backend, load_for
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     for device in devices:
         kind = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
-        body = choose_body("auto", device=device, dtypes=frozenset({torch.bfloat16}))
+        body = choose_backend("auto", device=device, dtypes=frozenset({torch.bfloat16}))
         print(f"impl = 'auto' on {device} ({kind}): {body.name}")
     missing = [name for name in arguments.require if isinstance(available[name], str)]
     if missing:
@@ -47,11 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if missing else 0
 
 
-def _native() -> compiled.CompiledBody | str:
+def _native() -> compiled.CompiledBackend | str:
     return load_for(torch.device("cpu"))
 
 
-def _cuda() -> compiled.CompiledBody | str:
+def _cuda() -> compiled.CompiledBackend | str:
     if not torch.cuda.is_available():
         installed = build.INSTALLED / build.library_name("cuda")
         reason = f"torch {torch.__version__} sees no CUDA device"

@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-Kind = Literal["native", "cuda"]
+LibraryKind = Literal["native", "cuda"]
 
 SOURCES = Path(__file__).parent / "csrc"
 INSTALLED = Path(__file__).parent / "lib"
@@ -102,7 +102,7 @@ def cuda_flags(architectures: Sequence[int], *, ptx: bool) -> list[str]:
 
 
 def compile_command(
-    kind: Kind, output: Path, architectures: Sequence[int] = CUDA_ARCHITECTURES
+    kind: LibraryKind, output: Path, architectures: Sequence[int] = CUDA_ARCHITECTURES
 ) -> list[str]:
     """The whole build of one library.
 
@@ -135,7 +135,7 @@ def compile_command(
     ]  # fmt: skip
 
 
-def library_name(kind: Kind, architectures: Sequence[int] = CUDA_ARCHITECTURES) -> str:
+def library_name(kind: LibraryKind, architectures: Sequence[int] = CUDA_ARCHITECTURES) -> str:
     """File name of the library that this code, these flags and this machine need.
 
     `architectures` are those it serves: compute nodes need no nvcc to look for it.
@@ -161,7 +161,9 @@ def _processor_features() -> str:
     return platform.processor()
 
 
-def build(kind: Kind, folder: Path, architectures: Sequence[int] = CUDA_ARCHITECTURES) -> Path:
+def build(
+    kind: LibraryKind, folder: Path, architectures: Sequence[int] = CUDA_ARCHITECTURES
+) -> Path:
     """Compile one library into `folder`; a build that is cut short leaves no library behind.
 
     Raises: BuildError with the compiler's words.
@@ -182,7 +184,7 @@ def build(kind: Kind, folder: Path, architectures: Sequence[int] = CUDA_ARCHITEC
     return target
 
 
-def find_or_build(kind: Kind, architectures: Sequence[int] = CUDA_ARCHITECTURES) -> Path:
+def find_or_build(kind: LibraryKind, architectures: Sequence[int] = CUDA_ARCHITECTURES) -> Path:
     """The library from the installation, from the cache, or built now into the cache.
 
     Processes of one machine that need the same build do it once: the others wait for it. The lock

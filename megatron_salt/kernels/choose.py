@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 
 from megatron_salt.kernels import compiled
-from megatron_salt.kernels.reference import ReferenceBody
-from megatron_salt.kernels.rows import Body, Divergence
+from megatron_salt.kernels.backend import Divergence, LossBackend
+from megatron_salt.kernels.reference import ReferenceBackend
 
 Impl = Literal["auto", "reference", "native", "cuda"]
 IMPLS = ("auto", "reference", "native", "cuda")
@@ -18,13 +18,13 @@ IMPLS = ("auto", "reference", "native", "cuda")
 _logger = logging.getLogger(__name__)
 
 
-def choose_body(
+def choose_backend(
     impl: Impl,
     *,
     device: torch.device,
     dtypes: frozenset[torch.dtype],
     divergence: Divergence = "forward_kl",
-) -> Body:
+) -> LossBackend:
     """The body for tensors of a device and dtypes.
 
     `auto` takes the compiled one of the device and falls back to the reference with one log line
@@ -36,7 +36,7 @@ def choose_body(
     if impl not in IMPLS:
         raise ValueError(f"impl = {impl!r}: choose one of {', '.join(map(repr, IMPLS))}")
     if impl == "reference":
-        return ReferenceBody()
+        return ReferenceBackend()
     wanted: Literal["native", "cuda"] = "cuda" if device.type == "cuda" else "native"
     if impl != "auto" and impl != wanted:
         raise ValueError(f"impl = {impl!r} cannot serve tensors on {device}; 'reference' can")
@@ -51,7 +51,7 @@ def choose_body(
     elif impl != "auto":
         raise ValueError(f"impl = {impl!r} {problem}; 'reference' does")
     _say_once(f"the loss uses the slow reference: {wanted} {problem}")
-    return ReferenceBody()
+    return ReferenceBackend()
 
 
 def _unserved(
@@ -68,7 +68,7 @@ def _unserved(
     return None
 
 
-def load_for(device: torch.device) -> compiled.CompiledBody | str:
+def load_for(device: torch.device) -> compiled.CompiledBackend | str:
     """The compiled body of a device, built if need be, or the reason why there is none."""
     if device.type == "cpu":
         return compiled.load("native")

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_salt.kernels.backend import tp_size_of
 from megatron_salt.kernels.head import Head
-from megatron_salt.kernels.rows import tp_size_of
 from megatron_salt.kernels.vocab import VocabShard
 
 DEFAULT_CHUNK_BYTES = 1 << 30

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_salt.kernels import build
-from megatron_salt.kernels.rows import Options, Rows, Scores, all_reduce, tp_size_of
+from megatron_salt.kernels.backend import LossInputs, LossOptions, Scores, all_reduce, tp_size_of
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -58,7 +58,7 @@ _FUNCTIONS = {
 }
 
 
-class CompiledBody:
+class CompiledBackend:
     """A library with the interface of csrc/kd_loss.h, as a `Body`.
 
     Args:
@@ -80,7 +80,9 @@ class CompiledBody:
             words = self._library.salt_error(code).decode()
             raise OSError(f"{path} cannot run here: {words} (CUDA error {code})")
 
-    def scores(self, rows: Rows, options: Options, tp_group: ProcessGroup | None) -> Scores:
+    def scores(
+        self, rows: LossInputs, options: LossOptions, tp_group: ProcessGroup | None
+    ) -> Scores:
         """See `Body.scores`. Memory: 10 floats a token at most, 12 over several ranks."""
         num_tokens, device = rows.student_TW.shape[0], rows.student_TW.device
         num_maxima, num_sums = 2, 4 if options.student_temperature == 1.0 else 5
@@ -102,8 +104,8 @@ class CompiledBody:
 
     def gradient_(
         self,
-        rows: Rows,
-        options: Options,
+        rows: LossInputs,
+        options: LossOptions,
         saved: tuple[Tensor, ...],
         upstream: Tensor,
         out_TW: Tensor,
@@ -115,8 +117,8 @@ class CompiledBody:
 
     def scores_and_gradient_(
         self,
-        rows: Rows,
-        options: Options,
+        rows: LossInputs,
+        options: LossOptions,
         tp_group: ProcessGroup | None,
         upstream: Tensor,
         out_TW: Tensor,
@@ -135,7 +137,7 @@ class CompiledBody:
         return Scores(loss_T, ce_T, kl_T, ())
 
     @contextlib.contextmanager
-    def _described(self, rows: Rows, options: Options):  # type: ignore[no-untyped-def]
+    def _described(self, rows: LossInputs, options: LossOptions):  # type: ignore[no-untyped-def]
         """The rows as the library wants them, with their device current while it is called."""
         student_TW, teacher_TW, labels_T, ce_weight_T, kd_weight_T = rows
         # A single weight is an expanded view of stride 0, and labels may be strided.
@@ -182,7 +184,7 @@ def _target(out_TW: Tensor) -> tuple[Tensor, int, int, int]:
 
 
 @functools.cache
-def load(kind: build.Kind, architecture: int | None = None) -> CompiledBody | str:
+def load(kind: build.LibraryKind, architecture: int | None = None) -> CompiledBackend | str:
     """The library, built if need be; where it cannot be had or cannot run, the reason why.
 
     Args:
@@ -190,6 +192,6 @@ def load(kind: build.Kind, architecture: int | None = None) -> CompiledBody | st
     """
     architectures = build.CUDA_ARCHITECTURES if architecture is None else (architecture,)
     try:
-        return CompiledBody(kind, build.find_or_build(kind, architectures))
+        return CompiledBackend(kind, build.find_or_build(kind, architectures))
     except (build.BuildError, OSError) as error:
         return str(error)

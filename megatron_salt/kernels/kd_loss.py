@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megatron_salt.kernels.choose import Impl, choose_body
-from megatron_salt.kernels.rows import (
-    Body,
+from megatron_salt.kernels.backend import (
     Divergence,
-    Options,
-    Rows,
+    LossBackend,
+    LossInputs,
+    LossOptions,
     arithmetic_dtype,
     tp_size_of,
 )
+from megatron_salt.kernels.choose import Impl, choose_backend
 from megatron_salt.kernels.vocab import VocabShard
 
 
@@ -72,7 +72,7 @@ def kd_loss(
         do what is asked. Labels and weights on CUDA are asserted there.
     Source: SALT, arXiv 2410.18779, for the mix of CE and KL; docs/method.md for the conventions.
     """
-    options = Options(
+    options = LossOptions(
         vocab=vocab, teacher_temperature=float(teacher_temperature),
         student_temperature=float(student_temperature), divergence=divergence,
     )  # fmt: skip
@@ -81,7 +81,7 @@ def kd_loss(
         student_logits_TW, teacher_logits_TW, labels_T, ce_weight_T, kd_weight_T, vocab
     )
     dtypes = {x.dtype for x in rows[:2] if x is not None}
-    body = choose_body(
+    body = choose_backend(
         impl, device=rows.student_TW.device, dtypes=frozenset(dtypes), divergence=divergence
     )
     if not body.checks_values:
@@ -98,10 +98,10 @@ class _KdLossFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         student_logits_TW: Tensor,
-        rows: Rows,
-        options: Options,
+        rows: LossInputs,
+        options: LossOptions,
         tp_group: ProcessGroup | None,
-        body: Body,
+        body: LossBackend,
     ) -> tuple[Tensor, Tensor, Tensor]:
         loss_T, ce_T, kl_T, saved = body.scores(rows, options, tp_group)
         ctx.save_for_backward(student_logits_TW, *rows[1:], *saved)
@@ -112,7 +112,7 @@ class _KdLossFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        rows, saved = Rows(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:]
+        rows, saved = LossInputs(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:]
         grad_TW = torch.empty_like(rows.student_TW, memory_format=torch.contiguous_format)
         ctx.body.gradient_(rows, ctx.options, saved, upstream[0], grad_TW)
         return (grad_TW, None, None, None, None)
@@ -125,7 +125,7 @@ def checked_rows(
     ce_weight_T: Tensor | float,
     kd_weight_T: Tensor | float,
     vocab: VocabShard,
-) -> Rows:
+) -> LossInputs:
     """The tensors of a call as the bodies want them. Looks at no value of a tensor.
 
     Raises: ValueError.
@@ -148,10 +148,10 @@ def checked_rows(
         as_weight(weight, name, student_TW.shape[0], dtype, student_TW.device)
         for weight, name in ((ce_weight_T, "ce_weight_T"), (kd_weight_T, "kd_weight_T"))
     )
-    return Rows(student_TW, teacher_TW, labels_T, ce_weight_T, kd_weight_T)
+    return LossInputs(student_TW, teacher_TW, labels_T, ce_weight_T, kd_weight_T)
 
 
-def check_options(options: Options, tp_group: ProcessGroup | None) -> None:
+def check_options(options: LossOptions, tp_group: ProcessGroup | None) -> None:
     """Raises: ValueError."""
     vocab = options.vocab
     if tp_size_of(tp_group) == 1 and vocab.num_columns != vocab.size:

@@ -15,7 +15,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_salt.kernels.choose import Impl, choose_body
+from megatron_salt.kernels.backend import (
+    Divergence,
+    LossBackend,
+    LossInputs,
+    LossOptions,
+    arithmetic_dtype,
+    tp_size_of,
+)
+from megatron_salt.kernels.choose import Impl, choose_backend
 from megatron_salt.kernels.chunks import Chunk, Chunking, Heads
 from megatron_salt.kernels.kd_loss import (
     KdLoss,
@@ -23,14 +31,6 @@ from megatron_salt.kernels.kd_loss import (
     check_labels,
     check_options,
     check_values,
-)
-from megatron_salt.kernels.rows import (
-    Body,
-    Divergence,
-    Options,
-    Rows,
-    arithmetic_dtype,
-    tp_size_of,
 )
 from megatron_salt.kernels.vocab import VocabShard
 
@@ -74,7 +74,7 @@ def linear_kd_loss(
     Source: the idea of gradients in the forward: Liger kernels, arXiv 2410.10989.
     """
     chunking = chunking or Chunking()
-    options = Options(
+    options = LossOptions(
         vocab=vocab, teacher_temperature=float(teacher_temperature),
         student_temperature=float(student_temperature), divergence=divergence,
     )  # fmt: skip
@@ -90,7 +90,7 @@ def linear_kd_loss(
         for weight, name in ((ce_weight_T, "ce_weight_T"), (kd_weight_T, "kd_weight_T"))
     ]
     dtypes = frozenset({heads.logits_dtype} | {heads.gradient_dtype})
-    body = choose_body(impl, device=device, dtypes=dtypes, divergence=divergence)
+    body = choose_backend(impl, device=device, dtypes=dtypes, divergence=divergence)
     if not body.checks_values:
         check_values(labels_T, weights[1], vocab, has_teacher=teacher_hidden_TE is not None)
     # Autocast would round operands of the products behind their backs.
@@ -114,8 +114,8 @@ class _LinearKdLossFunction(torch.autograd.Function):
         labels_T: Tensor,
         ce_weight_T: Tensor,
         kd_weight_T: Tensor,
-        options: Options,
-        body: Body,
+        options: LossOptions,
+        body: LossBackend,
         grad_enabled: bool,  # the caller's: in here gradients are always off
     ) -> tuple[Tensor, Tensor, Tensor]:
         wants_hidden, wants_weight = (grad_enabled and x for x in ctx.needs_input_grad[:2])
@@ -128,7 +128,7 @@ class _LinearKdLossFunction(torch.autograd.Function):
             labels_N, ce_weight_N, kd_weight_N = (
                 heads.of_all_parts(x, start, stop) for x in (labels_T, ce_weight_T, kd_weight_T)
             )
-            rows = Rows(
+            rows = LossInputs(
                 chunk.student_logits_NW, chunk.teacher_logits_NW, labels_N, ce_weight_N, kd_weight_N
             )
             if wants_hidden or wants_weight:

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_salt.kernels.rows import (
-    Options,
-    Rows,
+from megatron_salt.kernels.backend import (
+    LossInputs,
+    LossOptions,
     Scores,
     all_reduce,
     arithmetic_dtype,
@@ -55,13 +55,15 @@ def _centred(logits_TW: Tensor, max_T: Tensor, vocab: VocabShard, temperature: f
     return x_TC if temperature == 1.0 else x_TC.div_(temperature)
 
 
-class ReferenceBody:
+class ReferenceBackend:
     """See `kd_loss` for the contract and `Body` for the methods."""
 
     name = "reference"
     checks_values = False
 
-    def scores(self, rows: Rows, options: Options, tp_group: ProcessGroup | None) -> Scores:
+    def scores(
+        self, rows: LossInputs, options: LossOptions, tp_group: ProcessGroup | None
+    ) -> Scores:
         student_TW, teacher_TW, labels_T = rows[:3]
         vocab, a, b = options.vocab, options.teacher_temperature, options.student_temperature
         maxima = [_local_max(_real_columns(student_TW, vocab))]
@@ -105,8 +107,8 @@ class ReferenceBody:
 
     def gradient_(
         self,
-        rows: Rows,
-        options: Options,
+        rows: LossInputs,
+        options: LossOptions,
         saved: tuple[Tensor, ...],
         upstream: Tensor,
         out_TW: Tensor,
@@ -141,8 +143,8 @@ class ReferenceBody:
 
     def scores_and_gradient_(
         self,
-        rows: Rows,
-        options: Options,
+        rows: LossInputs,
+        options: LossOptions,
         tp_group: ProcessGroup | None,
         upstream: Tensor,
         out_TW: Tensor,
@@ -152,7 +154,7 @@ class ReferenceBody:
         return scores._replace(saved=())
 
 
-def _weighted(rows: Rows, ce_T: Tensor, kl_T: Tensor, saved: tuple[Tensor, ...]) -> Scores:
+def _weighted(rows: LossInputs, ce_T: Tensor, kl_T: Tensor, saved: tuple[Tensor, ...]) -> Scores:
     """A zero weight contributes exactly nothing, even where the value is inf or nan."""
     loss_T = torch.where(rows.ce_weight_T != 0, rows.ce_weight_T * ce_T, 0.0)
     loss_T = loss_T + torch.where(rows.kd_weight_T != 0, rows.kd_weight_T * kl_T, 0.0)
@@ -164,7 +166,7 @@ def _scaled_(x_TC: Tensor, scale_T: Tensor, weight_T: Tensor) -> Tensor:
     return x_TC.mul_(scale_T[:, None]).masked_fill_((weight_T == 0)[:, None], 0.0)
 
 
-def _difference(rows: Rows, options: Options) -> Tensor:
+def _difference(rows: LossInputs, options: LossOptions) -> Tensor:
     """s/b - z/a on this rank's columns. [T, C]"""
     assert rows.teacher_TW is not None
     s_TC = _real_columns(rows.student_TW, options.vocab).div_(options.student_temperature)
@@ -174,7 +176,7 @@ def _difference(rows: Rows, options: Options) -> Tensor:
 
 
 def _divergence_terms(
-    rows: Rows, options: Options, maxima_T: Tensor, sums: Tensor
+    rows: LossInputs, options: LossOptions, maxima_T: Tensor, sums: Tensor
 ) -> tuple[Tensor, Tensor]:
     """What a divergence D other than the forward KL sums over columns: its value, and r. [T, C]
 

@@ -14,14 +14,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_salt.kernels.backend import all_reduce
 from megatron_salt.kernels.choose import Impl
 from megatron_salt.kernels.chunks import Chunking, Heads
 from megatron_salt.kernels.kd_loss import KdLoss, kd_loss
 from megatron_salt.kernels.reference import vocab_parallel_argmax
-from megatron_salt.kernels.rows import all_reduce
 from megatron_salt.kernels.vocab import VocabShard
 
-Wanted = Literal["ce", "likelier", "entropy", "confidence", "correct"]
+WantedScores = Literal["ce", "likelier", "entropy", "confidence", "correct"]
 
 
 class TokenScores(NamedTuple):
@@ -47,7 +47,7 @@ def token_scores(
     *,
     vocab: VocabShard,
     chunking: Chunking | None = None,
-    want: Collection[Wanted] = frozenset({"ce"}),
+    want: Collection[WantedScores] = frozenset({"ce"}),
     impl: Impl = "auto",
 ) -> TokenScores:
     """Scores of each label under softmax(hidden weight^T), logits made a chunk at a time.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_salt.config import ModelConfig
+from megatron_salt.config.fields import ModelConfig
 
 
 def attention_backends(capability: tuple[int, int] | None) -> list[SDPBackend] | None:

@@ -30,9 +30,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_salt.config import ModelConfig
+from megatron_salt.config.fields import ModelConfig
 from megatron_salt.kernels.vocab import VocabShard
-from megatron_salt.machine import fuses_operations
 from megatron_salt.model.attention import (
     PrefixMasks,
     RotaryTable,
@@ -40,6 +39,7 @@ from megatron_salt.model.attention import (
     device_attention_backends,
 )
 from megatron_salt.model.weights import padded_vocab
+from megatron_salt.parallel.machine import fuses_operations
 
 if not torch.cuda.is_available():
     # megatron-core allocates its sequence-parallel buffers and moves its rotary frequencies with
@@ -150,7 +150,7 @@ class ModelParts:
         *,
         vocab_size: int,
         seq_length: int,
-        position_rows: int,
+        num_positions: int,
         groups: ProcessGroupCollection,
         sequence_parallel: bool,
         dtype: torch.dtype,
@@ -172,7 +172,7 @@ class ModelParts:
         )
         self.vocab_size = vocab_size
         self.padded_vocab = padded_vocab(model, vocab_size, self.tp_size)
-        self.position_rows = position_rows
+        self.num_positions = num_positions
         uses_rope = model.position_embedding_type == "rope"
         self.rotary = (
             RotaryTable(model, seq_length, groups.cp, dtype, fuse=self.config.bias_dropout_fusion)
@@ -220,7 +220,7 @@ class PositionEmbedding(nn.Module):
 
     def __init__(self, parts: ModelParts) -> None:
         super().__init__()
-        shape = (parts.position_rows, parts.model.hidden_size)
+        shape = (parts.num_positions, parts.model.hidden_size)
         self.weight = nn.Parameter(torch.empty(shape, dtype=parts.config.params_dtype))
         self.weight.sequence_parallel = parts.sequence_parallel  # type: ignore[attr-defined]
         self.tp_rank = parts.tp_rank if parts.sequence_parallel else 0
@@ -269,7 +269,7 @@ class FinalNorm(nn.Module):
         return norm
 
 
-def body_layers(parts: ModelParts) -> list[tuple[type[nn.Module], tuple[Any, ...]]]:
+def transformer_layers(parts: ModelParts) -> list[tuple[type[nn.Module], tuple[Any, ...]]]:
     """Every layer between the word embedding and the output head, as (class, arguments)."""
     layers: list[tuple[type[nn.Module], tuple[Any, ...]]] = []
     if parts.model.position_embedding_type == "learned_absolute":

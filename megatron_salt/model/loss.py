@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_salt.config import SaltConfig
+from megatron_salt.config.fields import SaltConfig
 from megatron_salt.kernels import (
-    Body,
     Chunking,
     KdLoss,
+    LossBackend,
     TokenScores,
     VocabShard,
-    choose_body,
+    choose_backend,
     linear_kd_loss,
     token_scores,
 )
-from megatron_salt.kernels.token_scores import Wanted
-from megatron_salt.model.routing import keep_taught, share_of_sequences
+from megatron_salt.kernels.token_scores import WantedScores
+from megatron_salt.method.routing import keep_taught, share_of_sequences
 
 
 class Targets(NamedTuple):
@@ -86,17 +86,17 @@ class Tokens(NamedTuple):
 
 
 NUM_SUMS = len(dataclasses.fields(LossSums))
-CE_ALONE: tuple[Wanted, ...] = ("ce",)
-HELD_OUT_SCORES: tuple[Wanted, ...] = ("ce", "confidence", "correct")
+CE_ALONE: tuple[WantedScores, ...] = ("ce",)
+HELD_OUT_SCORES: tuple[WantedScores, ...] = ("ce", "confidence", "correct")
 LOGITS_DTYPES = {"fp32": torch.float32, "model": None}
 
 
-def loss_body(salt: SaltConfig, model_dtype: torch.dtype, device: torch.device) -> Body:
+def loss_backend(salt: SaltConfig, model_dtype: torch.dtype, device: torch.device) -> LossBackend:
     """The implementation that a run's loss will use on this rank; built if need be.
 
     Raises: ValueError or RuntimeError where salt.loss_impl cannot be had.
     """
-    return choose_body(
+    return choose_backend(
         salt.loss_impl,
         device=device,
         dtypes=frozenset({LOGITS_DTYPES[salt.logits_dtype] or model_dtype}),
@@ -226,7 +226,7 @@ class LossFunction:
         assert scores.ce_T is not None
         return scores.ce_T
 
-    def _student_scores(self, tokens: Tokens, want: Collection[Wanted]) -> TokenScores:
+    def _student_scores(self, tokens: Tokens, want: Collection[WantedScores]) -> TokenScores:
         return token_scores(
             tokens.hidden_TD, tokens.head_WD, tokens.labels_T, vocab=self.vocab,
             chunking=self.chunking, want=want, impl=self.salt.loss_impl,
@@ -239,7 +239,7 @@ class LossFunction:
         assert tokens.reference_loss_T is not None  # `_route`
         return tokens.reference_loss_T
 
-    def _teacher_score(self, tokens: Tokens, want: Wanted) -> Tensor:
+    def _teacher_score(self, tokens: Tokens, want: WantedScores) -> Tensor:
         """ce or entropy."""
         assert tokens.teacher_hidden_TE is not None
         scores = self._teacher_scores(tokens.teacher_hidden_TE, tokens.labels_T, (want,))
@@ -248,7 +248,7 @@ class LossFunction:
         return found
 
     def _teacher_scores(
-        self, hidden_TE: Tensor, labels_T: Tensor, want: Collection[Wanted]
+        self, hidden_TE: Tensor, labels_T: Tensor, want: Collection[WantedScores]
     ) -> TokenScores:
         """The teacher's states are whole on every rank, whatever the student's."""
         assert self.teacher_head_WE is not None

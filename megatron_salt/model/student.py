@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from megatron_salt.model.layers import (
     Embedding,
     ModelParts,
-    body_layers,
     canonical_parameters,
+    transformer_layers,
 )
 from megatron_salt.model.loss import LossFunction, Targets
 from megatron_salt.model.weights import WeightSpec, initial_weight, shard, weight_table
@@ -67,7 +67,7 @@ class SingleStageStudent(nn.Module):
         super().__init__()
         tied = not parts.model.untie_embeddings_and_output_weights
         self.embedding = Embedding(parts)
-        self.body = nn.ModuleList([kind(*args) for kind, args in body_layers(parts)])
+        self.body = nn.ModuleList([kind(*args) for kind, args in transformer_layers(parts)])
         self.output_layer = OutputLayer(parts, tied=tied)
         self.tied = tied
         self.loss_function = loss_function
@@ -110,7 +110,7 @@ class PipelineStudent(PipelineModule):
         self.student_loss = loss_function
         self.prefix_masks = parts.prefix_masks
         self._targets: deque[Targets] = deque()
-        body = [LayerSpec(kind, *args) for kind, args in body_layers(parts)]
+        body = [LayerSpec(kind, *args) for kind, args in transformer_layers(parts)]
         if self.tied:
             attribute = ["word_embeddings.weight"]
             first = TiedLayerSpec("embedding", Embedding, parts, tied_weight_attr=attribute)
@@ -185,7 +185,7 @@ def initialize_weights(student: nn.Module, parts: ModelParts, seed: int) -> dict
     Mutates: the parameters and their tensor-parallel marks.
     Raises: RuntimeError for a parameter that the weight table lacks.
     """
-    table = weight_table(parts.model, parts.vocab_size, parts.position_rows)
+    table = weight_table(parts.model, parts.vocab_size, parts.num_positions)
     for name, parameter in canonical_parameters(student).items():
         if name not in table:
             raise RuntimeError(f"parameter {name} is missing from the weight table")

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_salt.config import ModelConfig
+from megatron_salt.config.fields import ModelConfig
 from megatron_salt.kernels.vocab import padded_vocab_size
 
 Sharding = Literal["replicated", "rows", "columns", "gated_rows", "vocab_rows"]
@@ -173,3 +173,6 @@ def initial_weight(spec: WeightSpec, model: ModelConfig, seed: int) -> Tensor:
 def padded_vocab(model: ModelConfig, vocab_size: int, tp_size: int) -> int:
     """Vocabulary rows of the student's embedding and head over all tensor-parallel ranks."""
     return padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by, tp_size)
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

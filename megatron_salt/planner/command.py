@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_salt.config import parse_command_line
+from megatron_salt.config.command_line import parse_command_line
 from megatron_salt.planner.estimate import full_estimate, overheads
 from megatron_salt.planner.hardware import Machine, find_gpu, find_network
-from megatron_salt.planner.inputs import Inputs, read_inputs
-from megatron_salt.planner.output import Plan
+from megatron_salt.planner.inputs import PlannerInputs, read_inputs
+from megatron_salt.planner.output import PlanReport
 from megatron_salt.planner.ranking import rank
-from megatron_salt.planner.times import Measured, read_measured
+from megatron_salt.planner.times import MeasuredTimes, read_measured
 
 
-def make_plan(options: argparse.Namespace, run_options: list[str]) -> Plan:
+def make_plan(options: argparse.Namespace, run_options: list[str]) -> PlanReport:
     """Everything that can be said about the run.
 
     Raises: ValueError naming option, file or setting; SystemExit for run_options, as training does.
@@ -56,13 +56,13 @@ def make_machine(options: argparse.Namespace) -> Machine:
 
 
 def plan_run(
-    inputs: Inputs,
+    inputs: PlannerInputs,
     machine: Machine,
     *,
-    measured: Measured | None = None,
+    measured: MeasuredTimes | None = None,
     steps_saved: float | None = None,
     top: int = 5,
-) -> Plan:
+) -> PlanReport:
     """The config's own layout and the ranking of all; at least one of them.
 
     Raises: ValueError if neither is possible.
@@ -83,7 +83,7 @@ def plan_run(
         if own is None:
             raise
         problem = str(error)
-    return Plan(
+    return PlanReport(
         inputs=inputs,
         machine=machine,
         own=own,

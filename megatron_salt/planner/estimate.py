@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from megatron_salt.memory import Sizes, StageMemory, stage_memory
-from megatron_salt.parallel.placement import with_teacher, work_bound
-from megatron_salt.parallel.schedule import plain_programs
-from megatron_salt.parallel.simulator import Op, Program, Timeline, Times, simulate
-from megatron_salt.parallel.teaching import TeachingPlan, plan_teaching, teaches_ahead
 from megatron_salt.planner.hardware import Machine
+from megatron_salt.planner.memory import Sizes, StageMemory, stage_memory
 from megatron_salt.planner.times import (
-    Measured,
+    MeasuredTimes,
     hidden_exchange_s,
     hidden_row_bytes,
     step_times,
 )
+from megatron_salt.teacher.placement import with_teacher, work_bound
+from megatron_salt.teacher.plan import TeacherPlan, plan_teacher, teaches_ahead
+from megatron_salt.teacher.schedule import plain_programs
+from megatron_salt.teacher.simulator import Op, Program, StepTimes, Timeline, simulate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Steps:
     kd_bubble: Timeline | None = None
     kd_bound_s: float | None = None
     """No step in the bubbles with this division of the rows can be shorter."""
-    plan: TeachingPlan | None = None
+    plan: TeacherPlan | None = None
     """Of the bubbles, made as training makes it, by these seconds."""
 
     def kd_s(self, *, ahead: bool) -> float:
@@ -41,9 +41,9 @@ class Steps:
         return self.lm_s if chosen is None else chosen
 
 
-def simulated(sizes: Sizes, machine: Machine, measured: Measured | None = None) -> Steps:
+def simulated(sizes: Sizes, machine: Machine, measured: MeasuredTimes | None = None) -> Steps:
     """The steps of a layout, by the instruction lists that training runs."""
-    measured = measured or Measured()
+    measured = measured or MeasuredTimes()
     plain_sizes = replace(sizes, teacher=None)
     programs = plain_programs(sizes.settings.num_micro_batches, sizes.layout.pp_size)
     lm = simulate(programs, measured.applied_to(step_times(plain_sizes, machine), plain_sizes))
@@ -58,7 +58,7 @@ def simulated(sizes: Sizes, machine: Machine, measured: Measured | None = None) 
         kd_before_s=kd_before.step_time + exchange + _arrival(sizes, machine, times),
         kd_before=kd_before,
     )
-    plan = plan_teaching(sizes.shape, times, in_bubbles=True)
+    plan = plan_teacher(sizes.shape, times, in_bubbles=True)
     if plan.placement is None:  # one stage
         return steps
     kd_bubble = simulate(with_teacher(programs, plan.placement.before), times)
@@ -72,24 +72,24 @@ def simulated(sizes: Sizes, machine: Machine, measured: Measured | None = None) 
     )
 
 
-def teacher_work(plan: TeachingPlan, times: Times) -> list[float]:
+def teacher_work(plan: TeacherPlan, times: StepTimes) -> list[float]:
     """Seconds that the first tensor-parallel rank of every stage teaches."""
     return [
         sum(times.teacher(piece, chunk) for piece in ranks[0] for chunk in range(plan.num_chunks))
-        for ranks in plan.shares
+        for ranks in plan.pieces_of
     ]
 
 
-def _before_the_step(sizes: Sizes, times: Times, programs: Sequence[Program]) -> Timeline:
-    plan = plan_teaching(sizes.shape, times, in_bubbles=False)
-    lessons = [
+def _before_the_step(sizes: Sizes, times: StepTimes, programs: Sequence[Program]) -> Timeline:
+    plan = plan_teacher(sizes.shape, times, in_bubbles=False)
+    passes = [
         {0: tuple(Op("teacher", piece, k) for piece in ranks[0] for k in range(plan.num_chunks))}
-        for ranks in plan.shares
+        for ranks in plan.pieces_of
     ]
-    return simulate(with_teacher(programs, lessons), times)
+    return simulate(with_teacher(programs, passes), times)
 
 
-def _arrival(sizes: Sizes, machine: Machine, times: Times) -> float:
+def _arrival(sizes: Sizes, machine: Machine, times: StepTimes) -> float:
     """How much later than the teacher's work its hidden states are all on the last stage: the last
     piece, or all that this rank receives, if the link is slower than the work."""
     pp = sizes.layout.pp_size
@@ -98,7 +98,7 @@ def _arrival(sizes: Sizes, machine: Machine, times: Times) -> float:
     rows = sizes.shape.num_rows / sizes.layout.tp_size * (pp - 1) / pp
     rate = machine.link_bytes_s(sizes.layout.world_size)
     received = rows * hidden_row_bytes(sizes) / rate
-    plan = plan_teaching(sizes.shape, times, in_bubbles=False)
+    plan = plan_teacher(sizes.shape, times, in_bubbles=False)
     return max(times.hidden_transfer, received - teacher_work(plan, times)[-1])
 
 
@@ -127,7 +127,7 @@ def closed_form(sizes: Sizes, machine: Machine) -> tuple[float, float]:
     return lm_s, max(step, water_level(busy, work)) + extra
 
 
-def _one_forward_one_backward(sizes: Sizes, times: Times) -> float:
+def _one_forward_one_backward(sizes: Sizes, times: StepTimes) -> float:
     both = [f + b + 2 * times.transfer for f, b in zip(times.forward, times.backward, strict=True)]
     return sum(both) + (sizes.settings.num_micro_batches - 1) * max(both)
 
@@ -171,7 +171,7 @@ class Estimate:
         return kd_steps * self.kd_s + (steps - kd_steps) * self.lm_s
 
 
-def phases_memory(sizes: Sizes, plan: TeachingPlan | None = None) -> dict[str, list[StageMemory]]:
+def phases_memory(sizes: Sizes, plan: TeacherPlan | None = None) -> dict[str, list[StageMemory]]:
     found = {"KD": stage_memory(sizes, plan)} if sizes.teacher else {}
     return {**found, "LM": stage_memory(replace(sizes, teacher=None))}
 
@@ -182,7 +182,9 @@ def quick_estimate(sizes: Sizes, machine: Machine) -> Estimate:
     return Estimate(sizes=sizes, memory=phases_memory(sizes), lm_s=lm_s, kd_s=kd_s)
 
 
-def full_estimate(sizes: Sizes, machine: Machine, measured: Measured | None = None) -> Estimate:
+def full_estimate(
+    sizes: Sizes, machine: Machine, measured: MeasuredTimes | None = None
+) -> Estimate:
     """By the simulator."""
     steps = simulated(sizes, machine, measured)
     ahead = teaches_ahead(sizes.config.teacher.placement, sizes.layout)

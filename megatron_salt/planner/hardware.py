@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_salt.config import nearest
+from megatron_salt.config.values import nearest
 
 
 @dataclass(frozen=True, kw_only=True)

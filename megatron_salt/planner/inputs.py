@@ -7,21 +7,24 @@ from pathlib import Path
 
 import yaml
 
-from megatron_salt import checkpoint as ckpt
-from megatron_salt.config import ModelConfig, RunConfig, check_model, check_yaml_keys
-from megatron_salt.deepspeed_config import (
+from megatron_salt.checkpoint.folder import resolve
+from megatron_salt.checkpoint.manifest import read_checkpoint_manifest
+from megatron_salt.config.command_line import check_yaml_keys
+from megatron_salt.config.deepspeed import (
     DeepSpeedSettings,
     check_against_run,
     load_deepspeed_config,
     positive_int,
     read_json,
 )
-from megatron_salt.memory import Sizes, TeacherSize
+from megatron_salt.config.fields import ModelConfig, RunConfig
+from megatron_salt.config.problems import model_problems
 from megatron_salt.parallel.layout import Layout, layout_for_world
+from megatron_salt.planner.memory import Sizes, TeacherSize
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs:
+class PlannerInputs:
     """Everything about the run that does not depend on its layout."""
 
     config: RunConfig
@@ -46,7 +49,8 @@ class Inputs:
             pipeline_model_parallel_size=layout.pp_size,
             sequence_parallel=config.parallel.sequence_parallel and layout.tp_size > 1,
         )
-        check_model(config.model, config.data.seq_length, parallel)
+        for problem in model_problems(config.model, config.data.seq_length, parallel):
+            raise ValueError(problem)
         rows = layout.dp_size * micro_batch_size
         if settings.global_batch_size % rows:
             raise ValueError(
@@ -77,7 +81,7 @@ def read_inputs(
     *,
     vocab_size: int | None,
     teacher_config: str | None,
-) -> Inputs:
+) -> PlannerInputs:
     """Read what there is, and ask for what there is not yet.
 
     Raises: ValueError naming the file or option.
@@ -95,7 +99,7 @@ def read_inputs(
         problem, own = str(error), None
         settings = _settings_of_some_layout(deepspeed_config, problem)
     size = vocab_size or _vocab_size(config)
-    return Inputs(
+    return PlannerInputs(
         config=config,
         settings=settings,
         vocab_size=size,
@@ -133,14 +137,14 @@ def _teacher(config: RunConfig, teacher_config: str | None, vocab_size: int) -> 
     if config.teacher.checkpoint is None:
         return None
     try:
-        folder = ckpt.resolve(config.teacher.checkpoint, what="teacher.checkpoint")
-        manifest = ckpt.read_manifest(folder)
+        folder = resolve(config.teacher.checkpoint, what="teacher.checkpoint")
+        manifest = read_checkpoint_manifest(folder)
     except (OSError, ValueError) as error:
         raise ValueError(f"no teacher yet ({error}): give its YAML by --teacher-config") from error
     return TeacherSize(
         model=manifest.config.model,
         vocab_size=manifest.vocab_size,
-        position_rows=manifest.config.position_rows,
+        num_positions=manifest.config.num_positions,
     )
 
 
@@ -157,4 +161,4 @@ def _teacher_of_yaml(path: str, vocab_size: int, seq_length: int) -> TeacherSize
             f"--teacher-config {path}: a position table of {rows} rows cannot read sequences of "
             f"data.seq_length = {seq_length}"
         )
-    return TeacherSize(model=model, vocab_size=vocab_size, position_rows=rows)
+    return TeacherSize(model=model, vocab_size=vocab_size, num_positions=rows)

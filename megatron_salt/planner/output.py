@@ -7,23 +7,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_salt.memory import StageMemory
-from megatron_salt.parallel.simulator import Timeline
-from megatron_salt.parallel.teaching import TeachingPlan
+from megatron_salt.files.markdown import markdown_table
 from megatron_salt.planner.estimate import Estimate, Overheads
 from megatron_salt.planner.hardware import Machine
-from megatron_salt.planner.inputs import Inputs
+from megatron_salt.planner.inputs import PlannerInputs
+from megatron_salt.planner.memory import StageMemory
 from megatron_salt.planner.ranking import Ranking
-from megatron_salt.report.tables import markdown_table
+from megatron_salt.teacher.plan import TeacherPlan
+from megatron_salt.teacher.simulator import Timeline
 
 GIB = 2.0**30
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class PlanReport:
     """All that `tools/plan.py` has found."""
 
-    inputs: Inputs
+    inputs: PlannerInputs
     machine: Machine
     own: Estimate | None
     """The config's own layout; None: the GPUs do not allow it."""
@@ -36,7 +36,7 @@ class Plan:
     """Share of the baseline's steps that SALT is taken to save; the caller's, not a claim."""
 
 
-def as_dict(plan: Plan) -> dict[str, Any]:
+def as_dict(plan: PlanReport) -> dict[str, Any]:
     """Plain values for a JSON file; bytes and seconds."""
     inputs = plan.inputs
     return {
@@ -60,7 +60,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _estimate_dict(plan: Plan, one: Estimate) -> dict[str, Any]:
+def _estimate_dict(plan: PlanReport, one: Estimate) -> dict[str, Any]:
     sizes, steps = one.sizes, one.steps
     found = {
         **dataclasses.asdict(sizes.layout),
@@ -103,7 +103,7 @@ def idle_shares(timeline: Timeline) -> list[float]:
     return [timeline.idle(stage) / timeline.step_time for stage in range(len(timeline.spans))]
 
 
-def totals(plan: Plan, one: Estimate) -> dict[str, float]:
+def totals(plan: PlanReport, one: Estimate) -> dict[str, float]:
     """Of the whole run in hours: with a teacher, the same steps without, and with fewer steps."""
     config, gpus = one.sizes.config, one.sizes.layout.world_size
     steps, kd_steps = config.train.steps, config.salt.kd_steps
@@ -120,7 +120,7 @@ def totals(plan: Plan, one: Estimate) -> dict[str, float]:
     return found
 
 
-def describe(plan: Plan) -> str:
+def describe_plan(plan: PlanReport) -> str:
     """The whole plan as text; tables in Markdown."""
     inputs, machine = plan.inputs, plan.machine
     gpu, settings = machine.gpu, inputs.settings
@@ -143,7 +143,7 @@ def describe(plan: Plan) -> str:
     return "\n\n".join(parts)
 
 
-def _describe_own(plan: Plan, own: Estimate) -> list[str]:
+def _describe_own(plan: PlanReport, own: Estimate) -> list[str]:
     sizes, usable = own.sizes, plan.machine.usable_bytes
     layout, settings = sizes.layout, sizes.settings
     fits = "fits" if own.largest_bytes <= usable else "does NOT fit"
@@ -165,16 +165,16 @@ def _describe_own(plan: Plan, own: Estimate) -> list[str]:
     return [*lines, _describe_run(plan, own)]
 
 
-def _describe_teaching(plan: TeachingPlan) -> str:
+def _describe_teaching(plan: TeacherPlan) -> str:
     rows = plan.pieces[0][1] - plan.pieces[0][0]
-    counts = ", ".join(f"{len(ranks[0])}" for ranks in plan.shares)
+    counts = ", ".join(f"{len(ranks[0])}" for ranks in plan.pieces_of)
     return (
         f"In the bubbles the teacher reads a replica's step in {len(plan.pieces)} pieces of {rows} "
         f"rows, a rank of each stage {counts} of them, in {plan.num_chunks} chunks each."
     )
 
 
-def _describe_run(plan: Plan, own: Estimate) -> str:
+def _describe_run(plan: PlanReport, own: Estimate) -> str:
     config, found = own.sizes.config, totals(plan, own)
     text = (
         f"The run: {config.salt.kd_steps:,} KD and "
@@ -249,7 +249,7 @@ def overheads_table(found: Sequence[Overheads]) -> str:
     return markdown_table(["micro-batches", "LM s", "before the step", "bubbles", "bound"], rows)
 
 
-def _describe_ranking(plan: Plan, ranking: Ranking) -> list[str]:
+def _describe_ranking(plan: PlanReport, ranking: Ranking) -> list[str]:
     rows = []
     for place, one in enumerate(ranking.listed, start=1):
         layout, settings = one.sizes.layout, one.sizes.settings

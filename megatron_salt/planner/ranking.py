@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_salt.memory import Sizes
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.planner.estimate import Estimate, full_estimate, quick_estimate
 from megatron_salt.planner.hardware import Machine
-from megatron_salt.planner.inputs import Inputs
+from megatron_salt.planner.inputs import PlannerInputs
+from megatron_salt.planner.memory import Sizes
 
 # p times M up to which the search for the teacher's places takes about a second.
 SIMULATED_UP_TO = 512
@@ -35,7 +35,7 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // k for k in small)})
 
 
-def layouts(inputs: Inputs, machine: Machine) -> Iterator[Layout]:
+def layouts(inputs: PlannerInputs, machine: Machine) -> Iterator[Layout]:
     """Every way to cut the world: tp within a node, pp at most the number of layers, dp the rest.
 
     Sizes of tp are powers of two, as nodes are made.
@@ -49,7 +49,7 @@ def layouts(inputs: Inputs, machine: Machine) -> Iterator[Layout]:
         tp *= 2
 
 
-def candidates(inputs: Inputs, machine: Machine, refused: Counter[str]) -> Iterator[Sizes]:
+def candidates(inputs: PlannerInputs, machine: Machine, refused: Counter[str]) -> Iterator[Sizes]:
     """Every layout and micro-batch size that config and DeepSpeed allow. Mutates: refused."""
     total = inputs.settings.global_batch_size
     for layout in layouts(inputs, machine):
@@ -76,7 +76,7 @@ def _reason(message: str) -> str:
     return message
 
 
-def rank(inputs: Inputs, machine: Machine, *, top: int = 5) -> Ranking:
+def rank(inputs: PlannerInputs, machine: Machine, *, top: int = 5) -> Ranking:
     """Closed forms for all that fit, the simulator for the best few, which alone are listed.
 
     Raises: ValueError if none fits, naming the one that lacks least and its largest parts.
@@ -135,7 +135,7 @@ def _order(estimate: Estimate) -> tuple[float, int, int, int]:
 
 
 def _nothing_fits(
-    inputs: Inputs, machine: Machine, refused: Counter[str], closest: Estimate | None
+    inputs: PlannerInputs, machine: Machine, refused: Counter[str], closest: Estimate | None
 ) -> str:
     counts = "; ".join(f"{number} times: {reason}" for reason, number in sorted(refused.items()))
     if closest is None:

@@ -12,15 +12,11 @@ from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 
-from megatron_salt.config import is_number, nearest
-from megatron_salt.memory import (
-    Sizes,
-    communication_bytes,
-    stage_parameters,
-)
-from megatron_salt.parallel.simulator import Times
-from megatron_salt.parallel.teaching import multiply_adds
+from megatron_salt.config.values import is_number, nearest
 from megatron_salt.planner.hardware import Machine
+from megatron_salt.planner.memory import Sizes, communication_bytes, stage_parameters
+from megatron_salt.teacher.plan import multiply_adds
+from megatron_salt.teacher.simulator import StepTimes
 
 
 def all_reduce_s(num_bytes: float, ranks: int, bytes_s: float) -> float:
@@ -109,7 +105,7 @@ def data_parallel(parameters: int, sizes: Sizes, machine: Machine) -> DataParall
     )
 
 
-def step_times(sizes: Sizes, machine: Machine) -> Times:
+def step_times(sizes: Sizes, machine: Machine) -> StepTimes:
     """What the parts of a step take, for the simulator.
 
     Two floating-point operations for each multiply-add of `multiply_adds`; a stage's collectives
@@ -146,7 +142,7 @@ def step_times(sizes: Sizes, machine: Machine) -> Times:
         if sizes.teacher is not None:
             start, stop = sizes.shape.pieces[0]
             hidden_transfer = (stop - start) * hidden_row_bytes(sizes) / rate
-    return Times(
+    return StepTimes(
         forward=forward,
         backward=backward,
         teacher=cache(lambda piece, chunk: base.teacher(piece, chunk) * per_multiply_add),
@@ -163,9 +159,9 @@ def hidden_row_bytes(sizes: Sizes) -> int:
 
 
 def hidden_exchange_s(sizes: Sizes, machine: Machine) -> float:
-    """The broadcasts over tp that end a lesson on the last stage: R S E w bytes in all.
+    """The broadcasts over tp that end a pass on the last stage: R S E w bytes in all.
 
-    Source: `Lesson.finish`.
+    Source: `TeacherPass.finish`.
     """
     tp = sizes.layout.tp_size
     if tp == 1 or sizes.teacher is None:
@@ -174,7 +170,7 @@ def hidden_exchange_s(sizes: Sizes, machine: Machine) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class MeasuredTimes:
     """Seconds that were measured, of the config's own layout; each replaces what is computed."""
 
     forward_s: Sequence[float] | None = None
@@ -189,7 +185,7 @@ class Measured:
     """Of a piece's hidden states to the last stage."""
     update_s: float | None = None
 
-    def applied_to(self, times: Times, sizes: Sizes) -> Times:
+    def applied_to(self, times: StepTimes, sizes: Sizes) -> StepTimes:
         forward = self.forward_kd_s if sizes.teacher is not None else self.forward_s
         changes: dict[str, object] = {}
         for name, values in (("forward", forward), ("backward", self.backward_s)):
@@ -216,13 +212,13 @@ class Measured:
         return replace(times, **changes)  # type: ignore[arg-type]
 
 
-def read_measured(path: str) -> Measured:
+def read_measured(path: str) -> MeasuredTimes:
     """Raises: ValueError naming file and key for anything that is not `Measured`'s."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"--measured {path}: {error}") from error
-    known = [field.name for field in fields(Measured)]
+    known = [field.name for field in fields(MeasuredTimes)]
     if not isinstance(values, dict):
         raise ValueError(f"--measured {path}: expected an object with {', '.join(known)}")
     for key, value in values.items():
@@ -233,4 +229,4 @@ def read_measured(path: str) -> Measured:
         if not isinstance(numbers, list) or not all(is_number(n) and n >= 0 for n in numbers):
             what = "a list of seconds, one for each stage" if by_stage else "seconds"
             raise ValueError(f"--measured {path}: {key} = {value!r}: expected {what}")
-    return Measured(**values)
+    return MeasuredTimes(**values)

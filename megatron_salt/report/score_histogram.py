@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from megatron_salt.data.selection import SequenceTable
-from megatron_salt.data.text_files import atomic_path
+from megatron_salt.files.atomic import atomic_path
 from megatron_salt.report.plots import BASELINE_COLOUR, COLOURS, PLOT_STYLE
 
-NUM_BINS = 80
+HISTOGRAM_BINS = 80
 
 
 def write_score_histogram(path: Path, tables: Mapping[str, SequenceTable], score: str) -> None:
@@ -32,7 +32,7 @@ def plot_scores(tables: Mapping[str, SequenceTable], score: str) -> Figure:
     panels = figure.subplots(len(tables), sharex=True, squeeze=False)[:, 0]
     for ax, (name, table) in zip(panels, tables.items(), strict=True):
         scores, selected = table.columns["score"], table.columns["selected"]
-        below = np.zeros(NUM_BINS, dtype=np.int64)
+        below = np.zeros(HISTOGRAM_BINS, dtype=np.int64)
         for side, colour, label in (
             (selected, COLOURS[0], "selected"),
             (~selected, BASELINE_COLOUR, "not selected"),
@@ -58,7 +58,7 @@ def _bin_edges(scores: list[NDArray[np.float32]]) -> tuple[NDArray[np.float64], 
     present = np.concatenate(scores)
     present = present[np.isfinite(present)]
     if not len(present):
-        return np.linspace(0.0, 1.0, NUM_BINS + 1), False
+        return np.linspace(0.0, 1.0, HISTOGRAM_BINS + 1), False
     low, high = float(present.min()), float(present.max())
     near_low, near_high = np.percentile(present, [0.1, 99.9])
     cut = high - low > 2.0 * (near_high - near_low) > 0.0
@@ -66,7 +66,7 @@ def _bin_edges(scores: list[NDArray[np.float32]]) -> tuple[NDArray[np.float64], 
         low, high = float(near_low), float(near_high)
     if low == high:
         low, high = low - 0.5, high + 0.5
-    return np.linspace(low, high, NUM_BINS + 1), cut
+    return np.linspace(low, high, HISTOGRAM_BINS + 1), cut
 
 
 def _counts(scores: NDArray[np.float32], edges: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -6,26 +6,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_salt.files.markdown import markdown_table
 from megatron_salt.report.runs import CONFIG_KEYS, Run, find_crossing
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, padded so that it also reads well in a terminal; numbers to the right."""
-    header, *rows = ([cell.replace("|", "\\|") for cell in row] for row in (header, *rows))
-    columns = [list(column) for column in zip(header, *rows, strict=True)]
-    widths = [max(3, *(len(cell) for cell in column)) for column in columns]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [
-            cell.ljust(width) if index == 0 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return f"| {' | '.join(padded)} |"
-
-    rules = [
-        "-" * width if index == 0 else "-" * (width - 1) + ":" for index, width in enumerate(widths)
-    ]
-    return "\n".join([line(header), line(rules), *(line(row) for row in rows)])
 
 
 def results_table(

@@ -11,12 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from megatron_salt.parallel.simulator import Kind, Timeline
 from megatron_salt.report.plots import PLOT_STYLE
+from megatron_salt.teacher.simulator import OpKind, Timeline
 
 # Okabe and Ito's, told apart with any kind of colour vision; idle time is the background.
-COLOURS: dict[Kind, str] = {"forward": "#56B4E9", "backward": "#0072B2", "teacher": "#E69F00"}
-LABELS: dict[Kind, str] = {
+OP_COLOURS: dict[OpKind, str] = {"forward": "#56B4E9", "backward": "#0072B2", "teacher": "#E69F00"}
+LABELS: dict[OpKind, str] = {
     "forward": "student, forward",
     "backward": "student, backward",
     "teacher": "teacher, next batch or this one",
@@ -47,7 +47,7 @@ def draw_timelines(
             ax.set_title(f"{title}: {timeline.step_time * scale:.4g} {unit}", loc="left")
             ax.set_xlim(0, longest)
         parts[-1, 0].set_xlabel(f"time of one step ({unit})")
-        handles = [Patch(color=COLOURS[kind], label=label) for kind, label in LABELS.items()]
+        handles = [Patch(color=OP_COLOURS[kind], label=label) for kind, label in LABELS.items()]
         handles.append(Patch(color=UPDATE_COLOUR, label="gradient reduction and optimizer"))
         handles.append(Patch(color=IDLE_COLOUR, label="idle, or sending and receiving"))
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
@@ -59,7 +59,7 @@ def _draw(ax: Axes, timeline: Timeline, scale: float) -> None:
         ax.broken_barh(
             [(0, timeline.backward_end * scale)], (stage - 0.42, 0.84), color=IDLE_COLOUR
         )
-        for kind, colour in COLOURS.items():
+        for kind, colour in OP_COLOURS.items():
             bars = [
                 (span.start * scale, (span.stop - span.start) * scale)
                 for span in spans

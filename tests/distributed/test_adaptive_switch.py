@@ -24,14 +24,16 @@ from tiny import (
 )
 from tiny_tags import write_tags
 
-from megatron_salt.checkpoint import list_checkpoints, read_manifest
-from megatron_salt.config import ADAPTIVE_ONLY, RunConfig, SaltConfig
-from megatron_salt.data.dataset import Choice
-from megatron_salt.dry_run import describe
-from megatron_salt.held_out import STUDENT_KEYS, TEACHER_KEYS
-from megatron_salt.resume import check_same_choice
-from megatron_salt.switch import SwitchState
-from megatron_salt.trainer import Run
+from megatron_salt.checkpoint.folder import list_checkpoints
+from megatron_salt.checkpoint.manifest import read_checkpoint_manifest
+from megatron_salt.config.fields import RunConfig, SaltConfig
+from megatron_salt.config.problems import ADAPTIVE_ONLY
+from megatron_salt.data.dataset import TagInputs
+from megatron_salt.evaluation.held_out import STUDENT_KEYS, TEACHER_KEYS
+from megatron_salt.method.switch import SwitchState
+from megatron_salt.planner.dry_run import describe_run
+from megatron_salt.training.resume import check_same_tag_inputs
+from megatron_salt.training.run import Run
 
 SMALL = {**LLAMA, "num_layers": 2, "hidden_size": 20, "num_attention_heads": 2,
          "num_query_groups": 1, "ffn_hidden_size": 40}  # fmt: skip
@@ -154,7 +156,7 @@ def test_untrained_teacher_is_let_go_at_the_lower_bound(
                 np.testing.assert_array_equal(
                     resumed[number][name], weight, err_msg=f"{points[number]}, {rank}, {name}"
                 )
-    manifests = [read_manifest(path) for path in list_checkpoints(tmp_path / "run")]
+    manifests = [read_checkpoint_manifest(path) for path in list_checkpoints(tmp_path / "run")]
     assert manifests[0].switch == SwitchState(streak=1)
     decided = SwitchState(streak=2, decided_at=2, kd_end=5)
     assert all(manifest.switch == decided for manifest in manifests[1:])
@@ -219,17 +221,17 @@ def test_decided_run_is_the_run_with_that_end_from_the_start(
         record.pop("switch_streak", None)
     assert records == expected
     # Once it is over, by the decided end, a resumed run need not have the selection any more.
-    manifest = read_manifest(list_checkpoints(tmp_path / "adaptive")[-1])
-    check_same_choice(config, dataclasses.replace(manifest, step=2), Choice())
+    manifest = read_checkpoint_manifest(list_checkpoints(tmp_path / "adaptive")[-1])
+    check_same_tag_inputs(config, dataclasses.replace(manifest, step=2), TagInputs())
     with pytest.raises(ValueError, match="data.tags: the KD phase of this run began with"):
-        check_same_choice(config, dataclasses.replace(manifest, step=1), Choice())
+        check_same_tag_inputs(config, dataclasses.replace(manifest, step=1), TagInputs())
     for adaptive, fixed in results:
         assert all(np.array_equal(adaptive[name], weight) for name, weight in fixed.items())
 
 
 def _resumed_lines(config: RunConfig, deepspeed_config: str) -> str:
     run_to_end(config, deepspeed_config)
-    return describe(config, deepspeed_config)
+    return describe_run(config, deepspeed_config)
 
 
 def test_lm_phase_without_the_scores_of_its_teacher(
@@ -267,7 +269,7 @@ def test_dry_run_says_how_far_the_end_is_known(
 ) -> None:
     config = make_config(dataset, tmp_path / "run", teacher__checkpoint=str(untrained), **ADAPTIVE)
     deepspeed_config = make_deepspeed(tmp_path)
-    assert "on each of 1 ranks for at most 7 steps" in describe(config, deepspeed_config)
+    assert "on each of 1 ranks for at most 7 steps" in describe_run(config, deepspeed_config)
     shorter = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=7))
     text = run_ranks(1, _resumed_lines, shorter, deepspeed_config)[0]
     assert "on each of 1 ranks for at most 5 steps" in text

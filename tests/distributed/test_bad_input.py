@@ -18,19 +18,16 @@ from ranks import RankError, run_ranks, run_ranks_to_the_end
 from safetensors.torch import load_file, save_file
 from tiny import make_config, make_deepspeed, metrics_of, run_to_end
 
-from megatron_salt.checkpoint import (
-    list_checkpoints,
-    read_manifest,
-    sha256_of,
-    verify_hashes,
-)
-from megatron_salt.config import DataConfig
+from megatron_salt.checkpoint.folder import list_checkpoints
+from megatron_salt.checkpoint.manifest import read_checkpoint_manifest, verify_hashes
+from megatron_salt.config.fields import DataConfig
+from megatron_salt.corpus.train_tokenizer import train_tokenizer
 from megatron_salt.data.dataset import DataSource, find_tokenizer
 from megatron_salt.data.tokenizer import load_tokenizer
-from megatron_salt.data.train_tokenizer import train_tokenizer
+from megatron_salt.files.hashes import sha256_of
 from megatron_salt.parallel.groups import initialize
-from megatron_salt.resume import lock_output_dir
-from megatron_salt.trainer import prepare
+from megatron_salt.training.resume import lock_output_dir
+from megatron_salt.training.run import prepare
 
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 
@@ -246,7 +243,7 @@ def test_output_dir_of_a_living_run_is_refused(
     fails: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("megatron_salt.resume.LOCK_WAIT_S", 0.0)
+    monkeypatch.setattr("megatron_salt.training.resume.LOCK_WAIT_S", 0.0)
     with lock_output_dir(str(tmp_path / "run")):
         assert "in use by another run" in fails(1, dataset)
     config = make_config(dataset, tmp_path / "run", train__steps=1)
@@ -307,7 +304,7 @@ def test_changed_byte_is_found_by_its_hash(teacher: Path, tmp_path: Path) -> Non
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    manifest = read_manifest(checkpoint)  # sizes are as they were
+    manifest = read_checkpoint_manifest(checkpoint)  # sizes are as they were
     with pytest.raises(ValueError, match=file.name):
         verify_hashes(checkpoint, manifest, [f"weights/{file.name}"])
 
@@ -332,7 +329,7 @@ def test_failed_save_leaves_the_last_checkpoint(
         run_ranks(1, _train_with_small_files, config, deepspeed_config, limit_bytes)
     left = list_checkpoints(tmp_path / "run")
     assert [path.name for path in left] == ["step_00000001"]
-    manifest = read_manifest(left[0])
+    manifest = read_checkpoint_manifest(left[0])
     verify_hashes(left[0], manifest, list(manifest.files))
     run_ranks(1, _train, config, deepspeed_config)  # and it resumes
     assert [record["step"] for record in metrics_of(tmp_path / "run")] == [0, 1, 2]

@@ -27,10 +27,10 @@ from tiny import (
     without_times,
 )
 
-from megatron_salt import trainer
-from megatron_salt.config import RunConfig
-from megatron_salt.parallel.instructions import Instructions
-from megatron_salt.parallel.schedule import (
+from megatron_salt.config.fields import RunConfig
+from megatron_salt.parallel.watchdog import StepWatchdog
+from megatron_salt.planner.times import read_measured
+from megatron_salt.teacher.schedule import (
     KINDS,
     RecvHidden,
     SendHidden,
@@ -38,9 +38,9 @@ from megatron_salt.parallel.schedule import (
     measured_times,
     teaching_programs,
 )
-from megatron_salt.parallel.simulator import Times, simulate
-from megatron_salt.planner.times import read_measured
-from megatron_salt.trainer import MEASURED_STEP, Run, prepare
+from megatron_salt.teacher.simulator import StepTimes, simulate
+from megatron_salt.training.instructions import Instructions
+from megatron_salt.training.run import MEASURED_STEP, Run, prepare
 
 # Six layers on four stages: they have unequal work, so shares of the teacher's rows differ too.
 PP4: dict[str, Any] = {
@@ -121,7 +121,7 @@ def test_few_rows_with_prefixes_give_the_same_bits(
     dataset: Path, teacher: Path, tmp_path: Path, tp: int, pp: int, rows: int
 ) -> None:
     """One micro-batch, of one row for four ranks or of three for three, and a prefix for each;
-    evaluations between a lesson and the step that uses it."""
+    evaluations between a teacher_pass and the step that uses it."""
     config = make_config(
         dataset, tmp_path, train__steps=6, salt__kd_steps=5, train__eval_interval=2,
         data__objective=["0.2", "causal", "0.8", "prefix"], teacher__checkpoint=str(teacher),
@@ -144,9 +144,10 @@ def _first_stage_said_to_be_slow(
     """Final weights, and who teaches which pieces before and after the times are known."""
     pp_size = config.parallel.pipeline_model_parallel_size
     forward = [9.0] + [1.0] * (pp_size - 1)
-    times = Times(forward=forward, backward=[2.0 * one for one in forward], teacher=lambda *_: 0.5)
-    trainer.measured_times = lambda *_: times  # type: ignore[attr-defined]  # in this process
-    run = prepare(config, deepspeed_config)
+    times = StepTimes(
+        forward=forward, backward=[2.0 * one for one in forward], teacher=lambda *_: 0.5
+    )
+    run = prepare(config, deepspeed_config, measure=lambda *_: times)
     assert run.teacher is not None and run.teacher.plan is not None
     plans = [run.teacher.plan]
     for step in range(config.train.steps):
@@ -154,7 +155,7 @@ def _first_stage_said_to_be_slow(
         if run.teacher is not None and run.teacher.plan is not plans[-1]:
             plans.append(run.teacher.plan)
     before, after = plans
-    return local_weights(run), before.shares, after.shares
+    return local_weights(run), before.pieces_of, after.pieces_of
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 3), (2, 2)], ids=["pp3", "tp2-pp2"])
@@ -162,7 +163,7 @@ def test_rows_may_move_to_other_ranks_between_two_steps(
     dataset: Path, teacher: Path, tmp_path: Path, tp: int, pp: int
 ) -> None:
     """By the measured times the first stage should teach nothing, and others more: planned while
-    its last lesson is still to be finished, by the plan of before."""
+    its last teacher_pass is still to be finished, by the plan of before."""
     settings: dict[str, Any] = {
         "train__steps": 6, "salt__kd_steps": 5, "teacher__checkpoint": str(teacher),
         "parallel__tensor_model_parallel_size": tp, "parallel__pipeline_model_parallel_size": pp,
@@ -185,15 +186,16 @@ def test_rows_may_move_to_other_ranks_between_two_steps(
 
 
 def _train_with_delays(config: RunConfig, deepspeed_config: str, seconds: float) -> None:
-    run = prepare(config, deepspeed_config)
-    rng = random.Random(run.groups.rank)
-    enter = run.student.whereabouts.enter
+    rng = random.Random(int(os.environ["RANK"]))
 
-    def late(what: str) -> None:
-        enter(what)
-        time.sleep(rng.choice([0.0, 0.0, 0.0, rng.uniform(0.0, seconds)]))
+    class LateWatchdog(StepWatchdog):
+        """Every instruction begins at another time on every rank."""
 
-    run.student.whereabouts.enter = late  # type: ignore[method-assign]
+        def enter(self, what: str) -> None:
+            super().enter(what)
+            time.sleep(rng.choice([0.0, 0.0, 0.0, rng.uniform(0.0, seconds)]))
+
+    run = prepare(config, deepspeed_config, watchdog=LateWatchdog)
     for step in range(config.train.steps):
         run.step(step)
 
@@ -222,14 +224,14 @@ def test_random_delays_change_nothing_and_block_nobody(
 
 def _train_until_one_dies(config: RunConfig, deepspeed_config: str, victim: int) -> None:
     run = prepare(config, deepspeed_config)
-    enter = run.student.whereabouts.enter
+    enter = run.student.watchdog.enter
 
     def die_in_step_2(what: str) -> None:
         enter(what)
         if run.groups.rank == victim and what.startswith("BackwardPass") and step == 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    run.student.whereabouts.enter = die_in_step_2  # type: ignore[method-assign]
+    run.student.watchdog.enter = die_in_step_2  # type: ignore[method-assign]
     for step in range(config.train.steps):
         run.step(step)
 
@@ -277,13 +279,13 @@ def _bytes_around_the_switch(
     teacher = run.teacher
     assert teacher is not None
     parts = {
-        "body": sum(4 * weight.numel() for weight in teacher.body.parameters()),
+        "body": sum(4 * weight.numel() for weight in teacher.model.layers.parameters()),
         "head": 0 if teacher.head_WE is None else 4 * teacher.head_WE.numel(),
         "buffers": sum(4 * buffer.numel() for buffer in teacher._buffers),
     }
     assert teacher.num_bytes() == sum(parts.values())
     before = live()
-    run._release_teacher(config.salt.kd_steps)
+    run.teaching.release(config.salt.kd_steps)
     del teacher
     return before, live(), parts
 

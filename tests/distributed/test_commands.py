@@ -11,7 +11,8 @@ import pytest
 from commands import run_command
 from tiny import LLAMA, make_deepspeed, metrics_of
 
-from megatron_salt.checkpoint import list_checkpoints, read_manifest
+from megatron_salt.checkpoint.folder import list_checkpoints
+from megatron_salt.checkpoint.manifest import read_checkpoint_manifest
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_torchrun_then_evaluate(yaml_file: Path, teacher: Path, tmp_path: Path) 
     assert student["valid_ce_nats"] == pytest.approx(records[-1]["valid_ce_nats"], rel=1e-5)
     assert student["valid_accuracy"] == pytest.approx(records[-1]["valid_accuracy"], abs=1e-9)
     assert slm["valid_ce_nats"] == pytest.approx(records[0]["teacher_valid_ce_nats"], rel=1e-5)
-    manifest = read_manifest(list_checkpoints(tmp_path / "run")[-1])
+    manifest = read_checkpoint_manifest(list_checkpoints(tmp_path / "run")[-1])
     assert manifest.pp_size == 2 and manifest.step == 3 and manifest.phase == "lm"
     assert manifest.evaluation is not None
     assert manifest.evaluation.ce_nats == records[-1]["valid_ce_nats"]

@@ -11,7 +11,8 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from megatron_salt.config import DataConfig, parse_blend
+from megatron_salt.config.fields import DataConfig
+from megatron_salt.config.values import parse_blend
 from megatron_salt.data.dataset import DataSource, find_tokenizer
 from megatron_salt.data.order import rows_of_rank
 from megatron_salt.parallel.groups import initialize

@@ -20,12 +20,12 @@ from tiny import (
     run_to_end,
 )
 
-from megatron_salt.checkpoint import list_checkpoints
-from megatron_salt.config import RunConfig
+from megatron_salt.checkpoint.folder import list_checkpoints
+from megatron_salt.config.fields import RunConfig
 from megatron_salt.data.dataset import Batch, DataSource
 from megatron_salt.model.layers import canonical_parameters
-from megatron_salt.parallel.gradients import not_finite
-from megatron_salt.trainer import prepare
+from megatron_salt.training.gradients import not_finite
+from megatron_salt.training.run import prepare
 
 
 def sections(precision: str, stage: int) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from ranks import run_ranks
 from tiny import make_config, make_deepspeed
 
-from megatron_salt.config import RunConfig
-from megatron_salt.trainer import prepare
+from megatron_salt.config.fields import RunConfig
+from megatron_salt.training.run import prepare
 
 
 def _groups_of_rank(config: RunConfig, deepspeed_config: str) -> list[tuple[int, ...]]:

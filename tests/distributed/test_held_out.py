@@ -12,12 +12,13 @@ import torch
 from ranks import run_ranks
 from tiny import LLAMA, make_config, make_deepspeed, metrics_of, run_to_end
 
-from megatron_salt.checkpoint import read_manifest, resolve
-from megatron_salt.config import RunConfig
+from megatron_salt.checkpoint.folder import resolve
+from megatron_salt.checkpoint.frozen import load_frozen
+from megatron_salt.checkpoint.manifest import read_checkpoint_manifest
+from megatron_salt.config.fields import RunConfig
 from megatron_salt.data.dataset import DataSource, find_tokenizer
-from megatron_salt.held_out import STUDENT_KEYS, TEACHER_KEYS
+from megatron_salt.evaluation.held_out import STUDENT_KEYS, TEACHER_KEYS
 from megatron_salt.kernels import VocabShard
-from megatron_salt.model.teacher import Teacher
 from megatron_salt.parallel.groups import initialize
 
 # 63 samples are no multiple of what ranks times micro-batch take: some rows only fill up.
@@ -49,13 +50,12 @@ def _plain_scores(config: RunConfig, checkpoints: list[Path], cache: Path) -> li
     size = tokenizer.vocab_size
     found = []
     for path in checkpoints:
-        model = Teacher(
-            path, read_manifest(path), groups, vocab=VocabShard(size=size, start=0, stop=size),
-            head_columns=size, seq_length=config.data.seq_length, micro_batch_size=4,
-            dtype=torch.float32,
+        model = load_frozen(
+            path, read_checkpoint_manifest(path), groups, seq_length=config.data.seq_length,
+            dtype=torch.float32, head=VocabShard(size=size, start=0, stop=size), head_columns=size,
         )  # fmt: skip
-        hidden = model.hidden_states(batch.tokens_RS)
-        assert hidden is not None and model.head_WE is not None
+        hidden = model.forward(batch.tokens_RS)
+        assert model.head_WE is not None
         log_p = (hidden.double() @ model.head_WE.double().T).log_softmax(dim=-1)
         ce = -log_p.gather(-1, batch.labels_RS[..., None])[..., 0]
         best = log_p.max(dim=-1)

@@ -20,7 +20,7 @@ from ranks import run_ranks
 from torch import Tensor
 
 from megatron_salt.kernels import VocabShard, kd_loss, padded_vocab_size, vocab_parallel_argmax
-from megatron_salt.kernels.rows import Divergence
+from megatron_salt.kernels.backend import Divergence
 
 pytestmark = pytest.mark.distributed
 

@@ -17,13 +17,7 @@ from bodies import BODIES, chosen, cuda_on_cpu
 from ranks import run_ranks
 from torch import Tensor
 
-from megatron_salt.kernels import (
-    Chunking,
-    VocabShard,
-    kd_loss,
-    linear_kd_loss,
-    padded_vocab_size,
-)
+from megatron_salt.kernels import Chunking, VocabShard, kd_loss, linear_kd_loss, padded_vocab_size
 
 pytestmark = pytest.mark.distributed
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ranks import RankError, run_ranks
 from tiny import make_config, make_deepspeed, metrics_of, run_to_end
 
-from megatron_salt.config import RunConfig, SaltConfig
+from megatron_salt.config.fields import RunConfig, SaltConfig
 from megatron_salt.kernels import VocabShard, compiled
 from megatron_salt.model.loss import LossFunction
 

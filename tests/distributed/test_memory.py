@@ -14,14 +14,14 @@ from ranks import run_ranks
 from storages import alive, most_allocated, num_bytes, storages
 from tiny import ADAM, GPT, LLAMA, make_config, make_deepspeed, run_to_end
 
-from megatron_salt.config import RunConfig
-from megatron_salt.deepspeed_config import DeepSpeedSettings
-from megatron_salt.dry_run import teacher_size, teaching_plan
-from megatron_salt.memory import Sizes, StageMemory, layer_bytes, stage_memory
+from megatron_salt.config.deepspeed import DeepSpeedSettings
+from megatron_salt.config.fields import RunConfig
 from megatron_salt.model.layers import DecoderLayer, ModelParts
-from megatron_salt.parallel.engine import DTYPES
+from megatron_salt.model.weights import DTYPES
 from megatron_salt.parallel.groups import initialize
-from megatron_salt.trainer import Run, prepare
+from megatron_salt.planner.dry_run import teacher_size, teaching_plan
+from megatron_salt.planner.memory import Sizes, StageMemory, layer_bytes, stage_memory
+from megatron_salt.training.run import Run, prepare
 
 WIDER: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 8, "ffn_hidden_size": 160}
 MODELS = {"llama": {**LLAMA, **WIDER, "num_query_groups": 4}, "gpt": {**GPT, **WIDER}}
@@ -182,7 +182,7 @@ def _layer_saves(
             on_cuda=False,
         )  # fmt: skip
         parts = ModelParts(
-            config.model, vocab_size=VOCAB_SIZE, seq_length=LENGTH, position_rows=LENGTH,
+            config.model, vocab_size=VOCAB_SIZE, seq_length=LENGTH, num_positions=LENGTH,
             groups=groups.student, sequence_parallel=sequence_parallel, dtype=DTYPES[precision],
         )  # fmt: skip
         layer = DecoderLayer(parts, 0).to(DTYPES[precision])

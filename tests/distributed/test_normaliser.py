@@ -23,10 +23,10 @@ from tiny import (
     make_deepspeed,
 )
 
-from megatron_salt.config import RunConfig
+from megatron_salt.config.fields import RunConfig
 from megatron_salt.data.dataset import Batch
 from megatron_salt.data.order import rows_of_rank
-from megatron_salt.trainer import prepare
+from megatron_salt.training.run import prepare
 
 VOCAB_SIZE = 509
 

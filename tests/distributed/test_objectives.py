@@ -26,17 +26,19 @@ from tiny import (
     without_times,
 )
 
-from megatron_salt.checkpoint import list_checkpoints, read_manifest
-from megatron_salt.config import OBJECTIVES, DataConfig, RunConfig, Word
+from megatron_salt.checkpoint.folder import list_checkpoints
+from megatron_salt.checkpoint.manifest import read_checkpoint_manifest
+from megatron_salt.config.fields import DataConfig, RunConfig, TextOrNumber
+from megatron_salt.config.values import OBJECTIVES
+from megatron_salt.corpus.preprocess import preprocess
+from megatron_salt.corpus.train_tokenizer import train_tokenizer
 from megatron_salt.data.dataset import Batch, DataSource, find_tokenizer
 from megatron_salt.data.objective import make_mixture, original_text
-from megatron_salt.data.preprocess import preprocess
-from megatron_salt.data.train_tokenizer import train_tokenizer
-from megatron_salt.dry_run import describe
 from megatron_salt.model.student import OutputLayer
 from megatron_salt.parallel.groups import initialize
-from megatron_salt.resume import unseen_objectives
-from megatron_salt.trainer import prepare
+from megatron_salt.planner.dry_run import describe_run
+from megatron_salt.teacher.find import unseen_objectives
+from megatron_salt.training.run import prepare
 
 VOCAB_SIZE = 509
 # 16 tokens a row: span corruption reads 10 of 17 and takes 3 spans out of them.
@@ -78,8 +80,8 @@ def causal_teacher(sentinel_dataset: Path, tmp_path_factory: pytest.TempPathFact
 
 def data_config(prefix: Path, **changes: Any) -> DataConfig:
     values: dict[str, Any] = {
-        "train_data_path": [Word(str(prefix))], "split": "90,10", "seq_length": 16,
-        "objective": [Word(word) for word in MIXTURE["data__objective"]],
+        "train_data_path": [TextOrNumber(str(prefix))], "split": "90,10", "seq_length": 16,
+        "objective": [TextOrNumber(word) for word in MIXTURE["data__objective"]],
         "span_corruption_rate": 0.4, "span_mean_length": 1.5,
     }  # fmt: skip
     return DataConfig(**(values | changes))
@@ -395,12 +397,14 @@ def test_tokenizer_without_sentinels_is_refused_before_the_start(
     with pytest.raises(RankError) as caught:
         run_ranks(1, _prepare, config, deepspeed_config)
     with pytest.raises(ValueError) as dry:
-        describe(config, deepspeed_config)
+        describe_run(config, deepspeed_config)
     for message in (caught.value.message, str(dry.value)):
         assert "needs 4 sentinels" in message and "has 0" in message
         assert "tokenizer.model" in message and "--sentinels 4" in message
     assert not (tmp_path / "run" / "index_cache").exists()
-    lines = describe(make_config(sentinel_dataset, tmp_path / "run", **MIXTURE), deepspeed_config)
+    lines = describe_run(
+        make_config(sentinel_dataset, tmp_path / "run", **MIXTURE), deepspeed_config
+    )
     assert "objective: 30.0% causal, 40.0% prefix, 30.0% span_corruption" in lines
     assert "reads 10 of its 17 tokens and predicts 4 of them in 3 spans" in lines
 
@@ -416,14 +420,14 @@ def test_teacher_that_never_read_a_prefix_is_warned_of(
     run_ranks(1, _train, config, deepspeed_config)
     warning = "never read a prefix in both directions"
     assert warning in capfd.readouterr().err
-    assert f"WARNING teacher {causal_teacher}" in describe(config, deepspeed_config)
+    assert f"WARNING teacher {causal_teacher}" in describe_run(config, deepspeed_config)
     causal = make_config(sentinel_dataset, tmp_path / "causal", **teaching)
-    assert "WARNING" not in describe(causal, deepspeed_config)
+    assert "WARNING" not in describe_run(causal, deepspeed_config)
     taught = {**teaching, "teacher__checkpoint": str(tmp_path / "run")}
     of_mixture = make_config(sentinel_dataset, tmp_path / "next", **taught, **MIXTURE)
-    assert "WARNING" not in describe(of_mixture, deepspeed_config)
-    manifest = read_manifest(list_checkpoints(tmp_path / "run")[-1])
-    prefix_only = dataclasses.replace(config.data, objective=[Word("prefix")])
+    assert "WARNING" not in describe_run(of_mixture, deepspeed_config)
+    manifest = read_checkpoint_manifest(list_checkpoints(tmp_path / "run")[-1])
+    prefix_only = dataclasses.replace(config.data, objective=[TextOrNumber("prefix")])
     saw_none = dataclasses.replace(
         manifest, config=dataclasses.replace(manifest.config, data=prefix_only)
     )

@@ -11,7 +11,7 @@ import torch
 from ranks import run_ranks
 from tiny import make_config, make_deepspeed, metrics_of, run_to_end
 
-from megatron_salt.config import RunConfig
+from megatron_salt.config.fields import RunConfig
 
 
 def _train(config: RunConfig, deepspeed_config: str) -> None:

@@ -33,12 +33,12 @@ from tiny import (
     whole_weights,
 )
 
-from megatron_salt.config import RunConfig
+from megatron_salt.config.fields import RunConfig
 from megatron_salt.model import student
-from megatron_salt.parallel import engine, instructions
-from megatron_salt.parallel.engine import DTYPES
-from megatron_salt.parallel.gradients import accumulated
-from megatron_salt.trainer import prepare
+from megatron_salt.model.weights import DTYPES
+from megatron_salt.training import engine, instructions
+from megatron_salt.training.gradients import accumulated
+from megatron_salt.training.run import prepare
 
 # The package has a function of the module's name.
 linear_kd_loss = importlib.import_module("megatron_salt.kernels.linear_kd_loss")

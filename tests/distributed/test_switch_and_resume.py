@@ -24,10 +24,10 @@ from tiny import (
     without_times,
 )
 
-from megatron_salt.checkpoint import list_checkpoints
-from megatron_salt.config import RunConfig
-from megatron_salt.held_out import TEACHER_KEYS
-from megatron_salt.trainer import Run, prepare, train
+from megatron_salt.checkpoint.folder import list_checkpoints
+from megatron_salt.config.fields import RunConfig
+from megatron_salt.evaluation.held_out import TEACHER_KEYS
+from megatron_salt.training.run import Run, prepare, train
 
 KD_STEPS = 6
 TP2_PP2: dict[str, Any] = {
@@ -156,7 +156,7 @@ def test_steps_after_the_switch_equal_a_run_without_a_teacher(
 def _tensors_of_teacher(run: Run) -> list[weakref.ref[Any]]:
     teacher = run.teacher
     assert teacher is not None
-    tensors = [*teacher.body.parameters(), *teacher.body.buffers()]
+    tensors = [*teacher.model.layers.parameters(), *teacher.model.layers.buffers()]
     if teacher.head_WE is not None:
         tensors.append(teacher.head_WE)
     return [weakref.ref(teacher), *(weakref.ref(tensor) for tensor in tensors)]
@@ -166,7 +166,7 @@ def _alive_after_switch(config: RunConfig, deepspeed_config: str) -> tuple[int, 
     """(teacher tensors before, alive after the first LM step, live tensors as wide as E)."""
     run = prepare(config, deepspeed_config)
     references = _tensors_of_teacher(run)
-    width = run.teacher.parts.model.hidden_size  # type: ignore[union-attr]
+    width = run.teacher.model.parts.model.hidden_size  # type: ignore[union-attr]
     for step in range(KD_STEPS + 1):
         run.step(step)
     gc.collect()

@@ -19,10 +19,11 @@ from commands import run_command
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from ranks import RankError, run_ranks
 
-from megatron_salt import checkpoint as ckpt
-from megatron_salt import tagging
-from megatron_salt.data.preprocess import preprocess
-from megatron_salt.data.selection import load_selection, read_table
+from megatron_salt.checkpoint.folder import resolve
+from megatron_salt.checkpoint.frozen import load_frozen
+from megatron_salt.checkpoint.manifest import read_checkpoint_manifest
+from megatron_salt.corpus.preprocess import preprocess
+from megatron_salt.data.selection import Rule, load_selection, read_table
 from megatron_salt.data.sequences import Sequences
 from megatron_salt.data.tags import (
     DataIdentity,
@@ -36,9 +37,12 @@ from megatron_salt.data.tags import (
 )
 from megatron_salt.data.tokenizer import load_tokenizer
 from megatron_salt.kernels import Chunking, VocabShard
-from megatron_salt.model.teacher import Teacher
 from megatron_salt.parallel.groups import initialize
-from megatron_salt.tagging import TagRequest, tag
+from megatron_salt.scoring import tagging
+from megatron_salt.scoring.request import TagRequest
+from megatron_salt.scoring.scorer import Scorer, ShardScores
+from megatron_salt.scoring.shards import write_shard
+from megatron_salt.scoring.tagging import tag
 
 VOCAB_SIZE = 509
 TOP_K = 10
@@ -70,12 +74,11 @@ def stream_of(dataset: Path) -> tuple[list[int], list[int]]:
 def _slow_scores(dataset: Path, teacher: Path, window: int | None) -> dict[str, Any]:
     """Loss, rank and entropy of every token, one row of the model at a time, and the sequences'
     scores, one sequence at a time. Independent of the tool: it shares with it the model only."""
-    folder = ckpt.resolve(str(teacher), what="teacher")
-    manifest = ckpt.read_manifest(folder)
-    model = Teacher(
-        folder, manifest, initialize(1, 1, 5.0),
-        vocab=VocabShard(size=VOCAB_SIZE, start=0, stop=VOCAB_SIZE), head_columns=VOCAB_SIZE,
-        seq_length=MAX_LENGTH, micro_batch_size=1, dtype=torch.float32,
+    folder = resolve(str(teacher), what="teacher")
+    manifest = read_checkpoint_manifest(folder)
+    model = load_frozen(
+        folder, manifest, initialize(1, 1, 5.0), seq_length=MAX_LENGTH, dtype=torch.float32,
+        head=VocabShard(size=VOCAB_SIZE, start=0, stop=VOCAB_SIZE), head_columns=VOCAB_SIZE,
     )  # fmt: skip
     eod = load_tokenizer(folder / "tokenizer").eod
     tokens, lengths = stream_of(dataset)
@@ -224,7 +227,7 @@ def _scored_by_hand(folder: Path, window: int | None) -> list[int]:
     for document in DOCUMENTS:
         builder.add_document(torch.tensor(document), [len(document)])
     builder.finalize(str(folder / "hand.idx"))
-    scorer = tagging.Scorer.__new__(tagging.Scorer)
+    scorer = Scorer.__new__(Scorer)
     scorer.settings = TagSettings(
         window=window, max_length=window or 8, top_k=1, store=(), precision="fp32",
         loss_impl="reference",
@@ -259,7 +262,7 @@ def test_a_tag_belongs_to_the_token_that_is_predicted(
 
 def _tag_and_die(request: TagRequest, after: int) -> None:
     written = 0
-    write = tagging._write_shard
+    write = tagging.write_shard
 
     def write_and_count(*arguments: Any) -> None:
         nonlocal written
@@ -268,21 +271,21 @@ def _tag_and_die(request: TagRequest, after: int) -> None:
         if written == after:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    tagging._write_shard = write_and_count
+    tagging.write_shard = write_and_count
     _tag(request)
 
 
 def _count_shards(request: TagRequest) -> int:
     """Shards that this run scores."""
     scored = 0
-    shard = tagging.Scorer.shard
+    shard = Scorer.shard
 
-    def counting(self: tagging.Scorer, *arguments: Any) -> Any:
+    def counting(self: Scorer, *arguments: Any) -> Any:
         nonlocal scored
         scored += 1
         return shard(self, *arguments)
 
-    tagging.Scorer.shard = counting  # type: ignore[method-assign]
+    Scorer.shard = counting  # type: ignore[method-assign]
     _tag(request)
     return scored
 
@@ -304,7 +307,7 @@ def test_killed_run_goes_on_where_it_was(tagged: TagRequest, tmp_path: Path) -> 
     assert hashes(again.output_prefix) == hashes(tagged.output_prefix)
     # A requeued job finds the tags complete; another rule is not taken for the same tags.
     assert sum(run_ranks(1, _count_shards, again)) == 0
-    other = dataclasses.replace(again, rule=tagging.Rule(fraction=0.25))
+    other = dataclasses.replace(again, rule=Rule(fraction=0.25))
     with pytest.raises(RankError, match=r"select_data\.py --tags"):
         run_ranks(1, _tag, other)
 
@@ -489,7 +492,7 @@ def test_tags_of_other_data_are_refused(tagged: TagRequest, text: Path, tmp_path
 
 def test_a_loss_that_is_not_finite_stops(tmp_path: Path) -> None:
     sequences = Sequences.of(np.array([3, 2]), None)
-    scores = tagging.ShardScores(
+    scores = ShardScores(
         loss_T=np.array([1.0, 2.0, np.nan, 1.0, 1.0], dtype=np.float32),
         kept_T=np.ones(5, dtype=bool), entropy_T=None,
     )  # fmt: skip
@@ -497,7 +500,7 @@ def test_a_loss_that_is_not_finite_stops(tmp_path: Path) -> None:
         window=None, max_length=8, top_k=1, store=(), precision="fp16", loss_impl="reference"
     )
     with pytest.raises(ValueError, match="loss of token 2 is nan: .* in fp16; try --precision"):
-        tagging._write_shard(tmp_path / "shard.npz", sequences, 0, 2, scores, settings)
+        write_shard(tmp_path / "shard.npz", sequences, 0, 2, scores, settings)
     assert not list(tmp_path.iterdir())
 
 
@@ -526,7 +529,7 @@ def test_command_line(text: Path, teacher: Path, tmp_path: Path) -> None:
         ({"window": 17}, "trained on sequences of 16 tokens"),
         ({"window": 0}, "--window 0: must be at least 1"),
         ({"top_k": 509}, "--top_k 509: must lie between 1 and"),
-        ({"rule": tagging.Rule(score="entropy"), "store": ()}, "--score entropy needs --store"),
+        ({"rule": Rule(score="entropy"), "store": ()}, "--score entropy needs --store"),
         ({"teacher": "nowhere"}, "--teacher = nowhere: does not exist"),
         ({"data": "nowhere"}, "missing dataset file nowhere.bin"),
     ],

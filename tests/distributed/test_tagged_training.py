@@ -23,16 +23,16 @@ from tiny import (
     without_times,
 )
 
-from megatron_salt.config import RunConfig
-from megatron_salt.data.dataset import DataSource, find_tokenizer, load_choice
+from megatron_salt.config.fields import RunConfig
+from megatron_salt.corpus.preprocess import preprocess
+from megatron_salt.data.dataset import DataSource, find_tokenizer, load_tag_inputs
 from megatron_salt.data.order import rows_of_rank
-from megatron_salt.data.preprocess import preprocess
 from megatron_salt.data.selection import Rule, load_selection, read_table, write_table
 from megatron_salt.data.tags import as_fp16, open_indexed, sequence_lengths
-from megatron_salt.dry_run import describe
 from megatron_salt.parallel.groups import initialize
-from megatron_salt.tagging import TagRequest, tag
-from megatron_salt.trainer import prepare
+from megatron_salt.planner.dry_run import describe_run
+from megatron_salt.scoring.tagging import TagRequest, tag
+from megatron_salt.training.run import prepare
 
 VOCAB_SIZE = 509
 LENGTH = 16
@@ -65,7 +65,7 @@ def tagged_config(dataset: Path, tags: Path, output: Path, kind: str, **settings
 def _read(config: RunConfig, cache: Path, num_samples: int, num_selected: int) -> dict[str, Any]:
     initialize(1, 1, 5.0)
     tokenizer = find_tokenizer(config.data)
-    choice = load_choice(config, tokenizer)
+    choice = load_tag_inputs(config, tokenizer)
     source = DataSource(
         config.data, tokenizer, num_samples=num_samples, seed=7, cache_path=cache,
         num_selected=num_selected, choice=choice, with_reference_loss=True,
@@ -667,7 +667,7 @@ def test_dry_run_says_how_many_epochs_the_selection_makes(
     config = tagged_config(
         dataset, tags, tmp_path / "run", "windows", salt__kd_steps=4, salt__kd_weight=0.0
     )
-    text = describe(config, make_deepspeed(tmp_path))
+    text = describe_run(config, make_deepspeed(tmp_path))
     table = read_table(tags / "windows_sequences.parquet")
     selected = table.columns["selected"]
     tokens = int(table.columns["tokens"][selected].sum())

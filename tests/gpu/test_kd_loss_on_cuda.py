@@ -18,8 +18,8 @@ from commands import run_command
 from torch import Tensor
 
 from megatron_salt.kernels import Chunking, KdLoss, VocabShard, kd_loss, linear_kd_loss
-from megatron_salt.kernels.choose import choose_body
-from megatron_salt.kernels.rows import Options, Rows
+from megatron_salt.kernels.backend import LossInputs, LossOptions
+from megatron_salt.kernels.choose import choose_backend
 
 pytestmark = [
     pytest.mark.gpu,
@@ -326,11 +326,11 @@ def test_gradient_over_its_logits_touches_nothing_else(
     """Both passes in one launch, as `linear_kd_loss` uses them."""
     case = make_case(11, C)
     assert case.teacher_TC is not None
-    body = choose_body(IMPL, device=case.labels_T.device, dtypes=frozenset({dtype}))
-    options = Options(vocab=case.vocab)
+    body = choose_backend(IMPL, device=case.labels_T.device, dtypes=frozenset({dtype}))
+    options = LossOptions(vocab=case.vocab)
     weights = [weight_T.float() for weight_T in (case.ce_weight_T, case.kd_weight_T)]
     student = placed(case.student_TC, dtype, where)
-    rows = Rows(student, placed(case.teacher_TC, dtype, where), case.labels_T, *weights)
+    rows = LossInputs(student, placed(case.teacher_TC, dtype, where), case.labels_T, *weights)
     one = torch.ones((), device=DEVICE)
 
     expected = torch.empty(student.shape, dtype=dtype, device=DEVICE)

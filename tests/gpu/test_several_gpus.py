@@ -26,8 +26,9 @@ from tiny import (
     without_times,
 )
 
-from megatron_salt.config import RunConfig, write_config
-from megatron_salt.machine import CONNECTIONS
+from megatron_salt.config.command_line import write_config
+from megatron_salt.config.fields import RunConfig
+from megatron_salt.parallel.machine import CONNECTIONS
 
 ON_CPU = os.environ.get("SALT_GPU_TESTS_ON_CPU") == "1"
 NUM_GPUS = torch.cuda.device_count()

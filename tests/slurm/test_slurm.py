@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from tiny import make_config, make_deepspeed, metrics_of
 
-from megatron_salt.checkpoint import list_checkpoints
-from megatron_salt.config import write_config
+from megatron_salt.checkpoint.folder import list_checkpoints
+from megatron_salt.config.command_line import write_config
 
 REPO = Path(__file__).parents[2]
 CLUSTER = REPO / "examples" / "slurm" / "local_cluster.sh"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_salt.data.corpus import make_corpus
-from megatron_salt.data.train_tokenizer import train_tokenizer
+from megatron_salt.corpus.python_sources import make_corpus
+from megatron_salt.corpus.train_tokenizer import train_tokenizer
 
 CORPUS_BYTES = 2_500_000  # more than two blocks of the reader
 TRAINING_BYTES = 400_000

@@ -171,11 +171,13 @@ def make_run(case: dict[str, Any], folder: Path) -> tuple[Any, Any, Any, Any, An
     """Config, DeepSpeed's settings, groups, student and teacher, as a run makes them."""
     import tiny
 
-    from megatron_salt.config import ModelConfig
-    from megatron_salt.deepspeed_config import load_deepspeed_config
-    from megatron_salt.model.teacher import Teacher
-    from megatron_salt.parallel.engine import DTYPES, StudentEngine
-    from megatron_salt.parallel.teaching import StepShape, multiply_adds, plan_teaching
+    from megatron_salt.config.deepspeed import load_deepspeed_config
+    from megatron_salt.config.fields import ModelConfig
+    from megatron_salt.model.weights import DTYPES
+    from megatron_salt.parallel.watchdog import StepWatchdog
+    from megatron_salt.teacher.plan import StepShape, multiply_adds, plan_teacher
+    from megatron_salt.teacher.teacher import Teacher
+    from megatron_salt.training.engine import StudentEngine
 
     config = tiny.make_config(
         "data", folder, model={**getattr(tiny, case["model"]), "num_layers": 1},
@@ -193,7 +195,9 @@ def make_run(case: dict[str, Any], folder: Path) -> tuple[Any, Any, Any, Any, An
     # Two micro-batches of two rows.
     values["train_batch_size"] = 4 * groups.layout.dp_size
     settings = load_deepspeed_config(tiny.make_deepspeed(folder, **values), groups.layout.dp_size)
-    student = StudentEngine(config, settings, groups, vocab_size=VOCAB_SIZE)
+    student = StudentEngine(
+        config, settings, groups, vocab_size=VOCAB_SIZE, watchdog=StepWatchdog(groups, 30.0)
+    )
     parts = student.parts
     teacher_config = dataclasses.replace(config, model=ModelConfig(**TEACHER))
     manifest = SimpleNamespace(config=teacher_config, vocab_size=VOCAB_SIZE, evaluation=None)
@@ -204,7 +208,7 @@ def make_run(case: dict[str, Any], folder: Path) -> tuple[Any, Any, Any, Any, An
     )  # fmt: skip
     student.loss_function.teacher_head_WE = teacher.head_WE
     shape = StepShape.of_run(config, settings, groups.layout, VOCAB_SIZE, teacher_config.model)
-    plan = plan_teaching(shape, multiply_adds(shape), in_bubbles=False)
+    plan = plan_teacher(shape, multiply_adds(shape), in_bubbles=False)
     teacher.prepare(plan, ahead=True)
     return config, settings, groups, student, teacher
 
@@ -215,10 +219,10 @@ def train(config: Any, settings: Any, student: Any, teacher: Any, route: dict[st
     num_rows = settings.micro_batch_size * settings.num_micro_batches
     expect_device(*student.module.parameters(), *student.module.buffers())
     batch = batch_of(num_rows, config.data.seq_length).to(DEVICE)
-    lesson = teacher.lesson(batch.tokens_RS, batch.prefix_R)
-    lesson.run_all()
-    student.train_step(student.micro_batches(batch, 0.5, lesson.finish()), 0.1)
-    again = teacher.lesson(batch.tokens_RS, batch.prefix_R)
+    teacher_pass = teacher.begin_pass(batch.tokens_RS, batch.prefix_R)
+    teacher_pass.run_all()
+    student.train_step(student.micro_batches(batch, 0.5, teacher_pass.finish()), 0.1)
+    again = teacher.begin_pass(batch.tokens_RS, batch.prefix_R)
     again.run_all()
     loss_function.salt = dataclasses.replace(loss_function.salt, **route)
     student.train_step(student.micro_batches(batch, 0.5, again.finish()), 0.1)
@@ -232,8 +236,8 @@ def evaluate(config: Any, settings: Any, groups: Any, student: Any, teacher: Any
     What is done with the sums on the host is left out.
     """
     from megatron_salt.data.order import evaluation_rows
-    from megatron_salt.held_out import HeldOut
-    from megatron_salt.model.score_sums import ThirdCuts
+    from megatron_salt.evaluation.held_out import HeldOut
+    from megatron_salt.evaluation.score_sums import ThirdCuts
 
     held_out = object.__new__(HeldOut)
     size, layout = settings.micro_batch_size, groups.layout
@@ -264,10 +268,10 @@ def main(guard: str, cases: str, folder: str) -> None:
     import deepspeed
     from megatron.core import parallel_state
 
+    from megatron_salt.evaluation.score_sums import ScoreSums
     from megatron_salt.kernels import build, compiled
-    from megatron_salt.model import teacher as teacher_module
-    from megatron_salt.model.score_sums import ScoreSums
-    from megatron_salt.parallel import engine as engine_module
+    from megatron_salt.model import frozen as frozen_module
+    from megatron_salt.training import engine as engine_module
 
     dist.init_process_group("fake", rank=RANK, world_size=WORLD_SIZE, store=FakeStore())
     parallel_state._set_global_memory_buffer()
@@ -278,7 +282,7 @@ def main(guard: str, cases: str, folder: str) -> None:
     deepspeed.zero.Init = lambda **_: contextlib.nullcontext()  # it is for ZeRO 3
     engine_module.DeepSpeedConfig = lambda *_, **__: None  # it asks DeepSpeed's own groups
     # These ask other ranks, or bring numbers to the host.
-    teacher_module.same_error_everywhere = lambda what: contextlib.nullcontext()
+    frozen_module.same_error_everywhere = lambda what: contextlib.nullcontext()
     sums = ScoreSums(
         ce_nats=1.0, tokens=1.0, correct=1.0, teacher_better=1.0, third_tokens=(), bin_tokens=(),
         third_ce_nats=(), bin_confidence=(), bin_correct=(),

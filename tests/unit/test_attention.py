@@ -12,7 +12,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from megatron_salt.config import ModelConfig
+from megatron_salt.config.fields import ModelConfig
 from megatron_salt.model import attention as module
 from megatron_salt.model.attention import (
     PrefixMasks,

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from megatron_salt.config import SECTIONS, RunConfig, check_config
-from megatron_salt.deepspeed_config import DeepSpeedSettings, load_deepspeed_config
+from megatron_salt.config.deepspeed import DeepSpeedSettings, load_deepspeed_config
+from megatron_salt.config.fields import SECTIONS, RunConfig
+from megatron_salt.config.problems import check_config
 from megatron_salt.planner.times import read_measured
 
 INF, NAN, HUGE = float("inf"), float("nan"), 10**400  # HUGE: JSON's, and no float

@@ -17,12 +17,13 @@ from typing import NamedTuple
 
 import pytest
 
-from megatron_salt.config import ModelConfig
-from megatron_salt.parallel import placement, teaching
+from megatron_salt.config.fields import ModelConfig
 from megatron_salt.parallel.layout import Layout
-from megatron_salt.parallel.schedule import plain_programs, teaching_programs
-from megatron_salt.parallel.simulator import Op, Times, channel
-from megatron_salt.parallel.teaching import StepShape, TeachingPlan, multiply_adds, plan_teaching
+from megatron_salt.teacher import placement
+from megatron_salt.teacher import plan as teaching
+from megatron_salt.teacher.plan import StepShape, TeacherPlan, multiply_adds, plan_teacher
+from megatron_salt.teacher.schedule import plain_programs, teaching_programs
+from megatron_salt.teacher.simulator import Op, StepTimes, channel
 
 NUM_SHAPES = 200  # divided by the number of stages
 NUM_MUTANTS = 400
@@ -34,7 +35,7 @@ class Step:
     """A step that teaches: the programs of all stages, which each tp rank reads in its own way."""
 
     programs: list[list[Op]]
-    plan: TeachingPlan
+    plan: TeacherPlan
     tp_size: int
 
 
@@ -124,7 +125,7 @@ def random_step(rng: random.Random, stages: int, tp_size: int) -> Step:
     factor = rng.uniform(0.3, 3.0)
     times = {
         "as counted": counted,
-        "all at the same moment": Times(
+        "all at the same moment": StepTimes(
             forward=[1.0] * stages, backward=[2.0] * stages, teacher=lambda piece, chunk: 0.25
         ),
         "by chance": replace(
@@ -136,9 +137,9 @@ def random_step(rng: random.Random, stages: int, tp_size: int) -> Step:
         ),
     }[rng.choice(["as counted", "all at the same moment", *["by chance"] * 4])]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teaching, "WATER_LEVELS", (rng.choice(teaching.WATER_LEVELS),))
+        patch.setattr(teaching, "WATER_LEVELS", (rng.choice(teaching.LEVELLING_STEPS),))
         patch.setattr(placement, "DEADLINES", 2)
-        plan = plan_teaching(shape, times, in_bubbles=True)
+        plan = plan_teacher(shape, times, in_bubbles=True)
     assert plan.placement is not None
     return Step(teaching_programs(micro_batches, stages, plan.placement), plan, tp_size)
 
@@ -179,15 +180,15 @@ def step_with_chunks_anywhere(rng: random.Random) -> Step:
             before.setdefault(place, []).append(Op("teacher", piece, chunk))
         chunks.append(before)
     chunk_time = rng.choice([0.0, 1.0])
-    times = Times(
+    times = StepTimes(
         forward=[rng.choice([0.0, 1.0]) for _ in range(stages)],
         backward=[rng.choice([0.0, 1.0, 2.0]) for _ in range(stages)],
         teacher=lambda piece, chunk: chunk_time, transfer=rng.choice([0.0, 1.0]),
     )  # fmt: skip
     found = placement._with_transfers(programs, times, chunks, num_chunks)
-    plan = TeachingPlan(
-        pieces=[(row, row + 1) for row in range(num_pieces)], shares=shares, num_chunks=num_chunks,
-        placement=None,
+    plan = TeacherPlan(
+        pieces=[(row, row + 1) for row in range(num_pieces)], pieces_of=shares,
+        num_chunks=num_chunks, placement=None,
     )  # fmt: skip
     return Step(placement.with_teacher(programs, found), plan, 1)
 
@@ -206,7 +207,7 @@ def test_one_micro_batch_and_work_that_takes_no_time() -> None:
         student=model, teacher=model, vocab_size=512, seq_length=32, micro_batch_size=1,
         num_micro_batches=1, layout=Layout(tp_size=1, pp_size=2, dp_size=1),
     )  # fmt: skip
-    plan = plan_teaching(shape, Times(forward=[1.0] * 2, backward=[2.0] * 2), in_bubbles=True)
+    plan = plan_teacher(shape, StepTimes(forward=[1.0] * 2, backward=[2.0] * 2), in_bubbles=True)
     assert plan.placement is not None
     step = Step(teaching_programs(1, 2, plan.placement), plan, 1)
     assert [op.kind for op in step.programs[-1]].count("recv_hidden") == 1

@@ -13,15 +13,8 @@ from typing import Any
 
 import pytest
 
-from megatron_salt.config import (
-    KEYS,
-    CommandLine,
-    RunConfig,
-    check_config,
-    parse_command_line,
-    write_config,
-)
-from megatron_salt.deepspeed_config import (
+from megatron_salt.config.command_line import CommandLine, parse_command_line, write_config
+from megatron_salt.config.deepspeed import (
     REFUSED_KEYS,
     DeepSpeedSettings,
     check_against_run,
@@ -30,6 +23,8 @@ from megatron_salt.deepspeed_config import (
     read_json,
     resolve_batch_sizes,
 )
+from megatron_salt.config.fields import KEYS, RunConfig
+from megatron_salt.config.problems import check_config
 
 RUN = """
 model: {num_layers: 4, hidden_size: 64, num_attention_heads: 8, num_query_groups: 4}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_salt.data.corpus import make_corpus
+from megatron_salt.corpus.python_sources import make_corpus
 from tools import make_corpus as tool
 
 LONG = "value = 1  # a line that is long enough to be kept as a document\n" * 2

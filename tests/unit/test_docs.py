@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_salt.checkpoint import CheckpointManifest
-from megatron_salt.config import KEYS
-from megatron_salt.deepspeed_config import KNOWN_KEYS, REFUSED_KEYS
-from megatron_salt.held_out import STUDENT_KEYS, TEACHER_KEYS
+from megatron_salt.checkpoint.manifest import CheckpointManifest
+from megatron_salt.config.deepspeed import KNOWN_KEYS, REFUSED_KEYS
+from megatron_salt.config.fields import KEYS
+from megatron_salt.evaluation.held_out import STUDENT_KEYS, TEACHER_KEYS
 from megatron_salt.report.runs import STEP_KEYS, VALID_KEYS
 
 ROOT = Path(__file__).parents[2]

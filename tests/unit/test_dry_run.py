@@ -10,10 +10,10 @@ import pytest
 import torch
 from tiny import LLAMA, make_config, make_deepspeed
 
-from megatron_salt.deepspeed_config import load_deepspeed_config
+from megatron_salt.config.deepspeed import load_deepspeed_config
 from megatron_salt.kernels import Chunking, Heads, VocabShard
-from megatron_salt.memory import Sizes, TeacherSize, loss_bytes
 from megatron_salt.parallel.layout import Layout
+from megatron_salt.planner.memory import Sizes, TeacherSize, loss_bytes
 
 VOCAB_SIZE, WIDTH, TOKENS = 509, LLAMA["hidden_size"], 2 * 16
 
@@ -24,7 +24,7 @@ def sizes_of(
     """The teacher's shape is the student's."""
     settings["parallel__tensor_model_parallel_size"] = tp_size
     config = make_config("data", folder / "run", **settings)
-    size = TeacherSize(model=config.model, vocab_size=VOCAB_SIZE, position_rows=16)
+    size = TeacherSize(model=config.model, vocab_size=VOCAB_SIZE, num_positions=16)
     deepspeed = load_deepspeed_config(make_deepspeed(folder), 1)
     return Sizes(
         config=config,

@@ -16,20 +16,20 @@ import pytest
 from ranks import run_ranks
 from tiny_tags import write_indexed, write_manifest, write_tags
 
-from megatron_salt.data.manifest import bin_path, idx_path, read_manifest
+from megatron_salt.data.manifest import bin_path, idx_path, read_dataset_manifest
 from megatron_salt.data.scores import MASKED, SCORES, column
 from megatron_salt.data.selection import Rule, read_table, write_table
 from megatron_salt.data.sequences import Sequences
 from megatron_salt.data.tags import (
-    manifest_path,
     open_indexed,
     read_stream,
     read_tag_manifest,
     sequence_lengths,
     table_path,
+    tag_manifest_path,
 )
-from megatron_salt.data.token_view import TokenTags, legend, render, texts_of, token_bytes
 from megatron_salt.data.tokenizer import load_tokenizer
+from megatron_salt.scoring.token_view import TokenTags, legend, render, texts_of, token_bytes
 from tools import inspect_data, select_data
 
 Capture = pytest.CaptureFixture[str]
@@ -263,7 +263,7 @@ def test_manifest_that_miscounts_is_found(data: Path, tmp_path: Path, capsys: Ca
         ({"files": []}, "is not a manifest of tags"),
     ):
         text = dataclasses.replace(manifest, **changed).to_json()
-        manifest_path(tmp_path / "slm").write_text(text)
+        tag_manifest_path(tmp_path / "slm").write_text(text)
         error = refusal(capsys, data, "--verify", "--tags", tmp_path / "slm")
         assert "slm.tags.json" in error and message in error
 
@@ -412,16 +412,16 @@ def test_real_tags_are_shown_verified_and_selected_from(
     assert out.endswith("all of it verified\n")
     out = shown(capsys, dataset, "--sequence", 3, *words)
     assert "window 3: score " in out and "16 tokens, [48, 64)" in out
-    manifest = json.loads(manifest_path(tmp_path / "slm").read_text())
+    manifest = json.loads(tag_manifest_path(tmp_path / "slm").read_text())
     assert manifest["origin"]["tokenizer_fingerprint"] == (
         load_tokenizer(f"{dataset}.tokenizer").fingerprint
     )
-    assert read_manifest(dataset) is not None
+    assert read_dataset_manifest(dataset) is not None
 
 
 def _tag(dataset: str, teacher: str, output_prefix: str) -> None:
     from megatron_salt.parallel.groups import initialize
-    from megatron_salt.tagging import TagRequest, tag
+    from megatron_salt.scoring.tagging import TagRequest, tag
 
     request = TagRequest(
         data=dataset, teacher=teacher, output_prefix=output_prefix, window=16, top_k=20,

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_salt.kernels import KdLoss, VocabShard, kd_loss, padded_vocab_size
-from megatron_salt.kernels.choose import _say_once, choose_body
-from megatron_salt.kernels.rows import Divergence
+from megatron_salt.kernels.backend import Divergence
+from megatron_salt.kernels.choose import _say_once, choose_backend
 
 torch.set_num_threads(1)  # these tensors are too small to share, and other tests run beside us
 
@@ -490,7 +490,7 @@ def test_compiled_code_refuses_other_divergences_and_auto_says_that_it_falls_bac
 
 
 def test_auto_is_native_on_the_cpu() -> None:
-    body = choose_body("auto", device=torch.device("cpu"), dtypes=frozenset({torch.bfloat16}))
+    body = choose_backend("auto", device=torch.device("cpu"), dtypes=frozenset({torch.bfloat16}))
     assert body.name == "native"
 
 

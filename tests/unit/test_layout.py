@@ -11,22 +11,11 @@ import pytest
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from megatron.core.parallel_state import RankGenerator
 
-from megatron_salt.config import ModelConfig
-from megatron_salt.data.order import (
-    epoch_and_offset,
-    epoch_seed,
-    evaluation_rows,
-    rows_of_rank,
-)
-from megatron_salt.parallel.layout import (
-    Layout,
-    balanced_stages,
-    layer_costs,
-    layout_for_world,
-    share_pieces,
-    split_rows,
-    teacher_pieces,
-)
+from megatron_salt.config.fields import ModelConfig
+from megatron_salt.data.order import epoch_and_offset, epoch_seed, evaluation_rows, rows_of_rank
+from megatron_salt.model.costs import balanced_stages, layer_costs
+from megatron_salt.parallel.layout import Layout, layout_for_world, split_evenly
+from megatron_salt.teacher.pieces import assign_pieces, teacher_pieces
 
 LAYOUTS = [
     Layout(tp_size=tp, pp_size=pp, dp_size=dp)
@@ -89,7 +78,7 @@ def test_world_that_does_not_fit_is_refused_with_the_sizes() -> None:
 @pytest.mark.parametrize("num_parts", range(1, 9))
 def test_split_rows_gives_every_row_once_longest_first(num_parts: int) -> None:
     for num_rows in range(20):
-        parts = split_rows(num_rows, num_parts)
+        parts = split_evenly(num_rows, num_parts)
         assert len(parts) == num_parts
         assert [row for start, stop in parts for row in range(start, stop)] == list(range(num_rows))
         sizes = [stop - start for start, stop in parts]
@@ -107,7 +96,7 @@ def test_pieces_are_shared_once_and_evenly(layout: Layout, micro_batch_size: int
         )
         sizes = [stop - start for start, stop in pieces]
         assert max(sizes) <= micro_batch_size and len(set(sizes[:-1])) <= 1 >= sizes[-1] / sizes[0]
-        shares = share_pieces(pieces, layout, [0.0] * layout.pp_size, 1.0)
+        shares = assign_pieces(pieces, layout, [0.0] * layout.pp_size, 1.0)
         # Blocks of tensor-parallel ranks one after the other, and stages within them.
         order = [shares[pp][tp] for tp in range(layout.tp_size) for pp in range(layout.pp_size)]
         assert list(itertools.chain(*order)) == list(range(len(pieces)))
@@ -127,7 +116,7 @@ def test_stages_with_less_to_do_take_more_pieces() -> None:
     layout = Layout(tp_size=2, pp_size=3, dp_size=1)
     pieces = [(row, row + 1) for row in range(20)]
     work = [10.0, 4.0, 7.0]
-    shares = share_pieces(pieces, layout, work, row_work=1.0)
+    shares = assign_pieces(pieces, layout, work, row_work=1.0)
     for tp_rank in range(2):
         counts = [len(ranks[tp_rank]) for ranks in shares]
         assert sum(counts) == 10
@@ -138,8 +127,8 @@ def test_stages_with_less_to_do_take_more_pieces() -> None:
     # serves all.
     for num_pieces in range(1, 30):
         for shares in (
-            share_pieces(pieces[:num_pieces], layout, work, 1.0),
-            share_pieces(
+            assign_pieces(pieces[:num_pieces], layout, work, 1.0),
+            assign_pieces(
                 [*pieces[: num_pieces - 1], (num_pieces, num_pieces + 1)], layout, work, 3
             ),
         ):
@@ -150,10 +139,10 @@ def test_a_piece_counts_with_all_of_its_rows() -> None:
     layout = Layout(tp_size=1, pp_size=2, dp_size=1)
     pieces = [(row, row + 4) for row in range(0, 40, 4)]
     # Stage 0 has 16 rows' work more to do: of 40 rows it should take 12, that is three pieces.
-    shares = share_pieces(pieces, layout, [16.0, 0.0], row_work=1.0)
+    shares = assign_pieces(pieces, layout, [16.0, 0.0], row_work=1.0)
     assert [len(ranks[0]) for ranks in shares] == [3, 7]
     # Where all is equal, the odd one is for the first stage: it waits longest for a gradient.
-    shares = share_pieces(pieces[:3], layout, [0.0, 0.0], row_work=1.0)
+    shares = assign_pieces(pieces[:3], layout, [0.0, 0.0], row_work=1.0)
     assert [len(ranks[0]) for ranks in shares] == [2, 1]
 
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_salt import machine
-from megatron_salt.machine import (
+from megatron_salt.parallel import machine
+from megatron_salt.parallel.machine import (
     CONNECTIONS,
     check_fused_adam,
     fused_adam_facts,
@@ -222,7 +222,7 @@ def test_fused_operations_go_by_the_rank_that_lacks_most(
 def test_layers_are_fused_as_decided(monkeypatch: pytest.MonkeyPatch) -> None:
     from tiny import LLAMA
 
-    from megatron_salt.config import ModelConfig
+    from megatron_salt.config.fields import ModelConfig
     from megatron_salt.model import layers
 
     for decided in (True, False):

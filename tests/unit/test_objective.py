@@ -13,11 +13,13 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_salt.config import OBJECTIVES, DataConfig, Word, parse_objective
+from megatron_salt.config.fields import DataConfig, TextOrNumber
+from megatron_salt.config.values import OBJECTIVES, parse_objective
+from megatron_salt.corpus.train_tokenizer import train_tokenizer
 from megatron_salt.data.objective import (
     Draws,
     Mixture,
-    Sample,
+    ObjectiveRow,
     check_sentinels,
     count_spans,
     fit_spans,
@@ -26,7 +28,6 @@ from megatron_salt.data.objective import (
     sentinels_needed,
 )
 from megatron_salt.data.tokenizer import Tokenizer, load_tokenizer, sentinel_ids
-from megatron_salt.data.train_tokenizer import train_tokenizer
 
 EOD = 1
 SENTINELS = tuple(range(100, 600))  # above all tokens of the made-up texts
@@ -41,7 +42,7 @@ def mixture(shares: dict[str, float], seq_length: int, **changes: Any) -> Mixtur
 
 
 def data_config(*words: object, **changes: Any) -> DataConfig:
-    return DataConfig(objective=[Word(word) for word in words], **changes)
+    return DataConfig(objective=[TextOrNumber(word) for word in words], **changes)
 
 
 @pytest.fixture(scope="session", params=["tokenizer.model", "tokenizer.json"])
@@ -87,7 +88,7 @@ def test_prefix_is_uniform_over_all_lengths() -> None:
 
 def corrupted(
     monkeypatch: pytest.MonkeyPatch, seq_length: int, lengths: list[list[int]], **changes: Any
-) -> Sample:
+) -> ObjectiveRow:
     """A row of 10, 11, … whose spans (lengths of noise, of what stays) are given."""
     given = iter(lengths)
     monkeypatch.setattr(Draws, "lengths", lambda self, total, count: np.array(next(given)))
@@ -202,8 +203,8 @@ def test_shares_are_approached() -> None:
         assert counts[name] / 5000 == pytest.approx(share, abs=0.02)
 
 
-def same(one: Sample, other: Sample) -> bool:
-    fields = [field.name for field in dataclasses.fields(Sample)]
+def same(one: ObjectiveRow, other: ObjectiveRow) -> bool:
+    fields = [field.name for field in dataclasses.fields(ObjectiveRow)]
     return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in fields)
 
 

@@ -16,18 +16,18 @@ from deepspeed.runtime.pipe.schedule import (
     SendActivation,
 )
 
-from megatron_salt.config import ModelConfig
+from megatron_salt.config.fields import ModelConfig
 from megatron_salt.parallel.layout import Layout
-from megatron_salt.parallel.placement import Placement, work_bound
-from megatron_salt.parallel.schedule import (
+from megatron_salt.teacher.placement import Placement, work_bound
+from megatron_salt.teacher.plan import StepShape, TeacherPlan, multiply_adds, plan_teacher
+from megatron_salt.teacher.schedule import (
     TeacherForward,
     measured_times,
     measured_values,
     plain_programs,
     teaching_programs,
 )
-from megatron_salt.parallel.simulator import Op, Times, channel, simulate
-from megatron_salt.parallel.teaching import StepShape, TeachingPlan, multiply_adds, plan_teaching
+from megatron_salt.teacher.simulator import Op, StepTimes, channel, simulate
 
 MODEL = ModelConfig(num_layers=32, hidden_size=64, num_attention_heads=4)
 
@@ -41,7 +41,7 @@ def shape_of(stages: int, micro_batches: int, **values: int | None) -> StepShape
     )  # fmt: skip
 
 
-def times_of(shape: StepShape, forward: Sequence[float], ratio: float, chunks: int) -> Times:
+def times_of(shape: StepShape, forward: Sequence[float], ratio: float, chunks: int) -> StepTimes:
     """A teacher of `ratio` times the student's work, whole on a rank, in `chunks` equal parts."""
     whole = ratio * sum(forward) / shape.micro_batch_size
     pieces = shape.pieces
@@ -50,10 +50,10 @@ def times_of(shape: StepShape, forward: Sequence[float], ratio: float, chunks: i
         start, stop = pieces[piece]
         return whole * (stop - start) / chunks
 
-    return Times(forward=forward, backward=[2.0 * one for one in forward], teacher=teacher)
+    return StepTimes(forward=forward, backward=[2.0 * one for one in forward], teacher=teacher)
 
 
-def check(plan: TeachingPlan, times: Times, stages: int, micro_batches: int) -> Placement:
+def check(plan: TeacherPlan, times: StepTimes, stages: int, micro_batches: int) -> Placement:
     """What holds of every placement: it is DeepSpeed's schedule, and each chunk runs just once."""
     placement = plan.placement
     assert placement is not None
@@ -69,11 +69,11 @@ def check(plan: TeachingPlan, times: Times, stages: int, micro_batches: int) -> 
     for stage, ops in enumerate(programs):
         work = [(op.number, op.chunk) for op in ops if op.kind == "teacher"]
         # Piece after piece, so a rank holds the inner state of one of them at most.
-        assert work == list(itertools.product(plan.shares[stage][0], range(plan.num_chunks)))
+        assert work == list(itertools.product(plan.pieces_of[stage][0], range(plan.num_chunks)))
         sent = [op.number for op in ops if op.kind == "send_hidden"]
-        assert sent == (list(plan.shares[stage][0]) if stage < stages - 1 else [])
+        assert sent == (list(plan.pieces_of[stage][0]) if stage < stages - 1 else [])
         # Between one pair of ranks both ends name the pieces in the same order.
-        assert [piece for piece in received if piece in plan.shares[stage][0]] == sent
+        assert [piece for piece in received if piece in plan.pieces_of[stage][0]] == sent
         for span in timeline.spans[stage]:
             if span.op.kind == "send_hidden":
                 sent_at[span.op.number] = span.start
@@ -103,7 +103,7 @@ def test_overhead_is_near_the_bound_with_four_chunks(
 ) -> None:
     shape = shape_of(stages, micro_batches)
     times = times_of(shape, [1.0] * stages, ratio, 4)
-    placement = check(plan_teaching(shape, times, in_bubbles=True), times, stages, micro_batches)
+    placement = check(plan_teacher(shape, times, in_bubbles=True), times, stages, micro_batches)
     bound = formula(ratio, micro_batches, stages)
     share = placement.bound / placement.plain_time - 1.0
     assert share == pytest.approx(bound, abs=1e-9)
@@ -130,11 +130,11 @@ def test_uneven_stages_and_numbers_that_do_not_divide(
     """
     shape = shape_of(stages, micro_batches, micro_batch_size=4, num_chunks=chunks)
     times = times_of(shape, UNEVEN[kind](stages), ratio, chunks)
-    placement = check(plan_teaching(shape, times, in_bubbles=True), times, stages, micro_batches)
-    equal = plan_teaching(shape, times, in_bubbles=False)
+    placement = check(plan_teacher(shape, times, in_bubbles=True), times, stages, micro_batches)
+    equal = plan_teacher(shape, times, in_bubbles=False)
     work = [
         sum(times.teacher(piece, chunk) for piece in ranks[0] for chunk in range(chunks))
-        for ranks in equal.shares
+        for ranks in equal.pieces_of
     ]
     bound = work_bound(times, plain_programs(micro_batches, stages), work)
     plain = placement.plain_time
@@ -159,15 +159,17 @@ def test_number_of_chunks_follows_the_teacher() -> None:
 
 def test_tensor_parallel_ranks_share_a_schedule() -> None:
     shape = shape_of(2, 5, tp=2)
-    plan = plan_teaching(shape, multiply_adds(shape), in_bubbles=True)
-    assert [len(ranks[0]) for ranks in plan.shares] != [len(ranks[1]) for ranks in plan.shares]
+    plan = plan_teacher(shape, multiply_adds(shape), in_bubbles=True)
+    assert [len(ranks[0]) for ranks in plan.pieces_of] != [
+        len(ranks[1]) for ranks in plan.pieces_of
+    ]
     assert plan.placement is not None
     for tp_rank in range(2):
         done = []
         for ops in teaching_programs(5, 2, plan.placement):
             named = [op.number for op in ops if op.kind == "teacher" and op.chunk == 0]
             done += [plan.of_tp_rank(piece, tp_rank) for piece in named]
-        expected = [piece for ranks in plan.shares for piece in ranks[tp_rank]]
+        expected = [piece for ranks in plan.pieces_of for piece in ranks[tp_rank]]
         assert [piece for piece in done if piece is not None] == expected
         rows = [row for stage in range(2) for row in range(*plan.rows(stage, tp_rank))]
         assert rows == list(range(*plan.block(tp_rank)))
@@ -196,17 +198,17 @@ def test_every_rank_of_a_stage_does_its_share_once(seed: int) -> None:
     times = multiply_adds(shape)
     if seed % 2:
         chunk = rng.choice([0.0, 0.01, 0.3, 5.0])
-        times = Times(
+        times = StepTimes(
             forward=[rng.uniform(0.1, 3.0) for _ in range(stages)],
             backward=[rng.uniform(0.1, 5.0) for _ in range(stages)],
             teacher=lambda piece, _: chunk * (shape.pieces[piece][1] - shape.pieces[piece][0]),
             transfer=rng.choice([0.0, 0.5]),
         )
-    plan = plan_teaching(shape, times, in_bubbles=True)
+    plan = plan_teacher(shape, times, in_bubbles=True)
     placement = check(plan, times, stages, micro_batches)
     work = max(
         sum(times.teacher(piece, chunk) for piece in ranks[0] for chunk in range(plan.num_chunks))
-        for ranks in plan.shares
+        for ranks in plan.pieces_of
     )
     assert placement.bound <= placement.step_time * (1 + 1e-9)
     assert placement.step_time <= (placement.plain_time + work) * (1 + 1e-9)
@@ -230,18 +232,18 @@ def test_every_rank_of_a_stage_does_its_share_once(seed: int) -> None:
                     sent.append(own)
                 else:
                     received.append(own)
-            share = plan.shares[stage][tp_rank]
+            share = plan.pieces_of[stage][tp_rank]
             assert done == dict.fromkeys(share, plan.num_chunks)
             assert sent == (list(share) if stage < stages - 1 else [])
             taught += [row for piece in done for row in range(*plan.pieces[piece])]
-        for ranks in plan.shares[:-1]:
+        for ranks in plan.pieces_of[:-1]:
             assert [piece for piece in received if piece in ranks[tp_rank]] == list(ranks[tp_rank])
         rows = [row for stage in range(stages) for row in range(*plan.rows(stage, tp_rank))]
         assert rows == list(range(*plan.block(tp_rank)))
     assert taught == list(range(shape.num_rows))
 
 
-def slow_reference(programs: list[list[Op]], times: Times) -> list[list[tuple[float, float]]]:
+def slow_reference(programs: list[list[Op]], times: StepTimes) -> list[list[tuple[float, float]]]:
     """Start and end of every instruction by repeated relaxation: each begins when all that it
     needs has ended, whatever the order in which one looks."""
     spans = [[(0.0, 0.0)] * len(ops) for ops in programs]
@@ -279,9 +281,9 @@ def test_clock_agrees_with_a_slow_reference(seed: int) -> None:
     rng = random.Random(seed)
     stages, micro_batches = rng.choice([(2, 3), (3, 5), (4, 4), (4, 9)])
     shape = shape_of(stages, micro_batches)
-    plan = plan_teaching(shape, times_of(shape, [1.0] * stages, 0.5, 4), in_bubbles=True)
+    plan = plan_teacher(shape, times_of(shape, [1.0] * stages, 0.5, 4), in_bubbles=True)
     assert plan.placement is not None
-    times = Times(
+    times = StepTimes(
         forward=[rng.uniform(0.5, 2.0) for _ in range(stages)],
         backward=[rng.uniform(1.0, 4.0) for _ in range(stages)],
         teacher=lambda piece, chunk: 0.3 + 0.1 * piece + 0.05 * chunk,
@@ -305,7 +307,7 @@ def test_clock_agrees_with_a_slow_reference(seed: int) -> None:
 
 def test_plain_step_has_the_length_of_1f1b() -> None:
     for stages, micro_batches in itertools.product([2, 3, 8], [1, 2, 8, 20]):
-        times = Times(forward=[1.0] * stages, backward=[2.0] * stages, update=0.5)
+        times = StepTimes(forward=[1.0] * stages, backward=[2.0] * stages, update=0.5)
         timeline = simulate(plain_programs(micro_batches, stages), times)
         assert timeline.step_time == pytest.approx(3.0 * (micro_batches + stages - 1) + 0.5)
         for stage in range(stages):
@@ -315,11 +317,11 @@ def test_plain_step_has_the_length_of_1f1b() -> None:
 def test_hidden_states_may_arrive_after_the_last_backward() -> None:
     shape = shape_of(2, 4)
     times = times_of(shape, [1.0, 1.0], 1.0, 4)
-    plan = plan_teaching(shape, times, in_bubbles=True)
+    plan = plan_teacher(shape, times, in_bubbles=True)
     assert plan.placement is not None
     programs = teaching_programs(4, 2, plan.placement)
     fast = simulate(programs, times)
-    slow = simulate(programs, Times(forward=[1.0, 1.0], backward=[2.0, 2.0],
+    slow = simulate(programs, StepTimes(forward=[1.0, 1.0], backward=[2.0, 2.0],
                                     teacher=times.teacher, hidden_transfer=5.0))  # fmt: skip
     assert slow.backward_end == fast.backward_end
     assert slow.step_time > fast.step_time
@@ -330,7 +332,7 @@ def move(ops: list[Op], source: int, destination: int) -> None:
 
 
 def test_schedules_that_cannot_work_are_refused() -> None:
-    times = Times(forward=[1.0] * 2, backward=[2.0] * 2)
+    times = StepTimes(forward=[1.0] * 2, backward=[2.0] * 2)
 
     def broken(stage: int, kind: str, number: int, destination: int) -> list[list[Op]]:
         programs = plain_programs(3, 2)
@@ -362,8 +364,8 @@ def test_schedules_that_cannot_work_are_refused() -> None:
 
 def test_work_that_takes_no_time_is_placed_too() -> None:
     shape = shape_of(2, 4)
-    times = Times(forward=[1.0, 1.0], backward=[2.0, 2.0])
-    placement = check(plan_teaching(shape, times, in_bubbles=True), times, 2, 4)
+    times = StepTimes(forward=[1.0, 1.0], backward=[2.0, 2.0])
+    placement = check(plan_teacher(shape, times, in_bubbles=True), times, 2, 4)
     assert placement.overhead == 0.0
 
 

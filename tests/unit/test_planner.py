@@ -15,9 +15,9 @@ import pytest
 from commands import ROOT, run_command
 from tiny import GPT, LLAMA, make_config, make_deepspeed
 
-from megatron_salt.memory import Sizes, TeacherSize, hidden_state_bytes, model_states, stage_memory
+from megatron_salt.model.costs import layer_costs
 from megatron_salt.model.weights import padded_vocab
-from megatron_salt.parallel.layout import Layout, layer_costs
+from megatron_salt.parallel.layout import Layout
 from megatron_salt.planner import command, hardware, ranking, times
 from megatron_salt.planner.estimate import (
     closed_form,
@@ -27,8 +27,15 @@ from megatron_salt.planner.estimate import (
     simulated,
     water_level,
 )
-from megatron_salt.planner.inputs import Inputs, read_inputs
-from megatron_salt.planner.output import as_dict, describe, timelines
+from megatron_salt.planner.inputs import PlannerInputs, read_inputs
+from megatron_salt.planner.memory import (
+    Sizes,
+    TeacherSize,
+    hidden_state_bytes,
+    model_states,
+    stage_memory,
+)
+from megatron_salt.planner.output import as_dict, describe_plan, timelines
 from megatron_salt.report.timeline import draw_timelines
 
 H100 = hardware.Machine(gpu=hardware.GPUS["h100"], network_gb_s=50.0)
@@ -39,7 +46,7 @@ VOCAB_SIZE = 64
 
 def inputs_of(
     folder: Path, world_size: int, *, teacher: bool = True, json_values: Any = (), **settings: Any
-) -> Inputs:
+) -> PlannerInputs:
     config = make_config("data", folder / "run", **settings)
     if teacher:
         config = replace(config, salt=replace(config.salt, kd_steps=2))
@@ -47,11 +54,11 @@ def inputs_of(
         folder, **{"train_batch_size": 64, "train_micro_batch_size_per_gpu": 1, **dict(json_values)}
     )
     inputs = read_inputs(config, path, world_size, vocab_size=VOCAB_SIZE, teacher_config=None)
-    size = TeacherSize(model=config.model, vocab_size=VOCAB_SIZE, position_rows=16)
+    size = TeacherSize(model=config.model, vocab_size=VOCAB_SIZE, num_positions=16)
     return replace(inputs, teacher=size) if teacher else inputs
 
 
-def at(inputs: Inputs, tp: int, pp: int, dp: int, micro_batch_size: int = 1) -> Sizes:
+def at(inputs: PlannerInputs, tp: int, pp: int, dp: int, micro_batch_size: int = 1) -> Sizes:
     return inputs.at(Layout(tp_size=tp, pp_size=pp, dp_size=dp), micro_batch_size)
 
 
@@ -345,7 +352,7 @@ def test_refusals_are_counted_by_reason(tmp_path: Path) -> None:
 def test_the_plan_as_text_and_json(tmp_path: Path) -> None:
     inputs = inputs_of(tmp_path, 8, parallel__pipeline_model_parallel_size=2)
     plans = [command.plan_run(inputs, H100, steps_saved=0.4) for _ in range(2)]
-    texts, values = [describe(plan) for plan in plans], [as_dict(plan) for plan in plans]
+    texts, values = [describe_plan(plan) for plan in plans], [as_dict(plan) for plan in plans]
     assert texts[0] == texts[1] and values[0] == values[1]
     assert json.loads(json.dumps(values[0])) == values[0]
     run = values[0]["own"]["run"]
@@ -441,6 +448,6 @@ def test_an_impossible_own_layout_leaves_the_ranking(tmp_path: Path) -> None:
     assert inputs.own is None and "not a multiple" in inputs.own_problem
     plan = command.plan_run(inputs, H100)
     assert plan.own is None and plan.ranking is not None
-    assert "not a multiple" in describe(plan)
+    assert "not a multiple" in describe_plan(plan)
     with pytest.raises(ValueError, match="--measured is of the config's own layout"):
-        command.plan_run(inputs, H100, measured=times.Measured())
+        command.plan_run(inputs, H100, measured=times.MeasuredTimes())

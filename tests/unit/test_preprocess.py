@@ -22,10 +22,10 @@ import pytest
 import zstandard
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from megatron_salt.data import preprocess as library
-from megatron_salt.data.manifest import read_manifest, verify_dataset
-from megatron_salt.data.preprocess import PreprocessSettings, preprocess
-from megatron_salt.data.text_files import LineBlock, iter_line_blocks, parse_documents
+from megatron_salt.corpus import preprocess as library
+from megatron_salt.corpus.preprocess import PreprocessSettings, preprocess
+from megatron_salt.corpus.text_files import LineBlock, iter_line_blocks, parse_documents
+from megatron_salt.data.manifest import read_dataset_manifest, verify_dataset
 from megatron_salt.data.tokenizer import load_tokenizer
 from tools import preprocess_data
 
@@ -99,7 +99,7 @@ def test_number_of_workers_changes_no_byte(
 def test_manifest_says_what_was_read_and_written(
     dataset: Path, corpus_path: Path, corpus_texts: list[str], sentencepiece_path: Path
 ) -> None:
-    manifest = read_manifest(dataset)
+    manifest = read_dataset_manifest(dataset)
     assert manifest is not None
     tokenizer = load_tokenizer(sentencepiece_path)
     assert manifest.tokenizer_fingerprint == tokenizer.fingerprint
@@ -419,7 +419,7 @@ def test_leftovers_of_a_killed_run_are_cleared(
 
 def test_good_dataset_verifies(dataset: Path, sentencepiece_path: Path) -> None:
     tokenizer = load_tokenizer(sentencepiece_path)
-    assert verify_dataset(dataset, tokenizer, hashes=True) == read_manifest(dataset)
+    assert verify_dataset(dataset, tokenizer, hashes=True) == read_dataset_manifest(dataset)
     assert verify_dataset(str(dataset)) is not None
 
 
@@ -497,13 +497,13 @@ def test_dataset_of_megatron_itself_verifies_with_a_warning(
 
 
 def test_unreadable_manifest_is_an_error(copied: Path) -> None:
-    manifest = read_manifest(copied)
+    manifest = read_dataset_manifest(copied)
     assert manifest is not None
     path = Path(f"{copied}.manifest.json")
     path.write_text(dataclasses.replace(manifest, format_version=2).to_json())
     with pytest.raises(ValueError, match="has format version 2, this release reads 1"):
-        read_manifest(copied)
+        read_dataset_manifest(copied)
     for content in ("{", "[]", '{"format_version": 1}', '{"format_version": 1, "inputs": []}'):
         path.write_text(content)
         with pytest.raises(ValueError, match="is not a dataset manifest"):
-            read_manifest(copied)
+            read_dataset_manifest(copied)

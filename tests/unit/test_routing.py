@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_salt.model.routing import keep_taught, share_of_sequences
+from megatron_salt.method.routing import keep_taught, share_of_sequences
 
 
 def test_untaught_tokens_keep_their_total_weight_or_not() -> None:

@@ -8,8 +8,9 @@ from typing import Any, get_args
 
 import pytest
 
-from megatron_salt.config import SaltConfig, TrainConfig, Transition
-from megatron_salt.salt import kd_weight, learning_rate, phase
+from megatron_salt.config.fields import SaltConfig, TrainConfig, Transition
+from megatron_salt.method.salt import kd_weight, phase
+from megatron_salt.training.learning_rate import learning_rate
 
 W0 = 0.75
 N = 12

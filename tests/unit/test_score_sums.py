@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_salt.held_out import TeacherScores
+from megatron_salt.evaluation.held_out import TeacherScores
+from megatron_salt.evaluation.score_sums import CALIBRATION_BINS, ScoreSums, ThirdCuts, by_sample
 from megatron_salt.kernels import TokenScores
 from megatron_salt.model.loss import in_order_of_tokens
-from megatron_salt.model.score_sums import NUM_BINS, ScoreSums, ThirdCuts, by_sample
 
 
 def thirds_by_trying(losses: list[float]) -> list[int]:
@@ -194,13 +194,13 @@ def test_bounds_hold_where_the_data_are_known() -> None:
         data, model = rng.dirichlet(np.full(6, rng.choice([0.2, 1.0])), (2, 40))
         tv = np.abs(data - model).sum(axis=1).mean() / 2
         ce = -(data * np.log(np.maximum(model, 1e-30))).sum(axis=1).mean()
-        zeros = torch.zeros(3 * NUM_BINS + 10, dtype=torch.float64)
+        zeros = torch.zeros(3 * CALIBRATION_BINS + 10, dtype=torch.float64)
         zeros[:2] = torch.tensor([ce, 1.0])
         scores = TeacherScores(loss_NS=zeros, counted_NS=zeros, packed=zeros)
         assert tv <= scores.tv_bound <= 1.0
         # The calibration error of infinitely many tokens: right with the probability of the data.
         best = model.argmax(axis=1)
-        bins = np.minimum((model.max(axis=1) * NUM_BINS).astype(int), NUM_BINS - 1)
+        bins = np.minimum((model.max(axis=1) * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
         gap = data[range(40), best] - model.max(axis=1)
-        ece = sum(abs(gap[bins == which].sum()) for which in range(NUM_BINS)) / 40
+        ece = sum(abs(gap[bins == which].sum()) for which in range(CALIBRATION_BINS)) / 40
         assert ece <= tv + 1e-12

@@ -11,13 +11,13 @@ import pytest
 from matplotlib import image
 from tiny_tags import write_scores, write_tags
 
-from megatron_salt.data.manifest import read_manifest
-from megatron_salt.data.reselect import sample_places
+from megatron_salt.data.manifest import read_dataset_manifest
 from megatron_salt.data.selection import SequenceTable, load_selection, read_table, write_table
 from megatron_salt.data.sequences import Sequences
 from megatron_salt.data.tags import DataIdentity, open_indexed, read_stream, sequence_lengths
 from megatron_salt.data.tokenizer import load_tokenizer
 from megatron_salt.report.score_histogram import plot_scores
+from megatron_salt.scoring.reselect import sample_places
 from tools import select_data
 
 NAN = float("nan")
@@ -318,7 +318,7 @@ def test_samples_show_text_of_kept_and_dropped_sequences(
 def test_text_of_another_dataset_is_refused(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    manifest = read_manifest(dataset)
+    manifest = read_dataset_manifest(dataset)
     assert manifest is not None
     tags = write_scores(tmp_path / "slm", [1.0, 2.0], tokenizer=manifest.tokenizer_fingerprint)
     error = refusal(capsys, tmp_path / "out", "--data", dataset, tags=[tags])
@@ -332,7 +332,7 @@ def test_text_of_another_dataset_is_refused(
 def test_training_reads_the_selection(dataset: Path, tmp_path: Path) -> None:
     write_tags(tmp_path / "slm", dataset, window=64)
     run(tmp_path / "out", "--bottom-fraction", 0.25, tags=tmp_path / "slm")
-    manifest = read_manifest(dataset)
+    manifest = read_dataset_manifest(dataset)
     assert manifest is not None
     path = tmp_path / "out.parquet"
     selection = load_selection(path, dataset, manifest.tokenizer_fingerprint)

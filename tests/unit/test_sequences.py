@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_salt.data.sequences import ROW_MULTIPLE, Sequences, batches_of, rows_of
+from megatron_salt.data.sequences import ROW_MULTIPLE, Sequences, batches_of, windows_of
 
 EOD = 7
 
@@ -46,7 +46,7 @@ def _read(
     """(input, label) of every token's prediction, by its place in the stream."""
     seen: dict[int, tuple[int, int]] = {}
     for first, last in sequences.shards(tokens_per_shard):
-        rows = rows_of(sequences, first, last, max_length)
+        rows = windows_of(sequences, first, last, max_length)
         start, stop = int(sequences.bounds[first]), int(sequences.bounds[last])
         offset = max(start - 1, 0)
         batches = batches_of(

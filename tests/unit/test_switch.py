@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from megatron_salt.config import ADAPTIVE_ONLY, SaltConfig, Transition
-from megatron_salt.salt import kd_weight, phase
-from megatron_salt.switch import (
+from megatron_salt.config.fields import SaltConfig, Transition
+from megatron_salt.config.problems import ADAPTIVE_ONLY
+from megatron_salt.method.salt import kd_weight, phase
+from megatron_salt.method.switch import (
     SwitchState,
     carried_over,
     effective,

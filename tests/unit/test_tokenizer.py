@@ -9,13 +9,8 @@ import numpy as np
 import pytest
 import tokenizers
 
-from megatron_salt.data.tokenizer import (
-    Tokenizer,
-    check_same_tokens,
-    load_tokenizer,
-    sentinel_ids,
-)
-from megatron_salt.data.train_tokenizer import sample_documents, train_tokenizer
+from megatron_salt.corpus.train_tokenizer import sample_documents, train_tokenizer
+from megatron_salt.data.tokenizer import Tokenizer, check_same_tokens, load_tokenizer, sentinel_ids
 from tools import train_tokenizer as train_tool
 
 AWKWARD_TEXTS = (

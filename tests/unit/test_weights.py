@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_salt.config import ModelConfig
+from megatron_salt.config.fields import ModelConfig
 from megatron_salt.model.weights import (
     EMBEDDING,
     OUTPUT_LAYER,

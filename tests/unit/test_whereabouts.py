@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from megatron_salt.parallel.whereabouts import Whereabouts
+from megatron_salt.parallel.watchdog import StepWatchdog
 
 GROUPS: Any = SimpleNamespace(rank=5, tp_rank=1, dp_rank=0, pp_rank=2)
 
 
 def test_an_error_carries_step_and_instruction() -> None:
-    place = Whereabouts(GROUPS, timeout_minutes=1.0)
-    with pytest.raises(ConnectionError, match="^peer is gone") as caught, place.of_step(7):
+    place = StepWatchdog(GROUPS, timeout_minutes=1.0)
+    with pytest.raises(ConnectionError, match="^peer is gone") as caught, place.in_step(7):
         place.enter("RecvGrad(buffer_id=1)")
         raise ConnectionError("peer is gone")
     (note,) = caught.value.__notes__
@@ -23,8 +23,8 @@ def test_an_error_carries_step_and_instruction() -> None:
 
 
 def test_a_rank_that_does_not_move_says_so_once(capfd: pytest.CaptureFixture[str]) -> None:
-    place = Whereabouts(GROUPS, timeout_minutes=0.2 / 60)  # 0.2 s
-    with place.watched(), place.of_step(3):
+    place = StepWatchdog(GROUPS, timeout_minutes=0.2 / 60)  # 0.2 s
+    with place.watched(), place.in_step(3):
         place.enter("BackwardPass(buffer_id=0)")
         deadline = time.monotonic() + 20
         said = ""

@@ -1,0 +1,187 @@
+"""Checkpoints: written beside, verified, renamed; complete in themselves; readable at any layout.
+
+    OUTPUT_DIR/checkpoints/step_00000100/
+        manifest.json        written last: step, phase, config, versions, size and hash of all files
+        weights/             safetensors, one file per pipeline stage and tensor-parallel rank,
+                             under the names of model/weights.py: what a teacher is built from
+        deepspeed/           DeepSpeed's own files: weights, optimiser, loss scale; for resuming
+        tokenizer/           a copy
+        deepspeed.json       the DeepSpeed config of the run
+        held_out/            the teacher's loss on every held-out token, where there was a teacher
+
+A directory with its final name is complete: it is built as `.step_00000100.partial` and renamed
+after every file has been flushed, read back and hashed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_salt.checkpoint.manifest import MANIFEST, CheckpointManifest, read_checkpoint_manifest
+from megatron_salt.checkpoint.weights import weights_file
+from megatron_salt.files.hashes import sha256_of
+
+
+def checkpoints_dir(output_dir: str | Path) -> Path:
+    return Path(output_dir) / "checkpoints"
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = checkpoints_dir(output_dir).glob("step_*")
+    return sorted(path for path in found if (path / MANIFEST).is_file())
+
+
+def resolve(path: str, *, what: str) -> Path:
+    """A checkpoint directory from its path or from a run's output_dir (its newest checkpoint).
+
+    Raises: ValueError naming the setting `what`, the path and what was expected there.
+    """
+    given = Path(path)
+    if (given / MANIFEST).is_file():
+        return given
+    found = list_checkpoints(given)
+    if found:
+        return found[-1]
+    problem = "does not exist" if not given.exists() else "holds no complete checkpoint"
+    raise ValueError(
+        f"{what} = {path}: {problem}; give a directory with {MANIFEST}, or a run's output_dir "
+        "with checkpoints/ in it"
+    )
+
+
+def partial_dir(output_dir: str | Path, step: int) -> Path:
+    return checkpoints_dir(output_dir) / f".{step_name(step)}.partial"
+
+
+def start_partial(output_dir: str | Path, step: int) -> Path:
+    """An empty directory to write a checkpoint into; remains of a killed attempt are removed."""
+    checkpoints_dir(output_dir).mkdir(parents=True, exist_ok=True)
+    for pattern in (".step_*.partial", ".step_*.replaced", ".step_*.deleted"):
+        for leftover in checkpoints_dir(output_dir).glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=pattern.endswith("deleted"))
+    partial = partial_dir(output_dir, step)
+    partial.mkdir()
+    return partial
+
+
+def list_files(partial: Path) -> list[str]:
+    """Relative paths of the files of a partial checkpoint, sorted."""
+    return sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
+
+
+def hash_files(partial: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Flush, read back and hash files of a partial checkpoint."""
+    records = {}
+    for name in names:
+        path = partial / name
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+        records[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    return records
+
+
+def fsync_directories(root: Path) -> None:
+    """Flush the directory entries below `root`, so that a rename after this implies the files."""
+    for path in [root, *(path for path in root.rglob("*") if path.is_dir())]:
+        _fsync_directory(path)
+
+
+def publish(partial: Path, manifest: CheckpointManifest, output_dir: str | Path) -> Path:
+    """Write the manifest, then give the checkpoint its final name in one rename."""
+    for required in ("weights", "deepspeed", "tokenizer"):
+        if not any((partial / required).iterdir()):
+            raise RuntimeError(f"{partial}: {required}/ is empty; not published")
+    for pp_rank in range(manifest.pp_size):
+        for tp_rank in range(manifest.tp_size):
+            if weights_file(pp_rank, tp_rank) not in manifest.files:
+                raise RuntimeError(f"{partial}: no {weights_file(pp_rank, tp_rank)}; not published")
+    values = asdict(manifest)
+    with (partial / MANIFEST).open("w", encoding="utf-8") as stream:
+        json.dump(values, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    fsync_directories(partial)
+    final = checkpoints_dir(output_dir) / step_name(manifest.step)
+    if final.exists():
+        # A run resumed from an older checkpoint reaches this step again.
+        replaced = checkpoints_dir(output_dir) / f".{step_name(manifest.step)}.replaced"
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+        partial.rename(final)
+        shutil.rmtree(replaced)
+    else:
+        partial.rename(final)
+    _fsync_directory(final.parent)
+    return final
+
+
+def _fsync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_old(output_dir: str | Path, keep: int) -> list[str]:
+    """Delete all but the newest `keep` checkpoints; 0 keeps all. Returns what could not be deleted.
+
+    Renamed first, so that a half-deleted one is not taken for a checkpoint; `start_partial` sweeps
+    up what an interruption or a reader elsewhere left.
+    """
+    problems = []
+    for path in list_checkpoints(output_dir)[: -keep if keep else 0]:
+        doomed = path.with_name(f".{path.name}.deleted")
+        try:
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            problems.append(f"old checkpoint {path} not deleted: {error}")
+    return problems
+
+
+def find_resume(output_dir: str, resume: str) -> tuple[Path | None, list[str]]:
+    """Which checkpoint to resume from, and a warning for each damaged one that was passed over.
+
+    `none`: nothing. `auto`: the newest complete one of this run, if any. Else: a path, which must
+    be good.
+    """
+    if resume == "none":
+        return None, []
+    if resume != "auto":
+        path = resolve(resume, what="train.resume")
+        read_checkpoint_manifest(path)
+        return path, []
+    warnings = []
+    for path in reversed(list_checkpoints(output_dir)):
+        try:
+            read_checkpoint_manifest(path)
+        except ValueError as error:
+            warnings.append(f"passing over {path}: {error}")
+            continue
+        return path, warnings
+    if warnings:
+        raise ValueError("train.resume = auto: every checkpoint is damaged: " + "; ".join(warnings))
+    return None, []
+
+
+def set_aside_damaged(output_dir: str, resumed_from: Path) -> None:
+    """Rename damaged checkpoints newer than the one resumed from to `damaged_step_…`.
+
+    They are kept, but neither a later resume nor `remove_old` takes them for this run's newest.
+    """
+    for path in list_checkpoints(output_dir):
+        if path.parent == resumed_from.parent and path.name > resumed_from.name:
+            number = len(list(path.parent.glob(f"damaged_{path.name}*")))
+            path.rename(path.with_name(f"damaged_{path.name}" + (f".{number}" if number else "")))

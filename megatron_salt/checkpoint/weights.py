@@ -1,0 +1,81 @@
+"""Tensors in a checkpoint: the model's weights by canonical name, the teacher's held-out losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_salt.checkpoint.manifest import CheckpointManifest, verify_hashes
+from megatron_salt.model.weights import merge, weight_table
+
+TEACHER_SCORES = "held_out/teacher.safetensors"
+
+
+def weights_file(pp_rank: int, tp_rank: int) -> str:
+    return f"weights/stage_{pp_rank:03d}_tp_{tp_rank:03d}.safetensors"
+
+
+def write_weights(
+    directory: Path, pp_rank: int, tp_rank: int, weights: Mapping[str, Tensor]
+) -> None:
+    """Write one rank's part of the weights, by canonical name."""
+    target = directory / weights_file(pp_rank, tp_rank)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_file(dict(weights), target)
+
+
+def read_weights(path: Path, manifest: CheckpointManifest) -> dict[str, Tensor]:
+    """The whole model's weights on the CPU, merged from the parts of any tp and pp.
+
+    Raises: ValueError naming checkpoint and weight, if one is missing, twice there, unknown or of
+        another shape than the config says, or if a file's content does not match its hash.
+    """
+    config = manifest.config
+    table = weight_table(config.model, manifest.vocab_size, config.num_positions)
+    parts: dict[str, list[Tensor]] = {name: [] for name in table}
+    names = sorted(name for name in manifest.files if name.startswith("weights/"))
+    verify_hashes(path, manifest, names)
+    for pp_rank in range(manifest.pp_size):
+        for tp_rank in range(manifest.tp_size):
+            name = weights_file(pp_rank, tp_rank)
+            if name not in names:
+                raise ValueError(f"{path}: {name} is missing from the manifest")
+            with safe_open(path / name, framework="pt") as stored:
+                for key in stored.keys():  # noqa: SIM118  not a dict
+                    if key not in parts:
+                        raise ValueError(f"{path / name}: unknown weight {key}")
+                    parts[key].append(stored.get_tensor(key))
+    full = {}
+    for name, spec in table.items():
+        if len(parts[name]) != manifest.tp_size:
+            raise ValueError(
+                f"{path}: weight {name} has {len(parts[name])} of {manifest.tp_size} parts"
+            )
+        full[name] = merge(parts.pop(name), spec)
+    return full
+
+
+def write_teacher_scores(directory: Path, tensors: Mapping[str, Tensor], samples: str) -> None:
+    """Write what the teacher made of the held-out samples, of this fingerprint; see `held_out`."""
+    target = directory / TEACHER_SCORES
+    target.parent.mkdir()
+    save_file(dict(tensors), target, metadata={"samples": samples})
+
+
+def read_teacher_scores(
+    path: Path, manifest: CheckpointManifest
+) -> tuple[dict[str, Tensor], str] | None:
+    """The tensors and the fingerprint that `write_teacher_scores` wrote; None where it did not.
+
+    Raises: ValueError if the content does not match its hash.
+    """
+    if TEACHER_SCORES not in manifest.files:
+        return None
+    verify_hashes(path, manifest, [TEACHER_SCORES])
+    with safe_open(path / TEACHER_SCORES, framework="pt") as stored:
+        tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+        return tensors, stored.metadata()["samples"]

@@ -1,0 +1,352 @@
+"""What settings must satisfy among each other: every contradiction at once, before torch loads.
+
+Each function yields a line per problem. One that later conditions would stumble over (a size of 0
+that something is divided by, NaN that compares with nothing) ends its function.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from megatron_salt.config.fields import (
+    SECTIONS,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    SaltConfig,
+    TrainConfig,
+)
+from megatron_salt.config.values import (
+    check_split,
+    effective_split,
+    is_number,
+    parse_blend,
+    parse_objective,
+)
+
+# Settings of the rule that salt.switch = adaptive goes by.
+ADAPTIVE_ONLY = ("min_kd_steps", "switch_margin_nats", "switch_better_share", "switch_patience")
+ABOVE_0 = ("model.rotary_base", "model.layernorm_epsilon", "model.init_method_std",
+           "salt.teacher_temperature", "salt.student_temperature")  # fmt: skip
+LONGEST_WAIT_MINUTES = 365 * 24 * 60  # clocks overflow at 292 years, in 64 bits of nanoseconds
+
+
+def check_config(config: RunConfig) -> None:
+    """Raise ValueError if settings contradict each other: a line for each, with the remedy."""
+    found = list(problems(config))
+    if len(found) == 1:
+        raise ValueError(found[0])
+    if found:
+        raise ValueError("\n  ".join([f"{len(found)} settings are wrong:", *found]))
+
+
+def problems(config: RunConfig) -> Iterator[str]:
+    """Everything that is wrong with a run's settings; the texts of data are read first."""
+    numbers = list(number_problems(config))
+    data = numbers or list(data_problems(config.data))
+    yield from data
+    if data:
+        return
+    yield from model_problems(config.model, config.data.seq_length, config.parallel)
+    yield from train_problems(config.train)
+    yield from method_problems(config)
+    yield from teacher_problems(config)
+    yield from switch_problems(config)
+    yield from tag_problems(config)
+
+
+def number_problems(config: RunConfig) -> Iterator[str]:
+    """What concerns each number by itself."""
+    for name, kind in SECTIONS.items():
+        for item in dataclasses.fields(kind):
+            key, value = f"{name}.{item.name}", getattr(getattr(config, name), item.name)
+            numeric = item.type.startswith(("int", "float"))  # annotations are text here
+            if numeric and value is not None and not is_number(value):
+                yield f"{key} = {value}: must be a finite number"
+            elif key in ABOVE_0 and value <= 0:
+                yield f"{key} = {value}: must be above 0"
+    minutes = config.parallel.timeout_minutes
+    if not 0.01 <= minutes <= LONGEST_WAIT_MINUTES:
+        yield (
+            f"parallel.timeout_minutes = {minutes}: must lie between 0.01 and "
+            f"{LONGEST_WAIT_MINUTES}"
+        )
+
+
+def data_problems(data: DataConfig) -> Iterator[str]:
+    """What concerns the data by itself: prefixes, split, objectives and their spans."""
+    if data.seq_length <= 0:
+        yield f"data.seq_length = {data.seq_length}: must be at least 1"
+    if not data.train_data_path:
+        yield "data.train_data_path is empty: give at least one prefix"
+    else:
+        yield from _error_of(parse_blend, data.train_data_path, "data.train_data_path")
+    yield from _error_of(check_split, effective_split(data))
+    yield from _error_of(parse_objective, data.objective)
+    if not 0.0 < data.span_corruption_rate < 1.0:
+        yield f"data.span_corruption_rate = {data.span_corruption_rate}: must lie between 0 and 1"
+    if data.span_mean_length < 1.0:
+        yield f"data.span_mean_length = {data.span_mean_length}: must be at least 1"
+    # A token that stays, one that goes, and three sentinels.
+    if "span_corruption" in data.objective and 0 < data.seq_length < 4:
+        yield f"data.seq_length = {data.seq_length} has no room for span_corruption: use at least 4"
+
+
+def _error_of(read: Callable[..., object], *arguments: object) -> Iterator[str]:
+    """The message with which a reader refuses its arguments, if it does."""
+    try:
+        read(*arguments)
+    except ValueError as error:
+        yield str(error)
+
+
+def model_problems(model: ModelConfig, seq_length: int, parallel: ParallelConfig) -> Iterator[str]:
+    """What concerns shapes and their division over ranks."""
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    too_small = [] if tp >= 1 and pp >= 1 else ["parallel sizes must be at least 1"]
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "ffn_size", "head_size"):
+        if name != "head_size" or not too_small:  # a quotient of the others
+            value = getattr(model, name)
+            if value <= 0:
+                too_small.append(f"model: {name} = {value}: must be at least 1")
+    if too_small:
+        yield from too_small
+        return
+    if model.kv_channels is None and model.hidden_size % model.num_attention_heads:
+        yield (
+            f"model.hidden_size = {model.hidden_size} is not a multiple of num_attention_heads = "
+            f"{model.num_attention_heads}; set model.kv_channels or change one of them"
+        )
+    if model.num_attention_heads % model.query_groups:
+        yield (
+            f"model.num_attention_heads = {model.num_attention_heads} is not a multiple of "
+            f"num_query_groups = {model.query_groups}"
+        )
+    for name in ("query_groups", "num_attention_heads", "ffn_size"):
+        value = getattr(model, name)
+        if value % tp:
+            yield (
+                f"model: {name} = {value} is not divisible by "
+                f"parallel.tensor_model_parallel_size = {tp}"
+            )
+    if pp > model.num_layers:
+        yield (
+            f"parallel.pipeline_model_parallel_size = {pp} exceeds model.num_layers = "
+            f"{model.num_layers}: every stage needs a layer"
+        )
+    if parallel.sequence_parallel and tp == 1:
+        yield "parallel.sequence_parallel needs parallel.tensor_model_parallel_size > 1"
+    if parallel.sequence_parallel and seq_length % tp:
+        yield (
+            f"parallel.sequence_parallel: data.seq_length = {seq_length} is not divisible by tp "
+            f"{tp}"
+        )
+    if model.position_embedding_type == "rope":
+        if model.head_size % 2:
+            yield f"model: rotary embeddings need an even head size, not {model.head_size}"
+    elif model.max_position_embeddings and model.max_position_embeddings < seq_length:
+        yield (
+            f"model.max_position_embeddings = {model.max_position_embeddings} is below "
+            f"data.seq_length = {seq_length}"
+        )
+
+
+def train_problems(train: TrainConfig) -> Iterator[str]:
+    """What concerns the run's length, learning rate and intervals."""
+    if train.steps <= 0:
+        yield f"train.steps = {train.steps}: must be at least 1"
+    if train.seed >= 2**32:
+        yield f"train.seed = {train.seed}: must be below 2**32"
+    if train.lr_warmup_steps > train.steps:
+        yield f"train.lr_warmup_steps = {train.lr_warmup_steps} exceeds train.steps = {train.steps}"
+    for name in ("eval_interval", "checkpoint_interval", "keep_checkpoints", "lr_warmup_steps",
+                 "seed"):  # fmt: skip
+        value = getattr(train, name)
+        if value < 0:
+            yield f"train.{name} = {value}: must not be negative"
+    if train.lr_decay_steps is not None and train.lr_decay_steps <= 0:
+        yield f"train.lr_decay_steps = {train.lr_decay_steps}: must be at least 1, or null"
+    if not 0.0 <= train.min_lr_ratio <= 1.0:
+        yield f"train.min_lr_ratio = {train.min_lr_ratio}: must be in [0, 1]"
+    for name in ("eval_samples", "log_interval"):
+        value = getattr(train, name)
+        if value <= 0:
+            yield f"train.{name} = {value}: must be at least 1"
+
+
+def method_problems(config: RunConfig) -> Iterator[str]:
+    """What concerns the KD phase: its length, the weight w and the loss."""
+    salt, train = config.salt, config.train
+    if not 0 <= salt.kd_steps <= train.steps:
+        yield f"salt.kd_steps = {salt.kd_steps}: must lie between 0 and train.steps = {train.steps}"
+    if not 0.0 <= salt.kd_weight <= 1.0:
+        yield f"salt.kd_weight = {salt.kd_weight}: must be in [0, 1]"
+    if salt.loss_chunk_mib <= 0:
+        yield f"salt.loss_chunk_mib = {salt.loss_chunk_mib}: must be at least 1"
+    if salt.divergence != "forward_kl" and salt.loss_impl not in ("auto", "reference"):
+        yield (
+            f"salt.divergence = {salt.divergence} is computed by the reference only, not by "
+            f"salt.loss_impl = {salt.loss_impl}: choose auto"
+        )
+    for name in ("transition_steps", "warmup_steps", "inheritance_slope"):
+        value = getattr(salt, name)
+        if value < 0:
+            yield f"salt.{name} = {value}: must not be negative"
+    window = salt.transition_steps + (salt.warmup_steps if salt.transition == "wsd" else 0)
+    if window > salt.kd_steps:
+        yield (
+            f"salt.transition_steps and warmup_steps ({window} together) exceed "
+            f"salt.kd_steps = {salt.kd_steps}: the window lies inside the KD phase"
+        )
+    needs_window = salt.transition in ("linear_decay", "linear_ratio_decay")
+    if needs_window and salt.kd_steps > 0 and salt.transition_steps <= 0:
+        yield f"salt.transition = {salt.transition} needs salt.transition_steps > 0"
+    windowed = ("linear_decay", "linear_ratio_decay", "wsd")
+    if salt.transition_steps != 0 and salt.transition not in windowed:
+        yield (
+            f"salt.transition_steps = {salt.transition_steps} has no effect with salt.transition = "
+            f"{salt.transition}; remove it or choose one of {list(windowed)}"
+        )
+    if salt.warmup_steps != 0 and salt.transition != "wsd":
+        yield (
+            f"salt.warmup_steps = {salt.warmup_steps} has no effect with salt.transition = "
+            f"{salt.transition}; remove it or choose wsd"
+        )
+    if salt.transition == "linear_ratio_decay" and salt.kd_weight >= 1.0:
+        yield (
+            "salt.transition = linear_ratio_decay: the ratio w/(1-w) is infinite at kd_weight 1; "
+            "choose a kd_weight below 1 or linear_decay"
+        )
+
+
+def teacher_problems(config: RunConfig) -> Iterator[str]:
+    """What concerns the teacher: whether there is one to teach, and its place in a step."""
+    salt, teacher = config.salt, config.teacher
+    if salt.kd_steps != 0 and teacher.checkpoint is None and salt.kd_weight != 0.0:
+        yield (
+            f"salt.kd_steps = {salt.kd_steps} but teacher.checkpoint is not set: name the "
+            "teacher's checkpoint, set salt.kd_steps to 0 for plain training, or salt.kd_weight "
+            "to 0 for a KD phase that only selects data"
+        )
+    if teacher.checkpoint is not None and salt.kd_steps <= 0:
+        yield "teacher.checkpoint is set but salt.kd_steps is 0: it would never teach"
+    chunks = teacher.forward_chunks
+    if chunks is not None and chunks <= 0:
+        yield f"teacher.forward_chunks = {chunks}: must be at least 1, or null"
+    if chunks is not None and teacher.placement == "before_step":
+        yield (
+            f"teacher.forward_chunks = {chunks} has no effect with teacher.placement = before_step"
+        )
+    if teacher.placement == "bubble" and config.parallel.pipeline_model_parallel_size == 1:
+        yield (
+            "teacher.placement = bubble: one stage has no waits to work in; choose auto or "
+            "before_step"
+        )
+
+
+def switch_problems(config: RunConfig) -> Iterator[str]:
+    """What concerns the end of the KD phase."""
+    salt, train = config.salt, config.train
+    if salt.switch == "fixed":
+        for item in dataclasses.fields(SaltConfig):
+            value = getattr(salt, item.name)
+            if item.name in ADAPTIVE_ONLY and value != item.default:
+                yield (
+                    f"salt.{item.name} = {value} has no effect with salt.switch = fixed: remove "
+                    "it, or choose adaptive"
+                )
+        return
+    adaptive = "salt.switch = adaptive"
+    if salt.kd_steps <= 0 or salt.kd_weight <= 0 or config.teacher.checkpoint is None:
+        yield (
+            f"{adaptive} asks when the teacher stops helping, but there is no teacher that "
+            "teaches: set teacher.checkpoint, salt.kd_steps and salt.kd_weight above 0, or choose "
+            "fixed"
+        )
+        return
+    if salt.transition == "constant":
+        yield (
+            f"{adaptive}: salt.transition = constant means a teacher for the whole run; choose "
+            "step, which has the same w, or switch fixed"
+        )
+    if salt.transition == "knowledge_inheritance":
+        yield (
+            f"{adaptive}: w of salt.transition = knowledge_inheritance is a function of step / "
+            "kd_steps, and would jump when the end is decided; choose linear_decay, or switch fixed"
+        )
+    if not 0.0 <= salt.switch_better_share < 1.0:
+        yield (
+            f"salt.switch_better_share = {salt.switch_better_share}: must be at least 0 and below "
+            "1, where the teacher would never help"
+        )
+    if salt.min_kd_steps < 0:
+        yield f"salt.min_kd_steps = {salt.min_kd_steps}: must not be negative"
+    if salt.switch_patience < 1:
+        yield f"salt.switch_patience = {salt.switch_patience}: must be at least 1"
+    elif train.eval_interval <= 0:
+        yield (
+            f"{adaptive} decides at evaluations, and train.eval_interval is 0: set it, or choose "
+            "fixed"
+        )
+    else:
+        decides = max(salt.switch_patience * train.eval_interval, salt.warmup_steps)
+        earliest = max(salt.min_kd_steps, decides + salt.transition_steps)
+        if earliest >= salt.kd_steps:
+            yield (
+                f"{adaptive} could not end the KD phase before step {earliest} "
+                "(salt.min_kd_steps; or salt.switch_patience evaluations, train.eval_interval "
+                "apart, and salt.transition_steps), and it ends at salt.kd_steps = "
+                f"{salt.kd_steps} anyway: lower one of these, raise kd_steps, or choose fixed"
+            )
+
+
+def tag_problems(config: RunConfig) -> Iterator[str]:
+    """What concerns tags, selection and the routing of tokens."""
+    salt, data = config.salt, config.data
+    num_datasets = len(parse_blend(data.train_data_path, "data.train_data_path")[0])
+    for name, paths in (("data.tags", data.tags), ("salt.selection", salt.selection)):
+        if paths and len(paths) != num_datasets:
+            yield (
+                f"{name} names {len(paths)}, data.train_data_path {num_datasets} datasets: give "
+                "one for each, in the same order"
+            )
+    if data.tags and "span_corruption" in parse_objective(data.objective):
+        yield (
+            "data.tags: span_corruption in data.objective moves tokens to other positions, where "
+            "their tags would be another token's; leave one of the two out (salt.selection works "
+            "with both)"
+        )
+    used = {
+        "data.tags": bool(data.tags),
+        "salt.selection": bool(salt.selection),
+        f"salt.kd_tokens = {salt.kd_tokens}": salt.kd_tokens != "all",
+        f"salt.ce_tokens = {salt.ce_tokens}": salt.ce_tokens != "all",
+    }
+    for name in (name for name, is_used in used.items() if is_used and salt.kd_steps <= 0):
+        yield (
+            f"{name} has no effect without a KD phase: set salt.kd_steps (with salt.kd_weight 0 "
+            "there is selection without a teacher)"
+        )
+    for name in ("kd_tokens", "ce_tokens"):
+        if "tagged" in getattr(salt, name) and not data.tags:
+            yield f"salt.{name} = {getattr(salt, name)} needs data.tags"
+    if salt.kd_tokens != "all" and salt.kd_weight <= 0:
+        yield f"salt.kd_tokens = {salt.kd_tokens} has no effect at salt.kd_weight 0"
+    if salt.ce_tokens == "excess_loss" and not data.tags and config.teacher.checkpoint is None:
+        yield (
+            "salt.ce_tokens = excess_loss compares with a reference loss: set teacher.checkpoint, "
+            "or data.tags made with --store loss"
+        )
+    for share, route, needing in (
+        ("kd_token_share", salt.kd_tokens, ("low_entropy", "high_entropy")),
+        ("ce_token_share", salt.ce_tokens, ("excess_loss",)),
+    ):
+        value = getattr(salt, share)
+        if not 0.0 < value <= 1.0:
+            yield f"salt.{share} = {value}: must be above 0, at most 1"
+        elif value != 1.0 and route not in needing:
+            yield f"salt.{share} = {value} has no effect; it belongs to {' and '.join(needing)}"
+        elif value == 1.0 and route in needing:
+            yield f"salt.{share} is 1: {route} would take every token; set it below 1"

@@ -1,0 +1,1 @@
+"""From text to a tokenizer and an indexed dataset."""

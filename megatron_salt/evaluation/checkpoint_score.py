@@ -1,0 +1,113 @@
+"""Held-out nats per token of a checkpoint, by the frozen forward pass that teachers use."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_salt.checkpoint.folder import resolve
+from megatron_salt.checkpoint.frozen import load_frozen
+from megatron_salt.checkpoint.manifest import read_checkpoint_manifest
+from megatron_salt.config.fields import DataConfig, TextOrNumber
+from megatron_salt.data.dataset import Batch, DataSource, verify_datasets
+from megatron_salt.data.tokenizer import load_tokenizer
+from megatron_salt.evaluation.score_sums import ScoreSums
+from megatron_salt.kernels import VocabShard, token_scores
+from megatron_salt.model.frozen import FrozenModel
+from megatron_salt.model.loss import HELD_OUT_SCORES
+from megatron_salt.model.weights import DTYPES
+from megatron_salt.parallel.groups import Groups, from_rank_0
+from megatron_salt.teacher.find import check_teacher_fits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreRequest:
+    """What `python -m megatron_salt.evaluate` was asked for; None: as the checkpoint has it."""
+
+    data: Sequence[str] | None
+    """Dataset prefixes, whole or the second part of `split`; None: its run's held-out data."""
+    split: str | None
+    samples: int
+    seq_length: int | None
+    micro_batch_size: int
+    precision: str | None
+
+
+def held_out_data(own: DataConfig, request: ScoreRequest) -> DataConfig:
+    """What to score: the data that the request names, else the held-out data of the run itself."""
+    data = dataclasses.replace(own, seq_length=request.seq_length or own.seq_length)
+    if request.data and request.split:
+        equal_parts = [TextOrNumber(word) for prefix in request.data for word in ("1", prefix)]
+        return dataclasses.replace(
+            data, train_data_path=equal_parts, valid_data_path=[], split=request.split
+        )
+    if not request.data:
+        return data
+    return dataclasses.replace(data, valid_data_path=[TextOrNumber(path) for path in request.data])
+
+
+def score_checkpoint(path: str, request: ScoreRequest, groups: Groups) -> dict[str, Any]:
+    """Held-out CE and accuracy of one checkpoint; ranks share the rows.
+
+    Raises: ValueError or FileNotFoundError naming the checkpoint or dataset that is wrong.
+    """
+    folder = resolve(path, what="--checkpoint")
+    manifest = read_checkpoint_manifest(folder)
+    precision = request.precision or manifest.precision
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    data = held_out_data(manifest.config.data, request)
+    verify_datasets(data, tokenizer)
+    check_teacher_fits(folder, manifest, manifest.vocab_size, data.seq_length)
+    model = load_frozen(
+        folder,
+        manifest,
+        groups,
+        seq_length=data.seq_length,
+        dtype=DTYPES[precision],
+        head=VocabShard(size=manifest.vocab_size, start=0, stop=manifest.vocab_size),
+        head_columns=manifest.vocab_size,
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        # One name on all ranks: rank 0 writes the index files, the others map them.
+        cache = Path(from_rank_0(scratch))
+        source = DataSource(
+            data, tokenizer, num_samples=1, seed=0, cache_path=cache, held_out_only=True
+        )
+        batches = source.evaluation_batches(
+            request.samples, request.micro_batch_size, groups.dp_rank, groups.layout.dp_size
+        )
+        packed = packed_scores(model, batches, groups.device)
+        dist.all_reduce(packed)
+    sums = ScoreSums.unpack(packed)
+    return {
+        "checkpoint": path,
+        "step": manifest.step,
+        "valid_ce_nats": sums.ce_nats / sums.tokens,
+        "valid_accuracy": sums.correct / sums.tokens,
+        "valid_tokens": int(sums.tokens),
+        "seq_length": data.seq_length,
+        "precision": precision,
+    }
+
+
+def packed_scores(model: FrozenModel, batches: Sequence[Batch], device: torch.device) -> Tensor:
+    """`ScoreSums` of this rank's batches, packed, as a run's own evaluations add them up."""
+    vocab = VocabShard(size=model.parts.vocab_size, start=0, stop=model.parts.vocab_size)
+    packed = ScoreSums.zeros(device)
+    assert model.head_WE is not None
+    for batch in batches:
+        on_device = batch.to(device)
+        hidden_TE = model.forward(on_device.tokens_RS).flatten(0, 1)
+        scores = token_scores(
+            hidden_TE, model.head_WE, on_device.labels_RS.flatten(), vocab=vocab,
+            want=HELD_OUT_SCORES,
+        )  # fmt: skip
+        packed += ScoreSums.pack(scores, on_device.mask_RS.flatten())
+    return packed

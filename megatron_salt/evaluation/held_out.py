@@ -1,0 +1,246 @@
+"""Evaluations on held-out data: the student's, and the teacher's, which is made once and kept.
+
+The teacher is frozen and the samples are fixed, so its loss on every token is computed when it is
+brought and stays true after it has gone. Letters: N held-out samples, B micro-batch, S sequence,
+T = S * B tokens, M micro-batches per step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_salt.checkpoint.manifest import CheckpointManifest
+from megatron_salt.checkpoint.weights import read_teacher_scores, write_teacher_scores
+from megatron_salt.config.deepspeed import DeepSpeedSettings
+from megatron_salt.config.fields import RunConfig
+from megatron_salt.data.dataset import DataSource
+from megatron_salt.data.order import evaluation_rows
+from megatron_salt.evaluation.score_sums import THIRDS, ScoreSums, ThirdCuts, by_sample
+from megatron_salt.model.loss import in_order_of_tokens
+from megatron_salt.parallel.groups import Groups
+from megatron_salt.teacher.teacher import Teacher
+from megatron_salt.training.engine import StudentEngine
+
+# What an evaluation adds to its step's line: always, and where the teacher's scores are known.
+STUDENT_KEYS = ("valid_ce_nats", "valid_accuracy", "valid_tokens", "valid_ece")
+TEACHER_KEYS = (
+    "teacher_valid_ce_nats",
+    "teacher_lead_nats",
+    "teacher_better_share",
+    *(f"valid_ce_{third}_nats" for third in THIRDS),
+    *(f"teacher_valid_ce_{third}_nats" for third in THIRDS),
+    "teacher_valid_ece",
+    "teacher_tv_bound",
+)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TeacherScores:
+    """What the teacher made of the held-out samples, the same on every rank; on the CPU.
+
+    Memory: 5 N S bytes on every rank's host.
+    """
+
+    loss_NS: Tensor
+    """Nats, fp32; 0 where the token does not count."""
+    counted_NS: Tensor
+    """uint8: 1 where the token counts."""
+    packed: Tensor
+    """`ScoreSums` of all counted tokens, fp64; its thirds are zeros."""
+
+    @cached_property
+    def sums(self) -> ScoreSums:
+        return ScoreSums.unpack(self.packed)
+
+    @property
+    def ce_nats(self) -> float:
+        """Mean over the counted tokens."""
+        return self.sums.ce_nats / self.sums.tokens
+
+    @cached_property
+    def _counted_losses(self) -> Tensor:
+        return self.loss_NS[self.counted_NS.bool()]
+
+    @cached_property
+    def cuts(self) -> ThirdCuts:
+        """Where the thirds of the held-out tokens begin and end."""
+        return ThirdCuts.of(self._counted_losses.numpy())
+
+    @cached_property
+    def third_means(self) -> list[float]:
+        """The teacher's mean CE of each third in nats; nan for one that ties have left empty."""
+        losses = self._counted_losses
+        masks_CT = self.cuts.masks(losses)
+        return (masks_CT.double() @ losses.double() / masks_CT.double().sum(dim=1)).tolist()
+
+    @property
+    def tv_bound(self) -> float:
+        """No less than the mean total variation between teacher and data. See docs/metrics.md.
+
+        Math: KL(data || teacher) <= CE_T, since the entropy of the data is not negative; and
+            TV <= min(sqrt(KL / 2), sqrt(1 - exp(-KL))), both concave, so they hold of the means.
+        Source: Pinsker; Bretagnolle and Huber 1979, in Canonne, arXiv 2202.07198.
+        """
+        ce_nats = self.ce_nats
+        return min(math.sqrt(ce_nats / 2.0), math.sqrt(-math.expm1(-ce_nats)))
+
+
+class HeldOut:
+    """The held-out samples of a run, and who is scored on them."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        settings: DeepSpeedSettings,
+        groups: Groups,
+        data: DataSource,
+        student: StudentEngine,
+    ) -> None:
+        self.groups, self.data, self.student = groups, data, student
+        self.max_gap_nats = config.teacher.max_valid_ce_gap_nats
+        self.chunk = settings.num_micro_batches
+        self.num_samples = min(config.train.eval_samples, data.num_held_out())
+        self.seq_length = config.data.seq_length
+        self.fingerprint = data.evaluation_fingerprint(config.train.eval_samples)
+        self.rounds = evaluation_rows(
+            self.num_samples, settings.micro_batch_size, groups.dp_rank, groups.layout.dp_size
+        )
+        self.teacher: TeacherScores | None = None
+        self.teacher_ce_nats: float | None = None
+        """Of a checkpoint from before `teacher` was kept it is all that is known."""
+
+    def score_teacher(self, teacher: Teacher) -> str:
+        """Score the teacher on every held-out token; its loss beside the one stored with it, as a
+        line for people.
+
+        Collectives: those of `Teacher.hidden_states` per micro-batch; one all-reduce of 8 N S bytes
+            and one of a few hundred over all ranks.
+        Raises: ValueError on all ranks if the loss is not finite or has moved.
+        """
+        groups, device = self.groups, self.groups.device
+        packed = ScoreSums.zeros(device)
+        # Loss and mask, from the rank that has them; 0 + x is x bit by bit.
+        found_2NS = torch.zeros((2, self.num_samples, self.seq_length), device=device)
+        for rows in self.rounds:
+            batch = self.data.read_held_out(rows).to(device)
+            hidden_BSE = teacher.hidden_states(batch.tokens_RS)
+            if hidden_BSE is None:
+                continue
+            scores = self.student.loss_function.score_teacher(hidden_BSE, batch.labels_RS)
+            if groups.tp_rank != 0:  # the tp ranks have found the same
+                continue
+            packed += ScoreSums.pack(scores, in_order_of_tokens(batch.mask_RS))
+            assert scores.ce_T is not None
+            loss_BS = by_sample(scores.ce_T, len(rows))
+            counts_BS = batch.mask_RS > 0
+            real = [place for place, row in enumerate(rows) if row >= 0]
+            here = [rows[place] for place in real]
+            found_2NS[0, here] = torch.where(counts_BS, loss_BS, 0.0)[real]
+            found_2NS[1, here] = counts_BS.float()[real]
+        dist.all_reduce(packed)
+        dist.all_reduce(found_2NS)
+        found_2NS = found_2NS.cpu()
+        self.teacher = TeacherScores(
+            loss_NS=found_2NS[0].clone(), counted_NS=found_2NS[1].byte(), packed=packed.cpu()
+        )
+        self.teacher_ce_nats = self.teacher.ce_nats
+        return self._compared_with_stored(teacher, self.teacher.ce_nats)
+
+    def _compared_with_stored(self, teacher: Teacher, now: float) -> str:
+        stored = teacher.manifest.evaluation
+        line = f"teacher {teacher.checkpoint}: held-out CE {now:.4f} nats/token"
+        if not math.isfinite(now):
+            raise ValueError(f"{line}: it cannot teach; name another teacher.checkpoint")
+        if stored is None:
+            return f"{line}; none was stored with it"
+        same = stored.data == self.fingerprint
+        if same and not abs(now - stored.ce_nats) <= self.max_gap_nats:
+            raise ValueError(
+                f"{line}, but {stored.ce_nats:.4f} was stored with it for the same text, more than "
+                f"teacher.max_valid_ce_gap_nats = {self.max_gap_nats} away: its weights did not "
+                "load as saved"
+            )
+        note = "the same text" if same else "other text, so only a rough comparison"
+        return f"{line}; stored when it was saved: {stored.ce_nats:.4f} ({note})"
+
+    def score_student(self) -> ScoreSums:
+        """Sums over the held-out samples, M micro-batches at a time: the memory of a step.
+
+        Collectives: those of forward passes; one all-reduce of a few hundred bytes over all ranks.
+        """
+        device = self.groups.device
+        packed = ScoreSums.zeros(device)
+        for start in range(0, len(self.rounds), self.chunk):
+            chunk = self.rounds[start : start + self.chunk]
+            batches = [self.data.read_held_out(rows).to(device) for rows in chunk]
+            scored = self.student.evaluate([self.student.scoring_batch(b) for b in batches])
+            if self.groups.tp_rank != 0:
+                continue
+            for rows, batch, scores in zip(chunk, batches, scored, strict=bool(scored)):
+                mask_T = in_order_of_tokens(batch.mask_RS)
+                if self.teacher is None:
+                    packed += ScoreSums.pack(scores, mask_T)
+                    continue
+                # Row -1 fills up and counts for nothing, whatever loss it is given.
+                teacher_T = in_order_of_tokens(self.teacher.loss_NS[rows].to(device))
+                packed += ScoreSums.pack(scores, mask_T, teacher_T, self.teacher.cuts)
+        dist.all_reduce(packed)
+        return ScoreSums.unpack(packed)
+
+    def evaluate(self) -> dict[str, float]:
+        """Score the student as it is: `STUDENT_KEYS`, and `TEACHER_KEYS` as far as they are known.
+
+        Units: docs/metrics.md.
+        """
+        sums, teacher = self.score_student(), self.teacher
+        values = {
+            "valid_ce_nats": sums.ce_nats / sums.tokens,
+            "valid_accuracy": sums.correct / sums.tokens,
+            "valid_tokens": int(sums.tokens),
+            "valid_ece": sums.calibration_error,
+        }
+        if self.teacher_ce_nats is not None:
+            values["teacher_valid_ce_nats"] = self.teacher_ce_nats
+        if teacher is None:
+            return values
+        values["teacher_lead_nats"] = values["valid_ce_nats"] - teacher.ce_nats
+        values["teacher_better_share"] = sums.teacher_better / sums.tokens
+        for third, mine, theirs in zip(THIRDS, sums.third_means, teacher.third_means, strict=True):
+            values[f"valid_ce_{third}_nats"] = mine
+            values[f"teacher_valid_ce_{third}_nats"] = theirs
+        values["teacher_valid_ece"] = teacher.sums.calibration_error
+        values["teacher_tv_bound"] = teacher.tv_bound
+        return values
+
+    def write(self, directory: Path) -> None:
+        """Put the teacher's scores, if there are any, into a checkpoint that is being written."""
+        if self.teacher is not None:
+            tensors = {name: getattr(self.teacher, name) for name in TeacherScores.__annotations__}
+            write_teacher_scores(directory, tensors, self.fingerprint)
+
+    def resume(self, path: Path, manifest: CheckpointManifest) -> list[str]:
+        """Take the teacher's scores from a checkpoint of after the KD phase; warnings, if any.
+
+        Scores of other samples than this run's are of no use.
+        """
+        stored = read_teacher_scores(path, manifest)
+        if stored is None:  # before they were kept; or there has been no teacher
+            self.teacher_ce_nats = manifest.teacher_valid_ce_nats
+            return []
+        tensors, fingerprint = stored
+        if fingerprint != self.fingerprint:
+            return [
+                f"{path}: its teacher was scored on other held-out samples than this run's, and is "
+                "gone: evaluations go on without its numbers (they need the same data, "
+                "train.eval_samples and data.seq_length)"
+            ]
+        self.teacher = TeacherScores(**tensors)
+        self.teacher_ce_nats = self.teacher.ce_nats
+        return []

@@ -1,0 +1,1 @@
+"""Files on shared disks: whole or not at all, locked, hashed."""

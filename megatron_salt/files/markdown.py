@@ -1,0 +1,24 @@
+"""Tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, padded so that it also reads well in a terminal; numbers to the right."""
+    header, *rows = ([cell.replace("|", "\\|") for cell in row] for row in (header, *rows))
+    columns = [list(column) for column in zip(header, *rows, strict=True)]
+    widths = [max(3, *(len(cell) for cell in column)) for column in columns]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return f"| {' | '.join(padded)} |"
+
+    rules = [
+        "-" * width if index == 0 else "-" * (width - 1) + ":" for index, width in enumerate(widths)
+    ]
+    return "\n".join([line(header), line(rules), *(line(row) for row in rows)])

@@ -1,0 +1,103 @@
+"""What the bodies of the loss share: a batch of rows, its scores, the interface of a body.
+
+Letters: T tokens, W vocabulary columns on this rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_salt.kernels.vocab import VocabShard
+
+Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon", "mse"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """What holds for every token of a call."""
+
+    vocab: VocabShard
+    teacher_temperature: float = 1.0
+    student_temperature: float = 1.0
+    divergence: Divergence = "forward_kl"
+
+
+class LossInputs(NamedTuple):
+    """The tensors of a call, checked. A tuple, so that autograd can save it."""
+
+    student_TW: Tensor
+    teacher_TW: Tensor | None
+    labels_T: Tensor
+    """Ids in the whole vocabulary, int64."""
+    ce_weight_T: Tensor
+    """fp32 (fp64 with fp64 logits); so is kd_weight_T."""
+    kd_weight_T: Tensor
+
+
+class Scores(NamedTuple):
+    """What a body's forward gives. All [T], in the dtype of the weights."""
+
+    loss_T: Tensor
+    """ce_weight * ce + kd_weight * kl."""
+    ce_T: Tensor
+    kl_T: Tensor
+    saved: tuple[Tensor, ...]
+    """What the body's gradient needs besides the rows: some numbers per token."""
+
+
+class LossBackend(Protocol):
+    """One implementation of the loss. Collectives happen in `scores` and nowhere else."""
+
+    name: str
+    checks_values: bool
+    """Whether it looks at labels and weights itself, where that needs no waiting for the device."""
+
+    def scores(
+        self, rows: LossInputs, options: LossOptions, tp_group: ProcessGroup | None
+    ) -> Scores:
+        """Values of every token, and what the gradient needs."""
+
+    def gradient_(
+        self,
+        rows: LossInputs,
+        options: LossOptions,
+        saved: tuple[Tensor, ...],
+        upstream: Tensor,
+        out_TW: Tensor,
+    ) -> None:
+        """Write d(upstream * sum of loss_T) / d student_TW to out_TW, which may be student_TW.
+
+        Padding columns get 0. Mutates: out_TW.
+        """
+
+    def scores_and_gradient_(
+        self,
+        rows: LossInputs,
+        options: LossOptions,
+        tp_group: ProcessGroup | None,
+        upstream: Tensor,
+        out_TW: Tensor,
+    ) -> Scores:
+        """Both at once; `saved` is empty. Mutates: out_TW, which may be student_TW."""
+
+
+def tp_size_of(group: ProcessGroup | None) -> int:
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def all_reduce(packed: Tensor, op: dist.ReduceOp.RedOpType, group: ProcessGroup | None) -> Tensor:
+    """In place over the group, if there is one of several ranks."""
+    if tp_size_of(group) > 1:
+        dist.all_reduce(packed, op=op, group=group)
+    return packed
+
+
+def arithmetic_dtype(logits: Tensor) -> torch.dtype:
+    """fp32, but fp64 for fp64 logits, which are for tests."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32

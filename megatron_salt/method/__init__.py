@@ -1,0 +1,1 @@
+"""The method as pure functions: read this folder with the paper open."""

@@ -1,0 +1,206 @@
+"""Scores on disk: shards that outlive a kill, then tags under their final names."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_salt.checkpoint.manifest import (
+    installed_versions,
+)
+from megatron_salt.data.manifest import bin_path, idx_path
+from megatron_salt.data.scores import column, sequence_scores
+from megatron_salt.data.selection import SequenceTable, select, write_table
+from megatron_salt.data.sequences import Sequences
+from megatron_salt.data.tags import (
+    FileRecord,
+    TagManifest,
+    TagOrigin,
+    TagSettings,
+    open_indexed,
+    table_path,
+    tag_manifest_path,
+    tag_prefix,
+)
+from megatron_salt.files.atomic import atomic_path, fsync_path
+from megatron_salt.files.locks import lock_file
+from megatron_salt.parallel.groups import Groups, same_error_everywhere
+from megatron_salt.scoring.request import TagRequest, differences
+from megatron_salt.scoring.scorer import ShardScores
+
+STORED_DTYPES = {"mask": np.uint8, "loss": np.uint16, "entropy": np.uint16}
+
+
+def write_shard(
+    path: Path,
+    sequences: Sequences,
+    first: int,
+    last: int,
+    scores: ShardScores,
+    settings: TagSettings,
+) -> None:
+    bounds = sequences.bounds[first : last + 1]
+    lengths = np.diff(bounds)
+    with np.errstate(over="ignore"):
+        bad = np.flatnonzero(~np.isfinite(scores.loss_T.astype(np.float16)))
+    if len(bad):
+        raise ValueError(
+            f"the loss of token {bounds[0] + bad[0]} is {scores.loss_T[bad[0]]}: the teacher does "
+            f"not work in {settings.precision}; try --precision fp32"
+        )
+    arrays: dict[str, NDArray[Any]] = {"mask": scores.kept_T.astype(np.uint8)}
+    if "loss" in settings.store:
+        arrays["loss"] = scores.loss_T.astype(np.float16).view(np.uint16)
+    if scores.entropy_T is not None:
+        arrays["entropy"] = scores.entropy_T.astype(np.float16).view(np.uint16)
+    index = np.repeat(np.arange(len(lengths)), lengths)
+    table = {
+        "sequence": np.arange(first, last, dtype=np.int64),
+        "start": bounds[:-1],
+        "tokens": lengths,
+        "kept": np.bincount(index[scores.kept_T], minlength=len(lengths)).astype(np.int64),
+        **sequence_scores(scores.loss_T, scores.kept_T, scores.entropy_T, lengths),
+    }
+    arrays |= {f"table_{name}": value for name, value in table.items()}
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        np.savez(stream, **arrays)  # type: ignore[arg-type]
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    return folder / f"shard_{index:08d}.npz"
+
+
+def partial_path(request: TagRequest) -> Path:
+    return Path(f"{request.output_prefix}.tags.partial")
+
+
+@contextmanager
+def partial_folder(request: TagRequest, origin: TagOrigin, groups: Groups) -> Iterator[Path]:
+    """The folder of finished shards; it outlives a kill and goes when the tags are published.
+
+    Raises: ValueError on all ranks if another run is at work in it, or if it is of a run with other
+        data, model or settings.
+    """
+    folder = partial_path(request)
+    identity = {**origin.to_dict(), "tokens_per_shard": request.tokens_per_shard}
+    lock = None
+    with same_error_everywhere("opening the folder of shards"):
+        if groups.rank == 0:
+            busy = f"another run is at work in {folder}"
+            lock = lock_file(folder / "lock", busy=busy)
+            _check_identity(folder / "identity.json", identity)
+    complete = False
+    try:
+        yield folder
+        complete = True
+    finally:
+        if groups.rank == 0 and complete:
+            remove_folder(folder)
+        if lock is not None:
+            lock.close()
+
+
+def remove_folder(folder: Path) -> None:
+    """Away at once under its name: shards must never be there without what they are of."""
+    gone = folder.with_suffix(".removed")
+    shutil.rmtree(gone, ignore_errors=True)  # of a run that was killed here
+    if folder.exists():
+        os.rename(folder, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def _check_identity(path: Path, identity: dict[str, Any]) -> None:
+    """Raises: ValueError if the folder's shards are of something else, or of nobody knows what."""
+    if path.is_file():
+        differing = differences(json.loads(path.read_text(encoding="utf-8")), identity)
+        if differing:
+            raise ValueError(
+                f"{path.parent} holds shards of a run that differs in {', '.join(differing)}: "
+                "give that run's arguments to continue it, or delete the folder to start anew"
+            )
+        return
+    if any(path.parent.glob("shard_*.npz")):
+        raise ValueError(f"{path.parent} holds shards, but not {path.name}: delete the folder")
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(identity, indent=2), encoding="utf-8")
+
+
+def publish_tags(
+    request: TagRequest,
+    origin: TagOrigin,
+    folder: Path,
+    sequences: Sequences,
+    shards: list[tuple[int, int]],
+) -> TagManifest:
+    """Join the shards, write table and manifest, and give all files their names, manifest last."""
+    final, built = Path(request.output_prefix), folder / "built" / "tags"
+    built.parent.mkdir(exist_ok=True)
+    data = open_indexed(request.data)
+    stored = ("mask", *origin.settings.store)
+    builders = {kind: _builder(built, kind) for kind in stored}
+    parts: list[dict[str, NDArray[Any]]] = []
+    kept = 0
+    for index, (first, last) in enumerate(shards):
+        path = shard_path(folder, index)
+        try:
+            with np.load(path) as shard:
+                expected = np.diff(sequences.bounds[first : last + 1])
+                if shard["table_sequence"].tolist() != list(range(first, last)) or not (
+                    np.array_equal(shard["table_tokens"], expected)
+                ):
+                    raise ValueError("it is of other sequences")
+                for kind, builder in builders.items():
+                    builder.data_file.write(shard[kind].tobytes())
+                kept += int(shard["mask"].sum(dtype=np.int64))
+                names = [name for name in shard.files if name.startswith("table_")]
+                parts.append({name.removeprefix("table_"): shard[name] for name in names})
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error
+    for kind, builder in builders.items():
+        # As `IndexedDatasetBuilder.add_document` would have filled them.
+        builder.sequence_lengths = data.sequence_lengths.tolist()
+        builder.document_indices = data.document_indices.tolist()
+        builder.finalize(str(idx_path(tag_prefix(built, kind))))
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    scores = columns[column(request.rule.score, request.rule.masked)]
+    table = SequenceTable(origin=origin, columns=columns, rule={}).with_selection(
+        scores, select([scores], request.rule)[0], vars(request.rule)
+    )
+    write_table(table_path(built), table)
+    suffixes = [f"_{kind}{end}" for kind in stored for end in (".bin", ".idx")]
+    suffixes.append("_sequences.parquet")
+    manifest = TagManifest(
+        origin=origin,
+        sequences=len(table),
+        kept_tokens=kept,
+        files={suffix: FileRecord.of(Path(f"{built}{suffix}")) for suffix in suffixes},
+        versions=installed_versions(),
+    )
+    final.parent.mkdir(parents=True, exist_ok=True)
+    tag_manifest_path(final).unlink(missing_ok=True)
+    for kind in STORED_DTYPES:  # what earlier tags had and these do not
+        for path in (bin_path(tag_prefix(final, kind)), idx_path(tag_prefix(final, kind))):
+            path.unlink(missing_ok=True)
+    for suffix in suffixes:
+        fsync_path(f"{built}{suffix}")
+        os.replace(f"{built}{suffix}", f"{final}{suffix}")
+    for leftover in final.parent.glob(f".{tag_manifest_path(final).name}.*.partial*"):
+        leftover.unlink()  # of a run that was killed here
+    with atomic_path(tag_manifest_path(final)) as temporary:
+        temporary.write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def _builder(built: Path, kind: str) -> Any:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    return IndexedDatasetBuilder(str(bin_path(tag_prefix(built, kind))), dtype=STORED_DTYPES[kind])

@@ -1,0 +1,73 @@
+"""The teacher's checkpoint, and whether it can teach this run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_salt.checkpoint.folder import (
+    resolve,
+)
+from megatron_salt.checkpoint.manifest import (
+    CheckpointManifest,
+    read_checkpoint_manifest,
+    weights_fingerprint,
+)
+from megatron_salt.config.fields import RunConfig
+from megatron_salt.config.values import parse_objective
+from megatron_salt.data.tokenizer import Tokenizer, check_same_tokens, load_tokenizer
+
+
+def find_teacher(
+    path: str, tokenizer: Tokenizer, seq_length: int, resumed: CheckpointManifest | None
+) -> tuple[Path, CheckpointManifest]:
+    """The teacher's checkpoint: of the run's tokenizer, and of the run that is resumed.
+
+    For rank 0 alone, which tells the others.
+    Raises: ValueError naming the checkpoint and what does not fit.
+    """
+    folder = resolve(path, what="teacher.checkpoint")
+    manifest = read_checkpoint_manifest(folder)
+    theirs = load_tokenizer(folder / "tokenizer")
+    check_same_tokens(f"teacher {folder}", theirs, "the student's data", tokenizer)
+    check_teacher_fits(folder, manifest, tokenizer.vocab_size, seq_length)
+    fingerprint = weights_fingerprint(manifest)
+    if resumed and resumed.teacher_fingerprint not in (None, fingerprint):
+        raise ValueError(
+            f"teacher {folder} has other weights than the teacher that this run was resumed with: "
+            "name the same checkpoint in teacher.checkpoint"
+        )
+    return folder, manifest
+
+
+def check_teacher_fits(
+    path: Path, manifest: CheckpointManifest, vocab_size: int, seq_length: int
+) -> None:
+    """Raise ValueError if the teacher's vocabulary or trained length cannot serve the student."""
+    if manifest.vocab_size != vocab_size:
+        raise ValueError(
+            f"teacher {path} has a vocabulary of {manifest.vocab_size} tokens, the student's "
+            f"tokenizer {vocab_size}: they must be the same tokenizer"
+        )
+    longest = manifest.config.data.seq_length
+    if seq_length > longest:
+        raise ValueError(
+            f"teacher {path} was trained on sequences of {longest} tokens, data.seq_length is "
+            f"{seq_length}: beyond its length its predictions are worthless; shorten the "
+            "sequences or use another teacher"
+        )
+
+
+def unseen_objectives(folder: Path, manifest: CheckpointManifest, config: RunConfig) -> list[str]:
+    """Warnings about objectives of the run that its teacher was not trained on."""
+    theirs = parse_objective(manifest.config.data.objective)
+    ours = parse_objective(config.data.objective)
+    if list(theirs) == ["causal"] and list(ours) != ["causal"]:
+        never = "read a prefix in both directions"
+    elif "span_corruption" in ours and "span_corruption" not in theirs:
+        never = "saw sentinels"
+    else:
+        return []
+    return [
+        f"teacher {folder} was trained on data.objective = {list(theirs)} and never {never}; on "
+        f"such rows of this run's {list(ours)} what it teaches may be worth little"
+    ]

@@ -1,0 +1,1 @@
+"""The run: objects, the loop over steps, the engine, saving and resuming."""

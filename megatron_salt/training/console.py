@@ -1,0 +1,69 @@
+"""What rank 0 tells people while a run goes on: lines, a progress bar, memory of all ranks."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megatron_salt.config.fields import TrainConfig
+from megatron_salt.parallel.groups import Groups
+from megatron_salt.parallel.timers import allocated_bytes
+from megatron_salt.training.metrics import console_line
+
+
+class Console:
+    """Rank 0's stderr; on the other ranks it is silent."""
+
+    def __init__(self, train: TrainConfig, groups: Groups) -> None:
+        self.train, self.groups = train, groups
+        self._first_step, self._started = 0, time.perf_counter()
+
+    def say(self, text: str) -> None:
+        if self.groups.rank == 0:
+            # Goes above the progress bar where there is one.
+            tqdm.write(text, file=sys.stderr)
+
+    def warn(self, warnings: Iterable[str]) -> None:
+        for warning in warnings:
+            self.say(f"WARNING {warning}")
+
+    def progress(self, first_step: int) -> Iterable[int]:
+        """The steps, with a bar on rank 0's terminal; log files get the console lines alone."""
+        visible = self.groups.rank == 0 and sys.stderr.isatty()
+        return tqdm(
+            range(first_step, self.train.steps),
+            desc=Path(self.train.output_dir).name,
+            initial=first_step,
+            total=self.train.steps,
+            unit="step",
+            disable=not visible,
+            dynamic_ncols=True,
+        )
+
+    def start_clock(self, first_step: int) -> None:
+        """The time that is left is reckoned from here."""
+        self._first_step, self._started = first_step, time.perf_counter()
+
+    def step_line(self, record: Mapping[str, Any]) -> None:
+        """Collective: one line for a step's metrics, with the memory of all ranks."""
+        elapsed = time.perf_counter() - self._started
+        per_step = elapsed / (record["step"] - self._first_step)
+        left = per_step * (self.train.steps - record["step"])
+        memory = self.memory_of_ranks()
+        self.say(f"{console_line(record, self.train.steps, left)} | {memory}")
+
+    def memory_of_ranks(self) -> str:
+        """Collective: every rank's allocated memory, as a short text."""
+        device = self.groups.device
+        mine = torch.tensor([allocated_bytes(device) / 2**30], dtype=torch.float64).to(device)
+        every = [torch.zeros_like(mine) for _ in range(self.groups.layout.world_size)]
+        dist.all_gather(every, mine)
+        sizes = [value.item() for value in every]
+        return f"memory {min(sizes):.2f} to {max(sizes):.2f} GiB per rank"

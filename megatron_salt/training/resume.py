@@ -1,0 +1,243 @@
+"""What must hold before a run starts or goes on: no run is overwritten, a resume is exact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_salt.checkpoint.folder import (
+    find_resume,
+    list_checkpoints,
+    set_aside_damaged,
+    step_name,
+)
+from megatron_salt.checkpoint.manifest import (
+    CheckpointManifest,
+    read_checkpoint_manifest,
+)
+from megatron_salt.config.deepspeed import DeepSpeedSettings, read_json
+from megatron_salt.config.fields import DataConfig, RunConfig
+from megatron_salt.config.values import effective_split, parse_blend, parse_objective
+from megatron_salt.data.dataset import TagInputs
+from megatron_salt.files.locks import lock_file
+from megatron_salt.method.switch import carried_over, effective
+from megatron_salt.parallel.layout import Layout
+
+LOCK_WAIT_S = 120.0
+
+
+def changed_settings(before: RunConfig, now: RunConfig) -> list[str]:
+    """`section.field: old -> new` for every setting that differs; what a resume should tell."""
+    old, new = before.to_dict(), now.to_dict()
+    return [
+        f"{section}.{field}: {old[section][field]} -> {value}"
+        for section, values in new.items()
+        for field, value in values.items()
+        if old[section][field] != value
+    ]
+
+
+def lock_output_dir(output_dir: str) -> IO[str]:
+    """Claim a run's output_dir as long as the returned file stays open; a requeued job waits.
+
+    Raises: ValueError if another run holds it.
+    """
+    busy = (
+        f"train.output_dir = {output_dir} is in use by another run; end that one, or choose "
+        "another output_dir"
+    )
+    return lock_file(Path(output_dir) / ".lock", busy=busy, wait_s=LOCK_WAIT_S)
+
+
+def decide_start(
+    config: RunConfig, layout: Layout, settings: DeepSpeedSettings, tokenizer_fingerprint: str
+) -> tuple[Path | None, CheckpointManifest | None, list[str]]:
+    """What the run starts from, checked; with warnings about checkpoints that were passed over.
+
+    For rank 0 alone, which tells the others. Damaged checkpoints are set aside.
+    Raises: ValueError naming the file or setting that is wrong.
+    """
+    resume_from, warnings = find_resume(config.train.output_dir, config.train.resume)
+    resumed = read_checkpoint_manifest(resume_from) if resume_from else None
+    check_start(config, layout, settings, tokenizer_fingerprint, resume_from, resumed)
+    if warnings and resume_from:
+        set_aside_damaged(config.train.output_dir, resume_from)
+    return resume_from, resumed, warnings
+
+
+def check_start(
+    config: RunConfig,
+    layout: Layout,
+    settings: DeepSpeedSettings,
+    tokenizer_fingerprint: str,
+    resume_from: Path | None,
+    resumed: CheckpointManifest | None,
+) -> None:
+    """Raise ValueError where starting would overwrite a run or a resume would not continue exactly.
+
+    Layout, ZeRO stage, precision, tokenizer, model, batch size, seed and what decides the order of
+    the data must be the checkpoint's. Method and learning rate may change, and it is said
+    (`changed_settings`).
+    """
+    output_dir = Path(config.train.output_dir)
+    existing = list_checkpoints(output_dir)
+    if resumed is None:
+        if existing:
+            raise ValueError(
+                f"train.output_dir = {output_dir} already has checkpoints and train.resume = "
+                f"{config.train.resume}: choose another output_dir, or train.resume auto"
+            )
+        return
+    if existing and existing[-1].name > step_name(resumed.step) and config.train.resume != "auto":
+        raise ValueError(
+            f"train.resume = {resume_from} is at step {resumed.step}, but train.output_dir = "
+            f"{output_dir} has later checkpoints up to {existing[-1].name}, which a later resume "
+            "would take for this run's: choose another output_dir, or move them away"
+        )
+    _check_same_run(config, layout, settings, tokenizer_fingerprint, resumed)
+    _check_same_order(config, settings, resumed)
+    assert resume_from is not None
+    _check_deepspeed(read_json(str(resume_from / "deepspeed.json")), settings)
+
+
+def _check_same_run(
+    config: RunConfig,
+    layout: Layout,
+    settings: DeepSpeedSettings,
+    tokenizer_fingerprint: str,
+    resumed: CheckpointManifest,
+) -> None:
+    """Raise ValueError if layout, precision, tokenizer or model are not the checkpoint's."""
+    saved = (resumed.tp_size, resumed.pp_size, resumed.dp_size, resumed.zero_stage)
+    now = (layout.tp_size, layout.pp_size, layout.dp_size, settings.zero_stage)
+    if saved != now:
+        raise ValueError(
+            f"the checkpoint was saved with (tp, pp, dp, ZeRO stage) = {saved}, this run has "
+            f"{now}: resume with the same layout"
+        )
+    if resumed.tokenizer_fingerprint != tokenizer_fingerprint:
+        raise ValueError("the checkpoint was trained with another tokenizer than data.tokenizer")
+    lengths = (resumed.config.data.seq_length, config.data.seq_length)
+    if resumed.config.model != config.model or lengths[0] != lengths[1]:
+        changes = changed_settings(resumed.config, config)
+        wrong = [c for c in changes if c.startswith("model.") or c.startswith("data.seq_length")]
+        raise ValueError(f"the checkpoint's model is not this run's: {'; '.join(wrong)}")
+    if resumed.precision != settings.precision:
+        raise ValueError(
+            f"{settings.path}: precision {settings.precision}, the checkpoint was trained in "
+            f"{resumed.precision}"
+        )
+
+
+def _check_same_order(
+    config: RunConfig, settings: DeepSpeedSettings, resumed: CheckpointManifest
+) -> None:
+    """Raise ValueError if the run would not go on in the checkpoint's order of the data."""
+    rows = resumed.step * settings.global_batch_size
+    if resumed.data_rows != rows:
+        raise ValueError(
+            f"the checkpoint has read {resumed.data_rows} sequences in {resumed.step} steps; with "
+            f"train_batch_size = {settings.global_batch_size} this run would go on at sequence "
+            f"{rows}: keep the batch size"
+        )
+    splits = [effective_split(c.data) for c in (resumed.config, config)]
+    if splits[0] != splits[1]:
+        raise ValueError(
+            f"data.split and data.valid_data_path: the training documents would be those of split "
+            f"{splits[1]!r}, the checkpoint's are of {splits[0]!r}: the order of the data would "
+            "change"
+        )
+    if resumed.config.data.eod_mask_loss != config.data.eod_mask_loss:
+        raise ValueError(
+            f"data.eod_mask_loss = {config.data.eod_mask_loss}, the checkpoint's is "
+            f"{resumed.config.data.eod_mask_loss}: other tokens would count"
+        )
+    objectives = [_objective(c.data) for c in (resumed.config, config)]
+    if objectives[0] != objectives[1]:
+        raise ValueError(
+            f"data.objective: {objectives[1]}, the checkpoint's is {objectives[0]}: rows would ask "
+            "something else of the model; keep it, or start a new run"
+        )
+    weights = [
+        parse_blend(c.data.train_data_path, "data.train_data_path")[1]
+        for c in (resumed.config, config)
+    ]
+    if weights[0] != weights[1]:
+        raise ValueError(
+            f"data.train_data_path: blend weights {weights[1]}, the checkpoint's are {weights[0]}: "
+            "the order of the data would change"
+        )
+    if resumed.config.train.seed != config.train.seed:
+        raise ValueError(
+            f"train.seed = {config.train.seed}, the checkpoint's is {resumed.config.train.seed}: "
+            "the order of the data would change"
+        )
+
+
+def _objective(data: DataConfig) -> str:
+    """What decides what is made of a row, in words; spans only where there are any."""
+    shares = parse_objective(data.objective)
+    text = ", ".join(f"{share:.6g} {name}" for name, share in shares.items())
+    if "span_corruption" in shares:
+        text += (
+            f" (data.span_corruption_rate = {data.span_corruption_rate}, "
+            f"data.span_mean_length = {data.span_mean_length})"
+        )
+    return text
+
+
+def check_same_tag_inputs(
+    config: RunConfig, resumed: CheckpointManifest, tag_inputs: TagInputs
+) -> None:
+    """Raise ValueError if the rest of the KD phase would read other sequences or other tags.
+
+    Once the KD phase is over neither is read, and both may be left out.
+    """
+    switch = carried_over(resumed.switch, resumed.config.salt, config.salt)
+    if resumed.step >= effective(config.salt, switch).kd_steps:
+        return
+    tags, selection = tag_inputs.fingerprints()
+    began = resumed.config
+    for name, paths, before, now in (
+        ("data.tags", began.data.tags, resumed.tags, tags),
+        ("salt.selection", began.salt.selection, resumed.selection, selection),
+    ):
+        if before != now:
+            raise ValueError(
+                f"{name}: the KD phase of this run began with {', '.join(paths) or 'none'}, of "
+                f"fingerprint {', '.join(before) or '-'}; what is given now has "
+                f"{', '.join(now) or 'none'}: give the same files (they may have been made anew "
+                "since then), or start a new run"
+            )
+
+
+def _check_deepspeed(before: Mapping[str, Any], settings: DeepSpeedSettings) -> None:
+    """Raise ValueError for a change in the DeepSpeed JSON that loading the checkpoint would undo.
+
+    The optimiser's state brings its own betas, eps, weight decay and clipping limit; a new number
+    in the file would be shown and not used. The learning rate is set anew at every step.
+    """
+
+    def restored(values: Mapping[str, Any]) -> dict[str, Any]:
+        optimizer = values.get("optimizer", {})
+        return {
+            "optimizer.type": optimizer.get("type"),
+            "optimizer.params": {k: v for k, v in optimizer.get("params", {}).items() if k != "lr"},
+            "gradient_clipping": values.get("gradient_clipping", 1.0),
+            "data_types": values.get("data_types", {}),
+        }
+
+    now = restored(settings.values)
+    for key, value in restored(before).items():
+        if now[key] != value:
+            raise ValueError(
+                f"{settings.path}: {key} = {now[key]}, the checkpoint was trained with {value}, "
+                "which DeepSpeed restores with the optimizer: keep it, or start a new run"
+            )
+
+
+def changed_deepspeed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """`key: old -> new` for every top-level key of the DeepSpeed JSON that differs."""
+    keys = sorted({*before, *now})
+    return [f"{k}: {before.get(k)} -> {now.get(k)}" for k in keys if before.get(k) != now.get(k)]

@@ -1,0 +1,276 @@
+"""A run: its parts, built in a few lines that show every owner, then the loop over steps.
+
+Read `Run.step` to follow one training step; docs/architecture.md walks through it.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from deepspeed import comm
+
+from megatron_salt.checkpoint.manifest import Evaluation
+from megatron_salt.config.fields import RunConfig
+from megatron_salt.data.dataset import Batch, DataSource
+from megatron_salt.data.order import rows_of_rank
+from megatron_salt.data.read_ahead import ReadAhead
+from megatron_salt.evaluation.held_out import HeldOut
+from megatron_salt.model.loss import LossSums
+from megatron_salt.parallel.groups import Groups
+from megatron_salt.parallel.timers import Stopwatch
+from megatron_salt.parallel.watchdog import StepWatchdog
+from megatron_salt.teacher.schedule import measured_times, times_table
+from megatron_salt.teacher.teacher import Teacher
+from megatron_salt.training.checks import StepChecks
+from megatron_salt.training.console import Console
+from megatron_salt.training.engine import StudentEngine
+from megatron_salt.training.kd_phase import KdPhase
+from megatron_salt.training.learning_rate import learning_rate
+from megatron_salt.training.metrics import MetricsLog
+from megatron_salt.training.saving import Saver
+from megatron_salt.training.start import (
+    Start,
+    agree_on_start,
+    build_data,
+    join_ranks,
+    open_log,
+    prepare_loss,
+    resume_student,
+)
+from megatron_salt.training.teaching import Measure, Teaching
+
+# The first steps of a process are slower than the others; this one's times decide where in a step
+# the teacher works.
+MEASURED_STEP = 2
+
+
+def prepare(
+    config: RunConfig,
+    deepspeed_config: str,
+    *,
+    watchdog: type[StepWatchdog] = StepWatchdog,
+    measure: Measure = measured_times,
+) -> Run:
+    """Join the ranks, check everything there is to check, and build the run up to its first step.
+
+    Raises: ValueError or FileNotFoundError naming the setting or file that is wrong.
+    """
+    settings, groups = join_ranks(config, deepspeed_config)
+    console = Console(config.train, groups)
+    start = agree_on_start(config, settings, groups, console)
+    data = build_data(config, settings, start, console)
+    prepare_loss(config, settings, groups, console)
+    student = StudentEngine(
+        config, settings, groups, vocab_size=start.tokenizer.vocab_size,
+        watchdog=watchdog(groups, config.parallel.timeout_minutes),
+    )  # fmt: skip
+    resume_student(student, config, start, console)
+    log = open_log(config, settings, groups, start.step)
+    kd = KdPhase(config.salt, start.switch)
+    held_out = HeldOut(config, settings, groups, data, student)
+    teaching = Teaching(config, student, kd, console, measure)
+    if start.resumed:
+        teaching.fingerprint = start.resumed.teacher_fingerprint
+    if config.teacher.checkpoint and kd.phase(start.step) == "kd":
+        teaching.bring(start.tokenizer, held_out, start.resumed)
+    elif config.teacher.checkpoint and start.resume_from and start.resumed:
+        console.warn(held_out.resume(start.resume_from, start.resumed))
+    saver = Saver(
+        config=config, settings=settings, groups=groups, data=data, student=student,
+        held_out=held_out, kd=kd, log=log, console=console,
+    )  # fmt: skip
+    run = Run(config, groups, start, data, student, kd, teaching, held_out, saver, log, console)
+    if start.step == 0:
+        run.log_untrained_score()
+    return run
+
+
+def train(run: Run) -> None:
+    """Train from the checkpoint that train.resume names, or from the start, to train.steps."""
+    with run.student.watchdog.watched():
+        for step in run.console.progress(run.first_step):
+            run.step(step)
+        run.finish()
+
+
+class Run:
+    """The parts of a run on this rank and what happens from step to step."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        groups: Groups,
+        start: Start,
+        data: DataSource,
+        student: StudentEngine,
+        kd: KdPhase,
+        teaching: Teaching,
+        held_out: HeldOut,
+        saver: Saver,
+        log: MetricsLog | None,
+        console: Console,
+    ) -> None:
+        self.config, self.groups, self.lock = config, groups, start.lock
+        self.settings = student.settings
+        self.data, self.student, self.kd, self.teaching = data, student, kd, teaching
+        self.held_out, self.saver, self.log, self.console = held_out, saver, log, console
+        self.first_step = start.step
+        self.tokens = start.resumed.tokens if start.resumed else 0
+        self.evaluation = start.resumed.evaluation if start.resumed else None
+        self.checks = StepChecks(student, Path(config.train.output_dir))
+        self.batches = ReadAhead(self._read, self.first_step, config.train.steps, groups.device)
+        self.clock = Stopwatch(groups.device)
+        console.start_clock(self.first_step)
+
+    @property
+    def teacher(self) -> Teacher | None:
+        return self.teaching.teacher
+
+    def log_untrained_score(self) -> None:
+        """The untrained student's score, as step 0: where every curve begins."""
+        values = self.held_out.evaluate()
+        if self.log:
+            self.log.write({"step": 0, "tokens": 0, **values})
+
+    def _read(self, step: int) -> Batch:
+        """This rank's rows of a step, on the CPU."""
+        groups = self.groups
+        rows = rows_of_rank(
+            step, self.settings.global_batch_size, groups.dp_rank, groups.layout.dp_size
+        )
+        return self.data.read(rows, self.kd.phase(step))
+
+    def step(self, step: int) -> None:
+        """One optimizer step (counted from 0), its metrics, and what is due after it."""
+        self.teaching.end_if_over(step)
+        with self.student.watchdog.in_step(step):
+            self.clock.start()
+            batch = self.batches.take(step)
+            weight = self.kd.weight(step)
+            hidden_RSE = self.teaching.hidden_for(step, batch)
+            micro_batches = self.student.micro_batches(
+                batch, weight, hidden_RSE, self.kd.phase(step)
+            )
+            lr = learning_rate(self.config.train, self.settings.learning_rate, step)
+            traced = self._start_trace(step)
+            # The teacher's work on the next batch, done where this one's pipeline waits.
+            next_pass = self.teaching.begin(step + 1, self.batches.peek)
+            self.student.train_step(micro_batches, lr, next_pass)
+            del hidden_RSE, micro_batches
+            self.student.watchdog.enter("the sums of the step")
+            sums = self.student.reduce_sums()
+            self.clock.stop()
+            if traced:
+                self._use_trace(step)
+            record = self._record(step, sums, weight, lr)
+            self.tokens = record["tokens"]
+            self.checks.look(step + 1, sums.loss, record["grad_norm"])
+            self._after_step(step + 1, record)
+
+    def _after_step(self, done: int, record: dict[str, Any]) -> None:
+        """What is due after a step: evaluation, a line of metrics, a line for people, saving."""
+        train, last = self.config.train, done == self.config.train.steps
+        if last or (train.eval_interval and done % train.eval_interval == 0):
+            self.student.watchdog.enter("the evaluation after it")
+            record.update(self._evaluate(done))
+        if self.log:
+            self.log.write(record)
+        if done % train.log_interval == 0 or last or done == self.first_step + 1:
+            self.console.step_line(record)
+        if last or (train.checkpoint_interval and done % train.checkpoint_interval == 0):
+            self.student.watchdog.enter("the checkpoint after it")
+            self.save(done)
+
+    def _start_trace(self, step: int) -> bool:
+        """Note the times of this step's instructions, if somebody wants them."""
+        traced = step == self.first_step + MEASURED_STEP
+        if self.student.says_times:
+            traced = traced or (step + 1) % self.config.train.log_interval == 0
+        if traced:
+            self.student.start_trace()
+        return traced
+
+    def _use_trace(self, step: int) -> None:
+        """Of a step that was traced: say its times if that is wanted, plan by them if it is time.
+
+        Rank 0's pipeline is taken for all.
+        Collectives: an all-gather of the traces over pp, a broadcast of a new plan over all ranks.
+        """
+        trace = self.student.take_trace()
+        if trace is None:
+            return
+        traces: list[Any] = [None] * self.groups.layout.pp_size
+        dist.all_gather_object(traces, trace, group=self.groups.pp)
+        if self.student.says_times:
+            self.console.say(f"step {step + 1}, ms by stage: {times_table(traces)}")
+        # After the next step there may be nothing more to be taught ahead.
+        if step == self.first_step + MEASURED_STEP and self.kd.phase(step + 2) == "kd":
+            self.teaching.replan(traces)
+
+    def _record(self, step: int, sums: LossSums, weight: float, lr: float) -> dict[str, Any]:
+        """The metrics of a step; docs/metrics.md explains each."""
+        count = max(sums.tokens, 1.0)
+        seconds = self.clock.seconds()
+        return {
+            "step": step + 1,
+            "phase": self.kd.phase(step),
+            "ce_nats": sums.ce_nats / count,
+            "kl_nats": sums.kl_nats / count if self.teacher else None,
+            "kd_weight": weight,
+            "taught_share": sums.taught / count,
+            "ce_share": sums.ce_counted / count,
+            "loss": sums.loss,
+            "lr": lr,
+            "grad_norm": self.student.grad_norm(),
+            "tokens": self.tokens + int(sums.tokens),
+            "step_time_s": seconds,
+            "tokens_per_s": sums.tokens / seconds,
+            "teacher_time_s": self.teaching.take_time_s(),
+        }
+
+    def _evaluate(self, done: int) -> dict[str, float]:
+        """Score the student on the held-out samples; decide the switch by it, where it is due."""
+        values = self.held_out.evaluate()
+        self.evaluation = Evaluation(
+            step=done,
+            ce_nats=values["valid_ce_nats"],
+            accuracy=values["valid_accuracy"],
+            tokens=int(values["valid_tokens"]),
+            data=self.held_out.fingerprint,
+        )
+        if not math.isfinite(values["valid_ce_nats"]):
+            raise RuntimeError(f"step {done}: the held-out CE is {values['valid_ce_nats']}")
+        if self.config.salt.switch == "adaptive":
+            decided = self.kd.update(done, values) if self.teacher else None
+            if decided:
+                # What was read ahead went by another end of the KD phase.
+                self.batches.restart(done)
+                self.console.say(decided)
+            values["switch_streak"] = self.kd.state.streak
+            values["kd_end_step"] = self.kd.salt.kd_steps
+        return values
+
+    def save(self, done: int) -> Path:
+        """Write a checkpoint after `done` steps; see `Saver.save`."""
+        return self.saver.save(
+            done, tokens=self.tokens, evaluation=self.evaluation,
+            teacher_fingerprint=self.teaching.fingerprint,
+        )  # fmt: skip
+
+    def finish(self) -> None:
+        """Close files and threads; what was trained lies in the last checkpoint."""
+        self.batches.close()
+        if self.settings.values.get("comms_logger", {}).get("enabled"):
+            comm.log_summary()
+        for file in (self.log, self.lock):
+            if file is not None:
+                file.close()
+        if self.evaluation is not None and math.isfinite(self.evaluation.ce_nats):
+            self.console.say(
+                f"held-out CE after step {self.evaluation.step}: "
+                f"{self.evaluation.ce_nats:.4f} nats/token"
+            )
+        dist.barrier()

@@ -1,0 +1,125 @@
+"""Saving a run: what goes into a checkpoint, in which order, and who writes it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_salt.checkpoint import folder
+from megatron_salt.checkpoint.manifest import (
+    CheckpointManifest,
+    Evaluation,
+    installed_versions,
+)
+from megatron_salt.config.deepspeed import DeepSpeedSettings
+from megatron_salt.config.fields import RunConfig
+from megatron_salt.data.dataset import DataSource
+from megatron_salt.evaluation.held_out import HeldOut
+from megatron_salt.parallel.groups import Groups, from_rank_0, same_error_everywhere
+from megatron_salt.training.console import Console
+from megatron_salt.training.engine import StudentEngine
+from megatron_salt.training.gradients import not_finite
+from megatron_salt.training.kd_phase import KdPhase
+from megatron_salt.training.metrics import MetricsLog
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saver:
+    """What a checkpoint is made of."""
+
+    config: RunConfig
+    settings: DeepSpeedSettings
+    groups: Groups
+    data: DataSource
+    student: StudentEngine
+    held_out: HeldOut
+    kd: KdPhase
+    log: MetricsLog | None
+    console: Console
+
+    def save(
+        self,
+        done: int,
+        *,
+        tokens: int,
+        evaluation: Evaluation | None,
+        teacher_fingerprint: str | None,
+    ) -> Path:
+        """Write a checkpoint after `done` steps; see `checkpoint/folder.py` for its form.
+
+        Raises: OSError on the rank that could not write (a full disk, say); the others end with
+            RuntimeError or the launcher ends them. RuntimeError on all ranks for a weight that is
+            not finite. The newest complete checkpoint is untouched.
+        """
+        groups, output_dir = self.groups, Path(self.config.train.output_dir)
+        partial = folder.partial_dir(output_dir, done)
+        with same_error_everywhere("checking the weights"):
+            problem = not_finite(self.student.module, groups)
+            if problem:
+                raise RuntimeError(
+                    f"step {done}: {problem}: no checkpoint is made of it. "
+                    f"The last good one is the newest in {folder.checkpoints_dir(output_dir)}; "
+                    "look at the learning rate and the gradient norms before this step"
+                )
+        with same_error_everywhere("starting a checkpoint"):
+            if groups.rank == 0:
+                folder.start_partial(output_dir, done)
+                self.data.tokenizer.save(partial / "tokenizer")
+                text = json.dumps(dict(self.settings.values), indent=2)
+                (partial / "deepspeed.json").write_text(text, encoding="utf-8")
+                self.held_out.write(partial)
+                if self.log:
+                    self.log.sync()
+        self.student.save(partial)
+        dist.barrier()  # every file is there before any is read back
+        records: list[dict[str, Any]] = [{}] * groups.layout.world_size
+        names = from_rank_0(folder.list_files(partial) if groups.rank == 0 else None)
+        with same_error_everywhere("verifying a checkpoint"):
+            mine = folder.hash_files(partial, names[groups.rank :: groups.layout.world_size])
+        dist.all_gather_object(records, mine)
+        with same_error_everywhere("publishing a checkpoint"):
+            if groups.rank == 0:
+                files = {name: record for part in records for name, record in part.items()}
+                manifest = self._manifest(done, files, tokens, evaluation, teacher_fingerprint)
+                self.console.say(f"saved {folder.publish(partial, manifest, output_dir)}")
+                keep = self.config.train.keep_checkpoints
+                self.console.warn(folder.remove_old(output_dir, keep))
+        return folder.checkpoints_dir(output_dir) / folder.step_name(done)
+
+    def _manifest(
+        self,
+        done: int,
+        files: dict[str, dict[str, Any]],
+        tokens: int,
+        evaluation: Evaluation | None,
+        teacher_fingerprint: str | None,
+    ) -> CheckpointManifest:
+        layout, settings = self.groups.layout, self.settings
+        tags, selection = self.data.tag_inputs.fingerprints()
+        return CheckpointManifest(
+            step=done,
+            phase=self.kd.phase(done),
+            tokens=tokens,
+            data_rows=done * settings.global_batch_size,
+            data=self.data.fingerprints(),
+            config=self.config,
+            vocab_size=self.data.tokenizer.vocab_size,
+            tokenizer_fingerprint=self.data.tokenizer.fingerprint,
+            tp_size=layout.tp_size,
+            pp_size=layout.pp_size,
+            dp_size=layout.dp_size,
+            zero_stage=settings.zero_stage,
+            precision=settings.precision,
+            evaluation=evaluation,
+            teacher_valid_ce_nats=self.held_out.teacher_ce_nats,
+            teacher_fingerprint=teacher_fingerprint,
+            tags=tags,
+            selection=selection,
+            switch=self.kd.state,
+            versions=installed_versions(),
+            files=dict(sorted(files.items())),
+        )

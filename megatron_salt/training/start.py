@@ -1,0 +1,209 @@
+"""From settings to the parts of a run: what it starts from, its data, its student, its log."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from megatron_salt.checkpoint.manifest import CheckpointManifest, verify_hashes
+from megatron_salt.config.command_line import write_config
+from megatron_salt.config.deepspeed import (
+    DeepSpeedSettings,
+    check_against_run,
+    load_deepspeed_config,
+    read_json,
+)
+from megatron_salt.config.fields import RunConfig
+from megatron_salt.data.dataset import (
+    DataSource,
+    TagInputs,
+    find_tokenizer,
+    load_tag_inputs,
+    reads_reference_loss,
+    reads_tags,
+    verify_datasets,
+)
+from megatron_salt.data.objective import check_sentinels
+from megatron_salt.data.tokenizer import Tokenizer
+from megatron_salt.method.switch import SwitchState, carried_over
+from megatron_salt.model.attention import device_attention_backends
+from megatron_salt.model.loss import loss_backend
+from megatron_salt.model.weights import DTYPES
+from megatron_salt.parallel.groups import (
+    Groups,
+    from_rank_0,
+    initialize,
+    make_deterministic,
+    same_error_everywhere,
+)
+from megatron_salt.parallel.machine import check_fused_adam, fused_adam_facts
+from megatron_salt.training.console import Console
+from megatron_salt.training.engine import StudentEngine
+from megatron_salt.training.metrics import MetricsLog
+from megatron_salt.training.resume import (
+    changed_deepspeed,
+    changed_settings,
+    check_same_tag_inputs,
+    decide_start,
+    lock_output_dir,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What all ranks have agreed to start from."""
+
+    tokenizer: Tokenizer
+    tag_inputs: TagInputs
+    resume_from: Path | None
+    resumed: CheckpointManifest | None
+    """What the checkpoint says about itself; None: a new run."""
+    switch: SwitchState
+    lock: IO[str] | None
+    """On rank 0: open as long as the run holds its output_dir."""
+
+    @property
+    def step(self) -> int:
+        return self.resumed.step if self.resumed else 0
+
+
+def join_ranks(config: RunConfig, deepspeed_config: str) -> tuple[DeepSpeedSettings, Groups]:
+    """Process groups of this rank, and the DeepSpeed JSON checked against the run.
+
+    Raises: ValueError or FileNotFoundError on all ranks, naming file and key.
+    """
+    parallel = config.parallel
+    if config.train.deterministic:
+        make_deterministic()
+    groups = initialize(
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.timeout_minutes,
+    )
+    with same_error_everywhere("reading the DeepSpeed config"):
+        settings = load_deepspeed_config(deepspeed_config, groups.layout.dp_size)
+        check_against_run(settings, config)
+        if groups.device.type == "cuda":
+            check_fused_adam(settings.values, settings.path, fused_adam_facts())
+    return settings, groups
+
+
+def agree_on_start(
+    config: RunConfig, settings: DeepSpeedSettings, groups: Groups, console: Console
+) -> Start:
+    """Check data and checkpoint, claim output_dir, and verify what the run resumes from.
+
+    Raises: ValueError or FileNotFoundError on all ranks, naming the file or setting.
+    """
+    lock: IO[str] | None = None
+    with same_error_everywhere("checking data and checkpoint"):
+        tokenizer = find_tokenizer(config.data)
+        found = tag_inputs = None
+        if groups.rank == 0:
+            verify_datasets(config.data, tokenizer)
+            check_sentinels(config.data, tokenizer)
+            tag_inputs = load_tag_inputs(config, tokenizer)
+            lock = lock_output_dir(config.train.output_dir)
+            found = decide_start(config, groups.layout, settings, tokenizer.fingerprint)
+            if found[1] is not None:
+                check_same_tag_inputs(config, found[1], tag_inputs)
+    # One rank looks and decides: shared file systems show different ranks different folders.
+    resume_from, resumed, warnings = from_rank_0(found)
+    tag_inputs = from_rank_0(tag_inputs)
+    console.warn(warnings)
+    switch = SwitchState()
+    with same_error_everywhere("verifying the checkpoint to resume from"):
+        if resumed:
+            share = sorted(resumed.files)[groups.rank :: groups.layout.world_size]
+            verify_hashes(resume_from, resumed, share)
+    if resumed:
+        switch = carried_over(resumed.switch, resumed.config.salt, config.salt)
+    return Start(
+        tokenizer=tokenizer, tag_inputs=tag_inputs, resume_from=resume_from, resumed=resumed,
+        switch=switch, lock=lock,
+    )  # fmt: skip
+
+
+def build_data(
+    config: RunConfig, settings: DeepSpeedSettings, start: Start, console: Console
+) -> DataSource:
+    """The rows of every step and of the evaluations.
+
+    Raises: ValueError if a resumed run would read other data than it began with.
+    """
+    data = DataSource(
+        config.data,
+        start.tokenizer,
+        num_samples=config.train.steps * settings.global_batch_size,
+        seed=config.train.seed,
+        cache_path=Path(config.data.cache_path or f"{config.train.output_dir}/index_cache"),
+        num_selected=config.salt.kd_steps * settings.global_batch_size,
+        tag_inputs=start.tag_inputs,
+        with_reference_loss=reads_reference_loss(config),
+    )
+    for line in [*data.epochs_needed(), *start.tag_inputs.describe()]:
+        console.say(f"data: {line}")
+    if config.data.tags and not reads_tags(config):
+        console.warn(
+            ["data.tags has no effect: neither salt.kd_tokens nor salt.ce_tokens reads the tags"]
+        )
+    if start.resumed and start.resumed.data != data.fingerprints():
+        raise ValueError(
+            f"{start.resume_from}: was trained on other data than data.train_data_path now names; "
+            "a resumed run must read the same files (or start anew in another output_dir)"
+        )
+    return data
+
+
+def prepare_loss(
+    config: RunConfig, settings: DeepSpeedSettings, groups: Groups, console: Console
+) -> None:
+    """Build the loss's code before the first step, and see that all ranks run the same.
+
+    Raises: ValueError or RuntimeError on all ranks.
+    """
+    with same_error_everywhere("preparing the loss"):
+        name = loss_backend(config.salt, DTYPES[settings.precision], groups.device).name
+    first = from_rank_0(name)
+    with same_error_everywhere("preparing the loss"):
+        if name != first:
+            raise ValueError(
+                f"rank {groups.rank} on {platform.node()} would compute the loss by its {name} "
+                f"code, rank 0 by {first}: `python -m megatron_salt.kernels` there says why; mend "
+                "that, or set salt.loss_impl"
+            )
+    console.say(f"loss: {name} code, logits in {config.salt.logits_dtype}")
+    backends = device_attention_backends()
+    if backends is not None:
+        order = ", ".join(each.name.removesuffix("_ATTENTION") for each in backends)
+        console.say(f"attention: the first of {order} that serves the tensors at hand")
+
+
+def resume_student(
+    student: StudentEngine, config: RunConfig, start: Start, console: Console
+) -> None:
+    """Load weights and optimizer of the checkpoint, if there is one; say what has changed since."""
+    if start.resumed is None or start.resume_from is None:
+        return
+    student.load(start.resume_from)
+    console.say(f"resumed from {start.resume_from} at step {start.step}")
+    before = read_json(str(start.resume_from / "deepspeed.json"))
+    changes = changed_settings(start.resumed.config, config)
+    for change in [*changes, *changed_deepspeed(before, student.settings.values)]:
+        console.say(f"  changed since then: {change}")
+
+
+def open_log(
+    config: RunConfig, settings: DeepSpeedSettings, groups: Groups, first_step: int
+) -> MetricsLog | None:
+    """On rank 0: write the resolved configs, and go on with the metrics of the steps done."""
+    if groups.rank != 0:
+        return None
+    output_dir = Path(config.train.output_dir)
+    write_config(config, output_dir / "config.json")
+    text = json.dumps(dict(settings.values), indent=2) + "\n"
+    (output_dir / "deepspeed.json").write_text(text, encoding="utf-8")
+    return MetricsLog(output_dir, resumed_step=first_step, tensorboard=config.train.tensorboard)

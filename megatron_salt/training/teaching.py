@@ -1,0 +1,190 @@
+"""The teacher's part in a run: brought, asked for hidden states, planned anew, released."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_salt.checkpoint.manifest import CheckpointManifest, weights_fingerprint
+from megatron_salt.config.fields import RunConfig
+from megatron_salt.data.dataset import Batch
+from megatron_salt.data.tokenizer import Tokenizer
+from megatron_salt.evaluation.held_out import HeldOut
+from megatron_salt.model.weights import DTYPES
+from megatron_salt.parallel.groups import from_rank_0, same_error_everywhere
+from megatron_salt.teacher.find import find_teacher, unseen_objectives
+from megatron_salt.teacher.passes import TeacherPass
+from megatron_salt.teacher.plan import (
+    StepShape,
+    TeacherPlan,
+    multiply_adds,
+    plan_teacher,
+    teaches_ahead,
+)
+from megatron_salt.teacher.schedule import Trace, measured_values
+from megatron_salt.teacher.simulator import StepTimes
+from megatron_salt.teacher.teacher import Teacher
+from megatron_salt.training.console import Console
+from megatron_salt.training.engine import StudentEngine
+from megatron_salt.training.kd_phase import KdPhase
+
+Measure = Callable[
+    [Sequence[Trace], Sequence[tuple[int, int]], Sequence[tuple[int, int]]], StepTimes
+]
+
+
+class Teaching:
+    """The teacher of a run while there is one; without one every question is answered by None.
+
+    Args:
+        measure: makes times of traces; `schedule.measured_times`.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        student: StudentEngine,
+        kd: KdPhase,
+        console: Console,
+        measure: Measure,
+    ) -> None:
+        self.config, self.student, self.kd, self.console = config, student, kd, console
+        self.groups, self.measure = student.groups, measure
+        self.ahead = teaches_ahead(config.teacher.placement, self.groups.layout)
+        """Whether the teacher works on the next batch during this one's step."""
+        self.teacher: Teacher | None = None
+        self.shape: StepShape | None = None
+        self.fingerprint: str | None = None
+        """Identity of the teacher's weights, of one that has gone too."""
+        self._begun: tuple[int, TeacherPass] | None = None
+        """The step for which the teacher has worked ahead, and its pass over that batch."""
+
+    def bring(
+        self, tokenizer: Tokenizer, held_out: HeldOut, resumed: CheckpointManifest | None
+    ) -> None:
+        """Load the teacher, check its tokenizer, score it on the held-out samples, plan its work.
+
+        Raises: ValueError on all ranks, naming the checkpoint and what does not fit.
+        """
+        config, settings, groups = self.config, self.student.settings, self.groups
+        path, seq_length = config.teacher.checkpoint, config.data.seq_length
+        assert path is not None  # problems.teacher_problems
+        found: tuple[Path, CheckpointManifest] | None = None
+        with same_error_everywhere("checking the teacher"):
+            if groups.rank == 0:
+                found = find_teacher(path, tokenizer, seq_length, resumed)
+        folder, manifest = from_rank_0(found)
+        self.console.warn(unseen_objectives(folder, manifest, config))
+        self.fingerprint = weights_fingerprint(manifest)
+        parts = self.student.parts
+        self.teacher = Teacher(
+            folder,
+            manifest,
+            groups,
+            vocab=parts.vocab,
+            head_columns=parts.padded_vocab // parts.tp_size,
+            seq_length=seq_length,
+            micro_batch_size=settings.micro_batch_size,
+            dtype=DTYPES[settings.precision],
+        )
+        self.student.loss_function.teacher_head_WE = self.teacher.head_WE
+        self.shape = StepShape.of_run(
+            config, settings, groups.layout, tokenizer.vocab_size, manifest.config.model
+        )
+        costs = multiply_adds(self.shape)
+        plan: TeacherPlan | None = None
+        with same_error_everywhere("planning the teacher's work"):
+            if groups.rank == 0:
+                plan = plan_teacher(self.shape, costs, in_bubbles=self.ahead)
+        plan = from_rank_0(plan)
+        self.console.say(held_out.score_teacher(self.teacher))
+        self.teacher.take_time_s()  # steps count their own
+        self.teacher.prepare(plan, ahead=self.ahead)
+        self.console.say(f"teacher: {plan.describe('multiply-adds')}")
+
+    def hidden_for(self, step: int, batch: Batch) -> Tensor | None:
+        """The teacher's hidden states of this step's rows, [R, S, E] on the last stage; None
+        elsewhere, and without a teacher.
+
+        They have been made during the step before, if the teacher has worked ahead (`begin`). If
+        not, it runs over this batch before the step, visibly.
+        """
+        if self.teacher is None:
+            return None
+        if self._begun is not None:
+            begun_for, teacher_pass = self._begun
+            assert begun_for == step, f"the teacher has read step {begun_for}, not {step}"
+            self._begun = None
+            return teacher_pass.finish()
+        if self.ahead:
+            self.console.say(f"step {step}: the teacher reads this batch before the step")
+        teacher_pass = self.teacher.begin_pass(batch.tokens_RS, batch.prefix_R)
+        teacher_pass.run_all()
+        return teacher_pass.finish()
+
+    def begin(self, step: int, peek: Callable[[int], Batch]) -> TeacherPass | None:
+        """The teacher's pass for `step`, to be run during the one before it; None if there is none.
+
+        Args:
+            peek: the batch of a step; called only where there is a pass.
+        """
+        if self.teacher is None or not self.ahead or step >= self.config.train.steps:
+            return None
+        if self.kd.phase(step) == "lm":
+            return None
+        batch = peek(step)
+        teacher_pass = self.teacher.begin_pass(batch.tokens_RS, batch.prefix_R)
+        self._begun = step, teacher_pass
+        return teacher_pass
+
+    def replan(self, traces: Sequence[Trace]) -> None:
+        """Plan the teacher's work by the times of a traced step of all stages.
+
+        Multiply-adds know nothing of how well a device does them. Pieces stay, so the numbers do
+        too, whoever computes them and when.
+
+        Also writes measured_times.json into output_dir, for `tools/plan.py --measured`.
+        """
+        if self.teacher is None or not self.ahead:
+            return
+        assert self.shape is not None
+        plan: TeacherPlan | None = None
+        with same_error_everywhere("planning the teacher's work"):
+            if self.groups.rank == 0:
+                times = self.measure(traces, self.shape.pieces, self.shape.chunk_bounds)
+                plan = plan_teacher(self.shape, times, in_bubbles=True)
+                values = measured_values(times, self.shape.pieces, plan.num_chunks)
+                target = Path(self.config.train.output_dir) / "measured_times.json"
+                target.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        plan = from_rank_0(plan)
+        self.teacher.prepare(plan, ahead=True)
+        self.console.say(f"teacher, placed anew: {plan.describe('measured times')}")
+
+    def take_time_s(self) -> float:
+        """Seconds of the teacher's forward passes on this rank since the last call."""
+        return self.teacher.take_time_s() if self.teacher else 0.0
+
+    def end_if_over(self, step: int) -> None:
+        """The switch, before the first step of the LM phase: the teacher goes, the rest stays."""
+        if self.teacher is not None and self.kd.phase(step) == "lm":
+            self.release(step)
+        elif step == self.kd.salt.kd_steps > 0 and self.teacher is None:
+            self.console.say(f"step {step}: KD phase over")
+
+    def release(self, step: int) -> None:
+        """Let go of the teacher and its buffers."""
+        assert self.teacher is not None
+        before, size = self.console.memory_of_ranks(), self.teacher.num_bytes()
+        self.student.loss_function.teacher_head_WE = None
+        if self._begun is not None:  # an adaptive end came after the next batch had been taught
+            self._begun[1].finish()
+            self._begun = None
+        self.teacher.release()
+        self.teacher = None
+        self.console.say(
+            f"step {step}: KD phase over, teacher released ({size / 2**30:.2f} GiB of weights on "
+            f"rank 0); {before} before, {self.console.memory_of_ranks()} after"
+        )
