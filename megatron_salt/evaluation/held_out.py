@@ -8,9 +8,11 @@ T = S * B tokens, M micro-batches per step.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,13 +22,13 @@ from megatron_salt.checkpoint.manifest import CheckpointManifest
 from megatron_salt.checkpoint.weights import read_teacher_scores, write_teacher_scores
 from megatron_salt.config.deepspeed import DeepSpeedSettings
 from megatron_salt.config.fields import RunConfig
-from megatron_salt.data.dataset import DataSource
+from megatron_salt.data.dataset import Batch, DataSource
 from megatron_salt.data.order import evaluation_rows
 from megatron_salt.evaluation.score_sums import THIRDS, ScoreSums, ThirdCuts, by_sample
-from megatron_salt.model.loss import in_order_of_tokens
+from megatron_salt.kernels import TokenScores
+from megatron_salt.model.loss import LossFunction, in_order_of_tokens
 from megatron_salt.parallel.groups import Groups
 from megatron_salt.teacher.teacher import Teacher
-from megatron_salt.training.engine import StudentEngine
 
 # What an evaluation adds to its step's line: always, and where the teacher's scores are known.
 STUDENT_KEYS = ("valid_ce_nats", "valid_accuracy", "valid_tokens", "valid_ece")
@@ -92,6 +94,16 @@ class TeacherScores:
         return min(math.sqrt(ce_nats / 2.0), math.sqrt(-math.expm1(-ce_nats)))
 
 
+class ScoredStudent(Protocol):
+    """What is asked of the student that trains; `training.engine.StudentEngine`."""
+
+    loss_function: LossFunction
+
+    def scoring_batch(self, batch: Batch) -> Any: ...
+
+    def evaluate(self, micro_batches: Sequence[Any]) -> list[TokenScores]: ...
+
+
 class HeldOut:
     """The held-out samples of a run, and who is scored on them."""
 
@@ -101,11 +113,11 @@ class HeldOut:
         settings: DeepSpeedSettings,
         groups: Groups,
         data: DataSource,
-        student: StudentEngine,
+        student: ScoredStudent,
     ) -> None:
         self.groups, self.data, self.student = groups, data, student
         self.max_gap_nats = config.teacher.max_valid_ce_gap_nats
-        self.chunk = settings.num_micro_batches
+        self.batches_per_forward = settings.num_micro_batches
         self.num_samples = min(config.train.eval_samples, data.num_held_out())
         self.seq_length = config.data.seq_length
         self.fingerprint = data.evaluation_fingerprint(config.train.eval_samples)
@@ -177,13 +189,13 @@ class HeldOut:
         """
         device = self.groups.device
         packed = ScoreSums.zeros(device)
-        for start in range(0, len(self.rounds), self.chunk):
-            chunk = self.rounds[start : start + self.chunk]
-            batches = [self.data.read_held_out(rows).to(device) for rows in chunk]
+        for start in range(0, len(self.rounds), self.batches_per_forward):
+            rounds = self.rounds[start : start + self.batches_per_forward]
+            batches = [self.data.read_held_out(rows).to(device) for rows in rounds]
             scored = self.student.evaluate([self.student.scoring_batch(b) for b in batches])
             if self.groups.tp_rank != 0:
                 continue
-            for rows, batch, scores in zip(chunk, batches, scored, strict=bool(scored)):
+            for rows, batch, scores in zip(rounds, batches, scored, strict=bool(scored)):
                 mask_T = in_order_of_tokens(batch.mask_RS)
                 if self.teacher is None:
                     packed += ScoreSums.pack(scores, mask_T)

@@ -27,7 +27,8 @@ from megatron_salt.model.costs import layer_costs
 from megatron_salt.model.weights import num_parameters
 from megatron_salt.parallel.groups import planned_world_size
 from megatron_salt.parallel.layout import Layout, layout_for_world, split_evenly
-from megatron_salt.planner.memory import Sizes, TeacherSize, stage_memory
+from megatron_salt.planner.memory import stage_memory
+from megatron_salt.planner.sizes import Sizes, TeacherSize
 from megatron_salt.teacher.find import find_teacher, unseen_objectives
 from megatron_salt.teacher.plan import TeacherPlan, multiply_adds, plan_teacher, teaches_ahead
 from megatron_salt.training.resume import check_same_tag_inputs, check_start

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_salt.planner.hardware import Machine
-from megatron_salt.planner.memory import Sizes, StageMemory, stage_memory
+from megatron_salt.planner.memory import StageMemory, stage_memory
+from megatron_salt.planner.sizes import Sizes
 from megatron_salt.planner.times import (
     MeasuredTimes,
     hidden_exchange_s,

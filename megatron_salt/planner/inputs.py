@@ -20,7 +20,7 @@ from megatron_salt.config.deepspeed import (
 from megatron_salt.config.fields import ModelConfig, RunConfig
 from megatron_salt.config.problems import model_problems
 from megatron_salt.parallel.layout import Layout, layout_for_world
-from megatron_salt.planner.memory import Sizes, TeacherSize
+from megatron_salt.planner.sizes import Sizes, TeacherSize
 
 
 @dataclass(frozen=True, kw_only=True)

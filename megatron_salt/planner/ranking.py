@@ -10,7 +10,7 @@ from megatron_salt.parallel.layout import Layout
 from megatron_salt.planner.estimate import Estimate, full_estimate, quick_estimate
 from megatron_salt.planner.hardware import Machine
 from megatron_salt.planner.inputs import PlannerInputs
-from megatron_salt.planner.memory import Sizes
+from megatron_salt.planner.sizes import Sizes
 
 # p times M up to which the search for the teacher's places takes about a second.
 SIMULATED_UP_TO = 512

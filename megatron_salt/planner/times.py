@@ -14,7 +14,8 @@ from pathlib import Path
 
 from megatron_salt.config.values import is_number, nearest
 from megatron_salt.planner.hardware import Machine
-from megatron_salt.planner.memory import Sizes, communication_bytes, stage_parameters
+from megatron_salt.planner.memory import communication_bytes, stage_parameters
+from megatron_salt.planner.sizes import Sizes
 from megatron_salt.teacher.plan import multiply_adds
 from megatron_salt.teacher.simulator import StepTimes
 

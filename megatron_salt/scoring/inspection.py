@@ -27,6 +27,7 @@ from megatron_salt.data.selection import (
 )
 from megatron_salt.data.sequences import Sequences
 from megatron_salt.data.tags import (
+    TAG_AGAIN,
     TagManifest,
     as_fp16,
     open_indexed,
@@ -40,7 +41,6 @@ from megatron_salt.data.tags import (
 from megatron_salt.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_salt.scoring.token_view import TokenTags
 
-TAG_AGAIN = "run tools/tag_data.py again"
 TOKENS_PER_READ = 1 << 23
 COLUMNS = {"sequence": "i", "start": "i", "tokens": "i", "kept": "i", "score": "f", "selected": "b"}
 # A mean of stored losses against the one of the losses before they were rounded to fp16, to which

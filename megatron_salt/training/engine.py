@@ -30,8 +30,8 @@ from megatron_salt.config.deepspeed import DeepSpeedSettings, engine_config
 from megatron_salt.config.fields import RunConfig
 from megatron_salt.data.dataset import Batch
 from megatron_salt.kernels import TokenScores
-from megatron_salt.method.routing import keep_taught
 from megatron_salt.method.salt import Phase
+from megatron_salt.method.token_weights import route_by_tags, token_weights
 from megatron_salt.model.costs import balanced_stages, layer_costs
 from megatron_salt.model.layers import ModelParts, canonical_parameters
 from megatron_salt.model.loss import LossFunction, LossSums, Targets
@@ -195,22 +195,21 @@ class StudentEngine:
     ) -> list[MicroBatch]:
         """Cut this rank's rows of a step into M micro-batches with the weights of their tokens.
 
-        The loss is a sum over tokens divided once by the number N of counted tokens of the whole
-        step, over all micro-batches and data-parallel ranks, for CE and KL alike. DeepSpeed divides
-        by M and averages over ranks, so the weights carry M * dp. An empty step has weights of 0.
-        In the KD phase the weights are then routed by the tags; N stays as it is.
+        `token_weights` has the normaliser; in the KD phase tags then route the weights.
 
-        Collectives: one all-reduce of one number over dp.
+        Collectives: one all-reduce of N, one number, over dp.
         """
         dp_size, num_micro = self.groups.layout.dp_size, self.settings.num_micro_batches
         num_counted = batch.mask_RS.sum()
         dist.all_reduce(num_counted, group=self.groups.dp)
-        scale = dp_size * num_micro / num_counted.clamp(min=1.0)
-        ce_weight_RS = batch.mask_RS * ((1.0 - kd_weight) * scale)
-        kd_weight_RS = batch.mask_RS * (kd_weight * scale)
+        ce_weight_RS, kd_weight_RS = token_weights(
+            batch.mask_RS, kd_weight, num_counted, dp_size * num_micro
+        )
         reference_RS = batch.tokens_RS.new_empty((len(batch.tokens_RS), 0), dtype=torch.float32)
         if phase == "kd":
-            ce_weight_RS, kd_weight_RS = self._routed_by_tags(batch, ce_weight_RS, kd_weight_RS)
+            ce_weight_RS, kd_weight_RS = route_by_tags(
+                ce_weight_RS, kd_weight_RS, batch.tag_RS, self.loss_function.salt
+            )
             if batch.reference_loss_RS is not None:
                 reference_RS = batch.reference_loss_RS
         size = self.settings.micro_batch_size
@@ -225,20 +224,6 @@ class StudentEngine:
             )  # fmt: skip
             result.append(MicroBatch(batch.tokens_RS[rows], targets, prefix_B))
         return result
-
-    def _routed_by_tags(
-        self, batch: Batch, ce_weight_RS: Tensor, kd_weight_RS: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The weights after the routes that the masks of data.tags decide, as new tensors."""
-        salt, tag_RS = self.loss_function.salt, batch.tag_RS
-        masks = {} if tag_RS is None else {"tagged": tag_RS, "untagged": 1.0 - tag_RS}
-        if salt.kd_tokens in masks:
-            ce_weight_RS, kd_weight_RS = keep_taught(
-                ce_weight_RS, kd_weight_RS, masks[salt.kd_tokens], salt.untaught_ce
-            )
-        if salt.ce_tokens in masks:
-            ce_weight_RS = ce_weight_RS * masks[salt.ce_tokens]
-        return ce_weight_RS, kd_weight_RS
 
     def scoring_batch(self, batch: Batch) -> MicroBatch:
         """A micro-batch to be evaluated: every counted token weighs 1 in the CE."""

@@ -20,7 +20,8 @@ from megatron_salt.model.layers import DecoderLayer, ModelParts
 from megatron_salt.model.weights import DTYPES
 from megatron_salt.parallel.groups import initialize
 from megatron_salt.planner.dry_run import teacher_size, teaching_plan
-from megatron_salt.planner.memory import Sizes, StageMemory, layer_bytes, stage_memory
+from megatron_salt.planner.memory import StageMemory, layer_bytes, stage_memory
+from megatron_salt.planner.sizes import Sizes
 from megatron_salt.training.run import Run, prepare
 
 WIDER: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 8, "ffn_hidden_size": 160}

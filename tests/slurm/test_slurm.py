@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commands import ROOT
 from tiny import make_config, make_deepspeed, metrics_of
 
 from megatron_salt.checkpoint.folder import list_checkpoints
 from megatron_salt.config.command_line import write_config
 
-REPO = Path(__file__).parents[2]
+REPO = ROOT
 CLUSTER = REPO / "examples" / "slurm" / "local_cluster.sh"
 BATCH = REPO / "examples" / "slurm" / "pretrain_salt.sbatch"
 TIMEOUT_S = 300

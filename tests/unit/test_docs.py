@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from commands import ROOT
 
 from megatron_salt.checkpoint.manifest import CheckpointManifest
 from megatron_salt.config.deepspeed import KNOWN_KEYS, REFUSED_KEYS
@@ -15,7 +16,6 @@ from megatron_salt.config.fields import KEYS
 from megatron_salt.evaluation.held_out import STUDENT_KEYS, TEACHER_KEYS
 from megatron_salt.report.runs import STEP_KEYS, VALID_KEYS
 
-ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 DOCUMENTS = sorted(DOCS.glob("*.md"))
 

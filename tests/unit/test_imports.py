@@ -1,15 +1,38 @@
-"""Who imports whom, read from the sources: the direction that keeps parts testable on their own."""
+"""Who imports whom, read from the sources: rooms, names and sizes."""
 
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from commands import ROOT
 
-import megatron_salt
-
-PACKAGE = Path(megatron_salt.__file__).parent
+PACKAGE = ROOT / "megatron_salt"
+# Each room (folder) and the rooms that its files may import; "entry" are the files above the rooms.
+# The picture of docs/architecture.md is made from it.
+ALLOWED = {
+    "entry": "config evaluation parallel planner training",
+    "planner": "checkpoint config data files method model parallel teacher training",
+    "report": "data files teacher",
+    "training": "checkpoint config data evaluation files kernels method model parallel teacher",
+    "evaluation": "checkpoint config data kernels model parallel teacher",
+    "scoring": "checkpoint data files kernels model parallel",
+    "teacher": "checkpoint config data kernels model parallel",
+    "checkpoint": "config files kernels method model parallel",
+    "corpus": "data files",
+    "data": "config files method",
+    "model": "config kernels method parallel",
+    "method": "config",
+    "parallel": "",
+    "kernels": "",
+    "config": "",
+    "files": "",
+}
+# Names that every module may have.
+COMMON = {"main", "logger", "_logger"}
+MOST_LINES, MOST_LINES_OF_A_FUNCTION = 500, 70
 
 
 def module_name(path: Path) -> str:
@@ -17,31 +40,45 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported(path: Path) -> set[str]:
+SOURCES = {module_name(path): path for path in PACKAGE.rglob("*.py")}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOURCES.items()}
+
+
+def imported(tree: ast.Module) -> set[str]:
     """Modules that a file imports anywhere, inside functions too."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports are absolute in this package"
-            assert node.module is not None
+            assert node.level == 0 and node.module is not None, "imports are absolute here"
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
-                found.add(whole if whole in MODULES else node.module)
+                found.add(whole if whole in SOURCES else node.module)
     return found
 
 
-MODULES = {module_name(path) for path in PACKAGE.rglob("*.py")}
-GRAPH = {module_name(path): imported(path) for path in PACKAGE.rglob("*.py")}
+GRAPH = {name: imported(tree) for name, tree in TREES.items()}
 
 
-def own(name: str) -> set[str]:
-    return {target for target in GRAPH[name] if target.split(".")[0] == "megatron_salt"}
+def is_own(name: str) -> bool:
+    return name.split(".")[0] == "megatron_salt"
 
 
-def foreign(name: str) -> set[str]:
-    return {target for target in GRAPH[name] if target.split(".")[0] != "megatron_salt"}
+def room_of(name: str) -> str:
+    parts = name.split(".")
+    is_room = len(parts) > 1 and (PACKAGE / parts[1]).is_dir()
+    return parts[1] if is_room else "entry"
+
+
+def wrong_imports(graph: dict[str, set[str]]) -> list[str]:
+    """Imports of another room that the table does not allow."""
+    return [
+        f"{name} imports {target}: {room_of(name)} may import {ALLOWED[room_of(name)] or 'no room'}"
+        for name, targets in sorted(graph.items())
+        for target in sorted(filter(is_own, targets))
+        if room_of(target) not in (*ALLOWED[room_of(name)].split(), room_of(name))
+    ]
 
 
 def reachable(name: str) -> set[str]:
@@ -49,60 +86,99 @@ def reachable(name: str) -> set[str]:
     seen: set[str] = set()
     waiting = [name]
     while waiting:
-        for target in own(waiting.pop()) & MODULES:
-            if target not in seen:
-                seen.add(target)
-                waiting.append(target)
+        for target in set(filter(is_own, GRAPH[waiting.pop()])) - {"megatron_salt"} - seen:
+            seen.add(target)
+            waiting.append(target)
     return seen
 
 
-def under(name: str, *parts: str) -> bool:
-    return any(f"{name}.".startswith(f"megatron_salt.{part}.") for part in parts)
+def foreign(name: str) -> set[str]:
+    """What of other packages importing `name` brings in."""
+    modules = {name, *reachable(name)}
+    return {target.split(".")[0] for m in modules for target in GRAPH[m] if not is_own(target)}
 
 
-def test_graph_is_that_of_the_package() -> None:
-    assert {"megatron_salt.config", "megatron_salt.kernels.reference"} <= MODULES
-    assert "megatron_salt.config" in own("megatron_salt.salt")
-    assert "torch" in foreign("megatron_salt.kernels.reference")
-    unknown = {target for name in GRAPH for target in own(name)} - MODULES - {"megatron_salt"}
-    assert not unknown, f"imports of modules that do not exist: {unknown}"
+def test_rooms_import_what_the_table_allows() -> None:
+    assert wrong_imports(GRAPH) == []
+    assert {room_of(name) for name in SOURCES} == set(ALLOWED)
 
 
-def test_config_is_a_leaf() -> None:
-    assert own("megatron_salt.config") == set()
-    heavy = {"torch", "numpy", "deepspeed", "megatron"}
-    assert not {target.split(".")[0] for target in foreign("megatron_salt.config")} & heavy
-    assert own("megatron_salt.deepspeed_config") == {"megatron_salt.config"}
+def test_an_allowed_import_that_nobody_uses_leaves_the_table() -> None:
+    used = defaultdict(set)
+    for name, targets in GRAPH.items():
+        used[room_of(name)] |= {room_of(target) for target in targets if is_own(target)}
+    unused = {room: set(allowed.split()) - used[room] for room, allowed in ALLOWED.items()}
+    assert {room: rooms for room, rooms in unused.items() if rooms} == {}
 
 
-def test_kernels_import_only_kernels_and_torch() -> None:
-    for name in MODULES:
-        if under(name, "kernels"):
-            assert all(under(target, "kernels") for target in own(name)), name
-            heavy = {target.split(".")[0] for target in foreign(name)}
-            assert not heavy & {"deepspeed", "megatron", "numpy"}, name
+@pytest.mark.parametrize("name", ["training.run", "teacher.plan", "kernels.build", "data.tags"])
+def test_one_import_turned_round_is_seen(name: str) -> None:
+    """Of everything that imports `name` from another room, the reverse is not allowed."""
+    name = f"megatron_salt.{name}"
+    for user in (user for user in GRAPH if name in GRAPH[user] and room_of(user) != room_of(name)):
+        (line,) = wrong_imports({**GRAPH, name: {*GRAPH[name], user}})
+        assert line.startswith(f"{name} imports {user}")
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["parallel.layout", "parallel.simulator", "parallel.placement", "data.order", "salt", "switch"],
-)
-def test_integer_arithmetic_needs_no_processes(name: str) -> None:
-    for module in {f"megatron_salt.{name}"} | reachable(f"megatron_salt.{name}"):
-        heavy = {target.split(".")[0] for target in foreign(module)}
-        assert not heavy & {"torch", "deepspeed", "megatron"}, module
-
-
-def test_lower_layers_do_not_know_the_upper_ones() -> None:
-    above = {"trainer", "pretrain", "evaluate", "tagging", "dry_run", "held_out", "resume"}
-    for name in MODULES:
-        short = name.removeprefix("megatron_salt").lstrip(".")
-        if under(name, "kernels", "data", "model", "parallel", "salt", "switch", "metrics",
-                 "checkpoint"):  # fmt: skip
-            targets = {target.removeprefix("megatron_salt.") for target in reachable(name)}
-            assert not targets & above, f"{short} reaches {targets & above}"
+def test_no_two_rooms_need_each_other() -> None:
+    for room, allowed in ALLOWED.items():
+        assert [other for other in allowed.split() if room in ALLOWED[other].split()] == []
 
 
 def test_nothing_imports_in_a_circle() -> None:
-    for name in MODULES:
-        assert name not in reachable(name), f"{name} is imported by what it imports"
+    assert [name for name in SOURCES if name in reachable(name)] == []
+
+
+def test_modules_exist() -> None:
+    targets = {target for targets in GRAPH.values() for target in targets if is_own(target)}
+    assert targets <= set(SOURCES)
+
+
+@pytest.mark.parametrize(
+    ("names", "heavy"),
+    [
+        ("config.fields config.values config.problems config.command_line config.deepspeed noise",
+         "torch numpy deepspeed megatron"),
+        ("kernels.kd_loss kernels.linear_kd_loss kernels.token_scores", "deepspeed megatron numpy"),
+        ("parallel.layout model.costs teacher.pieces teacher.simulator teacher.placement "
+         "data.order method.salt method.switch training.learning_rate",
+         "torch deepspeed megatron"),
+    ],
+)  # fmt: skip
+def test_what_must_be_light_is(names: str, heavy: str) -> None:
+    """`--help` answers in a second, kernels need torch only, arithmetic needs no processes."""
+    for name in names.split():
+        own = {"torch"} if name == "noise" else set()  # inside its function, when called
+        assert foreign(f"megatron_salt.{name}") & set(heavy.split()) == own, name
+
+
+def test_one_name_means_one_thing() -> None:
+    places = defaultdict(list)
+    for module, tree in TREES.items():
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                places[node.name].append(module)
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                for target in (each for each in targets if isinstance(each, ast.Name)):
+                    places[target.id].append(module)
+    twice = {
+        name: modules
+        for name, modules in places.items()
+        if len(modules) > 1 and not name.startswith("_") and name not in COMMON
+    }
+    assert twice == {}
+
+
+def test_files_and_functions_are_short() -> None:
+    long = []
+    for module, path in SOURCES.items():
+        count = len(path.read_text(encoding="utf-8").splitlines())
+        if count > MOST_LINES:
+            long.append(f"{module}: {count} lines")
+        for node in ast.walk(TREES[module]):
+            if isinstance(node, ast.FunctionDef):
+                count = (node.end_lineno or 0) - node.lineno + 1
+                if count > MOST_LINES_OF_A_FUNCTION:
+                    long.append(f"{module}.{node.name}: {count} lines")
+    assert long == []

@@ -26,7 +26,7 @@ from typing import Any
 from unittest import mock
 
 os.environ["TORCH_COMPILE_DISABLE"] = "1"
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import ROOT
 from matplotlib.image import imread
 
 from megatron_salt.report import load_run, write_report
 from megatron_salt.report.markdown import describe_machine
 from megatron_salt.report.runs import find_crossing, find_teachers
 
-REPO = Path(__file__).parents[2]
+REPO = ROOT
 PLOTS = ("heldout-steps", "heldout-time", "kd-weight", "train-ce", "step-time")
 
 

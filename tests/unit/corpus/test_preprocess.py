@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
+from commands import ROOT
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from megatron_salt.corpus import preprocess as library
@@ -29,7 +30,7 @@ from megatron_salt.data.manifest import read_dataset_manifest, verify_dataset
 from megatron_salt.data.tokenizer import load_tokenizer
 from tools import preprocess_data
 
-REPO = Path(__file__).parents[2]
+REPO = ROOT
 TEXTS = ("first document\n", "zweites Dokument: äöü", "third 😀\tdocument")
 WriteJsonl = Callable[[str, Sequence[str]], Path]
 

@@ -13,7 +13,8 @@ from tiny import LLAMA, make_config, make_deepspeed
 from megatron_salt.config.deepspeed import load_deepspeed_config
 from megatron_salt.kernels import Chunking, Heads, VocabShard
 from megatron_salt.parallel.layout import Layout
-from megatron_salt.planner.memory import Sizes, TeacherSize, loss_bytes
+from megatron_salt.planner.memory import loss_bytes
+from megatron_salt.planner.sizes import Sizes, TeacherSize
 
 VOCAB_SIZE, WIDTH, TOKENS = 509, LLAMA["hidden_size"], 2 * 16
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from commands import ROOT
 
 from megatron_salt.parallel import machine
 from megatron_salt.parallel.machine import (
@@ -24,7 +25,6 @@ from megatron_salt.parallel.machine import (
     why_not_compiled,
 )
 
-ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples" / "deepspeed").glob("*.json"))
 FUSED = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
 GOOD = {

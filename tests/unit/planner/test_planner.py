@@ -28,14 +28,9 @@ from megatron_salt.planner.estimate import (
     water_level,
 )
 from megatron_salt.planner.inputs import PlannerInputs, read_inputs
-from megatron_salt.planner.memory import (
-    Sizes,
-    TeacherSize,
-    hidden_state_bytes,
-    model_states,
-    stage_memory,
-)
+from megatron_salt.planner.memory import hidden_state_bytes, model_states, stage_memory
 from megatron_salt.planner.output import as_dict, describe_plan, timelines
+from megatron_salt.planner.sizes import Sizes, TeacherSize
 from megatron_salt.report.timeline import draw_timelines
 
 H100 = hardware.Machine(gpu=hardware.GPUS["h100"], network_gb_s=50.0)

@@ -1,0 +1,139 @@
+"""A run at one layout, as far as its memory depends on it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+from megatron_salt.config.deepspeed import DeepSpeedSettings
+from megatron_salt.config.fields import ModelConfig, RunConfig
+from megatron_salt.config.values import parse_objective
+from megatron_salt.model.costs import balanced_stages, layer_costs
+from megatron_salt.model.weights import (
+    OUTPUT_LAYER,
+    padded_vocab,
+    shard_shape,
+    weight_table,
+)
+from megatron_salt.parallel.layout import Layout
+from megatron_salt.teacher.plan import StepShape
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSize:
+    """What decides how large a teacher is."""
+
+    model: ModelConfig
+    vocab_size: int
+    num_positions: int
+
+    @cached_property
+    def numel(self) -> int:
+        """Parameters of the replica that a rank keeps: all but an output layer of its own.
+
+        Source: `Teacher._build_body`; its embedding is padded like one rank's.
+        """
+        table = weight_table(self.model, self.vocab_size, self.num_positions)
+        padded = padded_vocab(self.model, self.vocab_size, 1)
+        return sum(
+            math.prod(shard_shape(spec, 1, padded))
+            for name, spec in table.items()
+            if name != OUTPUT_LAYER
+        )
+
+
+@cache
+def stage_bounds(
+    model: ModelConfig, vocab_size: int, seq_length: int, num_stages: int
+) -> tuple[int, ...]:
+    """`layout.balanced_stages` of a model, each found once: a planner asks for the same ones at
+    many sizes of the other axes."""
+    return tuple(balanced_stages(layer_costs(model, vocab_size, seq_length), num_stages))
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownShape(StepShape):
+    """A `StepShape` whose stages are found once."""
+
+    @property
+    def stage_bounds(self) -> list[int]:
+        found = stage_bounds(self.student, self.vocab_size, self.seq_length, self.layout.pp_size)
+        return list(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """A run at one layout, as far as its memory depends on it."""
+
+    config: RunConfig
+    """Its parallel sizes are `layout`'s."""
+    settings: DeepSpeedSettings
+    layout: Layout
+    vocab_size: int
+    teacher: TeacherSize | None = None
+    """None: the LM phase."""
+    on_cuda: bool = True
+    """CUDA fuses the norms and SwiGLU and multiplies 16-bit operands as they are; the CPU keeps
+    what lies in between."""
+
+    @cached_property
+    def width(self) -> int:
+        return BYTES[self.settings.precision]
+
+    @cached_property
+    def tokens(self) -> int:
+        """Of a micro-batch, B S."""
+        return self.settings.micro_batch_size * self.config.data.seq_length
+
+    @cached_property
+    def local_tokens(self) -> int:
+        """Of them, those of one rank between the layers."""
+        return self.tokens // (self.layout.tp_size if self.config.parallel.sequence_parallel else 1)
+
+    @cached_property
+    def bounds(self) -> list[int]:
+        """Transformer layers of the stages (`layout.balanced_stages`)."""
+        return self.shape.stage_bounds
+
+    @cached_property
+    def columns(self) -> int:
+        """W: of the student's vocabulary on a rank, padding included."""
+        tp_size = self.layout.tp_size
+        return padded_vocab(self.config.model, self.vocab_size, tp_size) // tp_size
+
+    @cached_property
+    def shape(self) -> StepShape:
+        teacher = None if self.teacher is None else self.teacher.model
+        return KnownShape.of_run(self.config, self.settings, self.layout, self.vocab_size, teacher)
+
+    @cached_property
+    def hidden_bytes(self) -> int:
+        """Of one micro-batch's hidden state between two layers."""
+        return self.local_tokens * self.config.model.hidden_size * self.width
+
+    @cached_property
+    def has_prefixes(self) -> bool:
+        """Whether rows may have a prefix, which is read in both directions."""
+        objectives = parse_objective(self.config.data.objective)
+        return not {"prefix", "span_corruption"}.isdisjoint(objectives)
+
+    @property
+    def partitioned(self) -> bool:
+        """Whether tensor-parallel ranks send each other's stage 1/tp of a hidden state each.
+
+        Source: DeepSpeed's `pipeline.pipe_partitioned`, on by default; off with sequence
+        parallelism (`engine_config`).
+        """
+        values = self.settings.values.get("pipeline", {})
+        return (
+            self.layout.tp_size > 1
+            and not self.config.parallel.sequence_parallel
+            and bool(values.get("pipe_partitioned", True))
+        )
+
+    def in_flight(self, stage: int) -> int:
+        """Micro-batches whose activations a stage keeps at most (1F1B: arXiv 2006.09503)."""
+        return min(self.layout.pp_size - stage, self.settings.num_micro_batches)
