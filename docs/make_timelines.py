@@ -52,11 +52,11 @@ def text(found: dict[str, Timeline], bound: float) -> str:
     plain = list(found.values())[-1].step_time
     return f"""# Where the pipeline waits
 
-Made by [docs/make_timelines.py](../make_timelines.py): {STAGES} equal stages, {MICRO_BATCHES}
-micro-batches, a backward of two forwards, a teacher whose forward takes {RATIO} of the
-student's, in {CHUNKS} chunks. One unit is a forward of one stage on one micro-batch; transfers and
-the update take no time. It is the simulator that speaks, not a measurement;
-[planner.md](../planner.md) is about sizes and seconds of real models.
+Made by [docs/make_timelines.py](../make_timelines.py). The case has {STAGES} equal stages,
+{MICRO_BATCHES} micro-batches and a backward of two forwards. The teacher's forward takes {RATIO} of
+the student's, in {CHUNKS} chunks. One unit is a forward of one stage on one micro-batch. Transfers
+and the update take no time. The figures are simulated, not measured. [planner.md](../planner.md) is
+about sizes and seconds of real models.
 
 ![The teacher before the step, the teacher in the bubbles, and no teacher](p4_m16_all.png)
 
