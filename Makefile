@@ -6,6 +6,10 @@ BIN       := $(VENV)/bin
 STAMP     := $(VENV)/.installed
 # Passed to every `pip install`, e.g. PIP_ARGS="--find-links wheels" for a CPU or CUDA build of torch.
 PIP_ARGS  ?=
+# The exact versions that CI passed, so that a fresh machine in a year still starts; LATEST=1 goes
+# without them, to the newest that pyproject.toml admits.
+LATEST    ?=
+PINS      := $(if $(LATEST),,--constraint constraints.txt)
 # What pytest runs, and further arguments for it, e.g. TESTS=tests/unit TEST_ARGS="-k report".
 TESTS     ?= tests
 TEST_ARGS ?=
@@ -15,15 +19,15 @@ TEXT      ?=
 TORCH     := $(shell sed -n 's/^ *"\(torch[<>=!~][^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test checks format golden quickstart bench gpu clean
+.PHONY: help setup test checks constraints format golden quickstart bench gpu clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | \
 		awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
 
-setup: $(STAMP) ## create .venv and install the package with its tools (PYTHON=python3.12 chooses another Python)
+setup: $(STAMP) ## create .venv, install the package and its tools (PYTHON=python3.12, LATEST=1 for the newest)
 
-$(STAMP): pyproject.toml setup.py
+$(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "megatron_salt needs Python 3.11 or newer, '$(PYTHON)' is" \
 			"$$($(PYTHON) --version 2>&1 || true). Choose another: make setup PYTHON=python3.12" >&2; \
@@ -33,8 +37,8 @@ $(STAMP): pyproject.toml setup.py
 		rm -rf $(VENV); exit 1; }
 	@# torch comes first and alone: pip then takes the build it is configured for (a CPU wheel, say)
 	@# before the other packages' looser requirements can choose one.
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) "$(TORCH)"
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[dev]"
+	$(BIN)/python -m pip install --quiet $(PINS) $(PIP_ARGS) "$(TORCH)"
+	$(BIN)/python -m pip install --quiet $(PINS) $(PIP_ARGS) -e ".[dev]"
 	$(BIN)/python -m megatron_salt.kernels
 	@touch $@
 
@@ -46,6 +50,12 @@ checks: setup ## lint, formatting, types and spelling, as before every commit
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy megatron_salt
 	$(BIN)/codespell
+
+constraints: ## write the versions in .venv to constraints.txt; after `make setup LATEST=1` has passed the tests
+	@# Without what pip chooses by itself for a build of torch: its local version, its CUDA packages.
+	@echo "# The versions that CI passed. Written by: make constraints" > constraints.txt
+	$(BIN)/python -m pip freeze --exclude-editable | sed -E 's/\+(cpu|cu[0-9]+)$$//' | \
+		grep -vE '^(nvidia-|cuda-|triton==)' >> constraints.txt
 
 format: setup ## apply the formatter and the safe fixes
 	$(BIN)/ruff check --fix .
