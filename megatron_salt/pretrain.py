@@ -1,6 +1,9 @@
-"""Entry point of training: `torchrun … -m megatron_salt.pretrain --config run.yaml
---deepspeed_config ds.json [--section.field value …]`, also under `deepspeed` and `srun`.
+"""Entry point of training: YAML and DeepSpeed JSON in, a run out.
 
+    torchrun … -m megatron_salt.pretrain --config run.yaml --deepspeed_config ds.json
+        [--section.field value …]
+
+Also under `deepspeed` and `srun`.
 Without a teacher this is plain pre-training, which is how the small language model is made.
 """
 

@@ -1,1 +1,1 @@
-"""Checkpoints on disk."""
+"""Formats on disk: checkpoints, their weights, what they say about themselves."""

@@ -1,8 +1,8 @@
-"""Every setting of a run: six frozen dataclasses, how they are read, what they must satisfy.
+"""Every setting of a run: six frozen dataclasses, with the texts that `--help` prints.
 
 A leaf of the import graph: standard library, yaml and jsonargparse only, so `--help` and a misspelt
 key answer in a second. The DeepSpeed JSON, which alone owns batch sizes, precision, optimiser, ZeRO
-and clipping, is read in `deepspeed_config.py`.
+and clipping, is read in `config/deepspeed.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reading JSONL (plain, gzip, zstd) in blocks of whole lines, and writing files atomically.
+"""Reading JSONL (plain, gzip, zstd) in blocks of whole lines.
 
 Preprocessing and tokenizer training read the same way: `iter_line_blocks` cuts a file into blocks
 of whole lines and `parse_documents` turns a block into texts plus the list of its bad lines. The

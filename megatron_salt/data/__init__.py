@@ -1,1 +1,1 @@
-"""Text to tokens to batches: tokenizers, preprocessing, indexed datasets and tags."""
+"""Rows of a step: tokenizers, datasets, tags and selections as they are read."""

@@ -1,4 +1,4 @@
-"""SALT's schedule: phase, KD weight and learning rate as pure functions of the step.
+"""SALT's schedule: phase and KD weight as pure functions of the step.
 
 Because nothing is remembered, a resumed run cannot disagree with the run it resumes. Steps are
 counted from 0 here: step t is the one that turns the weights after t updates into those after t+1.

@@ -1,1 +1,1 @@
-"""The student, the teacher, and the table of weights that both share."""
+"""The student, frozen models, the table of weights, and the loss that they meet in."""

@@ -1,1 +1,1 @@
-"""Where ranks, stages and rows of work lie, and the engine that drives a step over them."""
+"""Ranks: process groups, layouts, timers, and the watchdog."""

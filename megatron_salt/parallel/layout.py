@@ -1,4 +1,4 @@
-"""The integer arithmetic of parallelism: who owns which rows and layers. No torch, no DeepSpeed.
+"""The integer arithmetic of parallelism: ranks, their coordinates, even parts. No torch.
 
 Rank order is megatron-core's and DeepSpeed's alike: tensor fastest, then data, then pipeline.
 All intervals are half-open.

@@ -1,4 +1,4 @@
-"""From the options of `tools/plan.py` to a `Plan`."""
+"""From the options of `tools/plan.py` to a `PlanReport`."""
 
 from __future__ import annotations
 

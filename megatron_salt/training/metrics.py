@@ -1,4 +1,4 @@
-"""What happened: a line of metrics.jsonl per step, TensorBoard, console lines, time, memory."""
+"""What happened: a line of metrics.jsonl per step, TensorBoard, console lines."""
 
 from __future__ import annotations
 

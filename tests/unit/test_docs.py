@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import ROOT
@@ -24,18 +26,36 @@ def text_of(name: str) -> str:
     return (DOCS / name).read_text(encoding="utf-8")
 
 
-def test_configuration_holds_the_table_made_from_the_code() -> None:
-    path = DOCS / "make_configuration_table.py"
-    spec = importlib.util.spec_from_file_location("make_configuration_table", path)
+def script(name: str) -> Any:
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    table = script.table()
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_configuration_holds_the_table_made_from_the_code() -> None:
+    made = script("make_configuration_table")
+    table = made.table()
     for key in KEYS:
         assert table.count(f"| `{key}` |") == 1, key
-    assert f"{script.BEGIN}{table}{script.END}" in text_of("configuration.md"), (
-        f"run: python {path.relative_to(ROOT)} --write"
+    assert f"{made.BEGIN}{table}{made.END}" in text_of("configuration.md"), (
+        "run: python docs/make_configuration_table.py --write"
     )
+
+
+def test_architecture_holds_the_parts_made_from_the_code() -> None:
+    document = text_of("architecture.md")
+    assert script("make_architecture").filled(document) == document, (
+        "run: python docs/make_architecture.py --write"
+    )
+
+
+def test_a_step_can_be_read_in_an_hour() -> None:
+    made = script("make_architecture")
+    assert len(made.PLAIN_STEP) <= made.MOST_FILES
+    assert made.lines_of(made.PLAIN_STEP) <= made.MOST_LINES
 
 
 @pytest.mark.parametrize(
@@ -56,3 +76,67 @@ def test_relative_links_lead_somewhere(document: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text(encoding="utf-8"))
     local = [target for target in targets if "://" not in target]
     assert [target for target in local if not (document.parent / target).exists()] == []
+
+
+# Names of other packages that our code does not use by name, but whose behaviour is described.
+FOREIGN = {
+    "DeepSpeedEngine", "loss_fn", "_do_optimizer_sanity_check", "_configure_basic_optimizer",
+    "buffered_allreduce_fallback", "DeepSpeedZeroOptimizer_Stage3", "pipe_recv_buf", "grad_layer",
+    "apply_rotary_pos_emb", "NaN", "mask_t",
+}  # fmt: skip
+# Files of a run or of a tool's output, not of the repository.
+OUTPUTS = re.compile(r"(train\.)?output_dir/|OUTPUT_DIR/|TAGS|OUT\.|runs/|held_out/")
+HISTORY = ("log.md",)  # says what was, in the names of its day
+
+
+def known_words() -> set[str]:
+    """Every word of the repository's code and data, comments and docstrings left out."""
+    words: set[str] = set()
+    for folder in ("megatron_salt", "tools", "tests", "benchmarks", "docs", "examples"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix == ".py":
+                tree = ast.parse(path.read_text(encoding="utf-8"))
+                for node in ast.walk(tree):
+                    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                        node.value.value = None  # a docstring
+                words |= set(re.findall(r"\w+", ast.unparse(tree)))
+                words |= {path.stem}
+            elif path.suffix in (".cpp", ".cu", ".h", ".yaml", ".json", ".sbatch", ".sh"):
+                words |= set(re.findall(r"\w+", path.read_text(encoding="utf-8")))
+                words |= {path.stem}
+    for name in ("Makefile", "pyproject.toml", "setup.py"):
+        words |= set(re.findall(r"\w+", (ROOT / name).read_text(encoding="utf-8")))
+    return words
+
+
+def prose() -> dict[str, str]:
+    """Documents, and comments and docstrings of the package, by where they stand."""
+    found = {path.name: path.read_text(encoding="utf-8") for path in DOCUMENTS}
+    found |= {
+        name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")
+    }
+    for path in (ROOT / "megatron_salt").rglob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        texts = re.findall(r'"""(.*?)"""', source, re.DOTALL) + re.findall(r"#(.*)", source)
+        found[str(path.relative_to(ROOT))] = "\n".join(texts)
+    return found
+
+
+def test_every_name_in_backticks_exists() -> None:
+    """A name is what has an underscore, a dot or a capital inside; a path is what has a slash."""
+    words, stale = known_words() | {*STUDENT_KEYS, *TEACHER_KEYS}, []
+    for where, text in prose().items():
+        if where in HISTORY:
+            continue
+        text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        for name in re.findall(r"`([A-Za-z][\w./]*[A-Za-z0-9])(?:\(\))?`", text):
+            if OUTPUTS.match(name):
+                continue
+            if "/" in name:
+                places = (ROOT, ROOT / "megatron_salt", ROOT / "megatron_salt/kernels", DOCS)
+                if "." in name and not any((place / name).exists() for place in places):
+                    stale.append(f"{where}: {name}")
+            elif re.search(r"[_.]|[a-z][A-Z]", name):
+                if set(re.findall(r"\w+", name)) - words - FOREIGN:
+                    stale.append(f"{where}: {name}")
+    assert stale == []
