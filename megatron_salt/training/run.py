@@ -6,6 +6,7 @@ Read `Run.step` to follow one training step; docs/architecture.md walks through 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,10 @@ def prepare(
         config=config, settings=settings, groups=groups, data=data, student=student,
         held_out=held_out, kd=kd, log=log, console=console,
     )  # fmt: skip
-    run = Run(config, groups, start, data, student, kd, teaching, held_out, saver, log, console)
+    run = Run(
+        config=config, groups=groups, start=start, data=data, student=student, kd=kd,
+        teaching=teaching, held_out=held_out, saver=saver, log=log, console=console,
+    )  # fmt: skip
     if start.step == 0:
         run.log_untrained_score()
     return run
@@ -96,34 +100,32 @@ def train(run: Run) -> None:
         run.finish()
 
 
+@dataclass(kw_only=True, eq=False)
 class Run:
     """The parts of a run on this rank and what happens from step to step."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        groups: Groups,
-        start: Start,
-        data: DataSource,
-        student: StudentEngine,
-        kd: KdPhase,
-        teaching: Teaching,
-        held_out: HeldOut,
-        saver: Saver,
-        log: MetricsLog | None,
-        console: Console,
-    ) -> None:
-        self.config, self.groups, self.lock = config, groups, start.lock
-        self.settings = student.settings
-        self.data, self.student, self.kd, self.teaching = data, student, kd, teaching
-        self.held_out, self.saver, self.log, self.console = held_out, saver, log, console
-        self.first_step = start.step
-        self.tokens = start.resumed.tokens if start.resumed else 0
-        self.evaluation = start.resumed.evaluation if start.resumed else None
-        self.checks = StepChecks(student, Path(config.train.output_dir))
-        self.batches = ReadAhead(self._read, self.first_step, config.train.steps, groups.device)
-        self.clock = Stopwatch(groups.device)
-        console.start_clock(self.first_step)
+    config: RunConfig
+    groups: Groups
+    start: Start
+    data: DataSource
+    student: StudentEngine
+    kd: KdPhase
+    teaching: Teaching
+    held_out: HeldOut
+    saver: Saver
+    log: MetricsLog | None
+    console: Console
+
+    def __post_init__(self) -> None:
+        train, device = self.config.train, self.groups.device
+        self.settings, self.first_step = self.student.settings, self.start.step
+        resumed = self.start.resumed
+        self.tokens = resumed.tokens if resumed else 0
+        self.evaluation = resumed.evaluation if resumed else None
+        self.checks = StepChecks(self.student, Path(train.output_dir))
+        self.batches = ReadAhead(self._read, self.first_step, train.steps, device)
+        self.clock = Stopwatch(device)
+        self.console.start_clock(self.first_step)
 
     @property
     def teacher(self) -> Teacher | None:
@@ -255,17 +257,14 @@ class Run:
 
     def save(self, done: int) -> Path:
         """Write a checkpoint after `done` steps; see `Saver.save`."""
-        return self.saver.save(
-            done, tokens=self.tokens, evaluation=self.evaluation,
-            teacher_fingerprint=self.teaching.fingerprint,
-        )  # fmt: skip
+        return self.saver.save(done, self.tokens, self.evaluation, self.teaching.fingerprint)
 
     def finish(self) -> None:
         """Close files and threads; what was trained lies in the last checkpoint."""
         self.batches.close()
         if self.settings.values.get("comms_logger", {}).get("enabled"):
             comm.log_summary()
-        for file in (self.log, self.lock):
+        for file in (self.log, self.start.lock):
             if file is not None:
                 file.close()
         if self.evaluation is not None and math.isfinite(self.evaluation.ce_nats):

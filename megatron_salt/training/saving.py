@@ -42,15 +42,12 @@ class Saver:
     console: Console
 
     def save(
-        self,
-        done: int,
-        *,
-        tokens: int,
-        evaluation: Evaluation | None,
-        teacher_fingerprint: str | None,
+        self, done: int, tokens: int, evaluation: Evaluation | None, teacher: str | None
     ) -> Path:
         """Write a checkpoint after `done` steps; see `checkpoint/folder.py` for its form.
 
+        Args:
+            teacher: fingerprint of the weights of the teacher that there is, or was.
         Raises: OSError on the rank that could not write (a full disk, say); the others end with
             RuntimeError or the launcher ends them. RuntimeError on all ranks for a weight that is
             not finite. The newest complete checkpoint is untouched.
@@ -84,27 +81,21 @@ class Saver:
         with same_error_everywhere("publishing a checkpoint"):
             if groups.rank == 0:
                 files = {name: record for part in records for name, record in part.items()}
-                manifest = self._manifest(done, files, tokens, evaluation, teacher_fingerprint)
+                manifest = self._manifest(
+                    step=done, phase=self.kd.phase(done), tokens=tokens, evaluation=evaluation,
+                    teacher_fingerprint=teacher, files=dict(sorted(files.items())),
+                )  # fmt: skip
                 self.console.say(f"saved {folder.publish(partial, manifest, output_dir)}")
                 keep = self.config.train.keep_checkpoints
                 self.console.warn(folder.remove_old(output_dir, keep))
         return folder.checkpoints_dir(output_dir) / folder.step_name(done)
 
-    def _manifest(
-        self,
-        done: int,
-        files: dict[str, dict[str, Any]],
-        tokens: int,
-        evaluation: Evaluation | None,
-        teacher_fingerprint: str | None,
-    ) -> CheckpointManifest:
+    def _manifest(self, step: int, **known: Any) -> CheckpointManifest:
         layout, settings = self.groups.layout, self.settings
         tags, selection = self.data.tag_inputs.fingerprints()
         return CheckpointManifest(
-            step=done,
-            phase=self.kd.phase(done),
-            tokens=tokens,
-            data_rows=done * settings.global_batch_size,
+            step=step,
+            data_rows=step * settings.global_batch_size,
             data=self.data.fingerprints(),
             config=self.config,
             vocab_size=self.data.tokenizer.vocab_size,
@@ -114,12 +105,10 @@ class Saver:
             dp_size=layout.dp_size,
             zero_stage=settings.zero_stage,
             precision=settings.precision,
-            evaluation=evaluation,
             teacher_valid_ce_nats=self.held_out.teacher_ce_nats,
-            teacher_fingerprint=teacher_fingerprint,
             tags=tags,
             selection=selection,
             switch=self.kd.state,
             versions=installed_versions(),
-            files=dict(sorted(files.items())),
+            **known,
         )
