@@ -49,9 +49,23 @@ TIMEOUT_S = 240
 
 
 def free_port() -> int:
+    """A port for a launcher that is started at once; for ranks see `reserved_port`."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+def reserved_port() -> socket.socket:
+    """A socket that keeps a free port for rank 0 to listen on, as long as it stays open.
+
+    Between the choice of a port and its use another test's ranks may open hundreds of their own.
+    The kernel hands out no port that is bound; rank 0 may bind it too, since this socket does not
+    listen and both allow it.
+    """
+    keeper = socket.socket()
+    keeper.bind(("127.0.0.1", 0))
+    keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    return keeper
 
 
 def _rank_main(
@@ -115,7 +129,8 @@ def _outcomes(
         pytest.skip("forked ranks cannot use CUDA: CUDA_VISIBLE_DEVICES= make test")
     _warm_up()
     context = multiprocessing.get_context("fork")
-    port = free_port()
+    keeper = reserved_port()
+    port = keeper.getsockname()[1]
     processes, pipes = [], []
     for rank in range(world_size):
         mine, theirs = context.Pipe(duplex=False)
@@ -147,3 +162,4 @@ def _outcomes(
             if waiting:
                 process.kill()
             process.join()
+        keeper.close()
