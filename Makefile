@@ -9,6 +9,8 @@ PIP_ARGS  ?=
 # What pytest runs, and further arguments for it, e.g. TESTS=tests/unit TEST_ARGS="-k report".
 TESTS     ?= tests
 TEST_ARGS ?=
+# Processes that share the tests; 0 runs them in pytest's own, as a debugger needs it.
+WORKERS   ?= 2
 # A text file to train the quick start on instead of its own.
 TEXT      ?=
 # The version range of torch, read from its only owner.
@@ -39,7 +41,9 @@ $(STAMP): pyproject.toml setup.py
 	@touch $@
 
 test: setup ## run the tests (TESTS=tests/unit TEST_ARGS="-k report" for some of them)
-	$(BIN)/python -m pytest $(TESTS) $(TEST_ARGS)
+	@# worksteal: a process that has run out of tests takes half of what another has left, from the
+	@# end, so that nearly every file's fixtures are made once.
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS) $(TEST_ARGS)
 
 checks: setup ## lint, formatting, types and spelling, as before every commit
 	$(BIN)/ruff check .
