@@ -17,10 +17,10 @@ TEXT      ?=
 TORCH     := $(shell sed -n 's/^ *"\(torch[<>=!~][^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test checks format quickstart bench gpu clean
+.PHONY: help setup test test-fast checks format quickstart bench gpu clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | \
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | \
 		awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
 
 setup: $(STAMP) ## create .venv and install the package with its tools (PYTHON=python3.12 chooses another Python)
@@ -44,6 +44,9 @@ test: setup ## run the tests (TESTS=tests/unit TEST_ARGS="-k report" for some of
 	@# worksteal: a process that has run out of tests takes half of what another has left, from the
 	@# end, so that nearly every file's fixtures are made once.
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS) $(TEST_ARGS)
+
+test-fast: setup ## the unit tests that start no processes and compile nothing, between two commits
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not processes" tests/unit $(TEST_ARGS)
 
 checks: setup ## lint, formatting, types and spelling, as before every commit
 	$(BIN)/ruff check .

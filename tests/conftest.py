@@ -32,6 +32,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "distributed" in item.path.parts:
             item.add_marker("distributed")
+        # The fixtures' dataset is written by a worker process, the teacher trained by a rank; the
+        # CUDA code on the CPU takes a compiler ten seconds.
+        uses = set(getattr(item, "fixturenames", ()))
+        if uses & {"dataset", "teacher"} or "cuda on cpu" in item.name:
+            item.add_marker("processes")
 
 
 @pytest.fixture(scope="session")

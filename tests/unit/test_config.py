@@ -594,6 +594,7 @@ except SystemExit as stopped:
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("options", "code", "text"),
     [

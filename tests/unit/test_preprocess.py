@@ -29,6 +29,8 @@ from megatron_salt.data.text_files import LineBlock, iter_line_blocks, parse_doc
 from megatron_salt.data.tokenizer import load_tokenizer
 from tools import preprocess_data
 
+pytestmark = pytest.mark.processes
+
 REPO = Path(__file__).parents[2]
 TEXTS = ("first document\n", "zweites Dokument: äöü", "third 😀\tdocument")
 WriteJsonl = Callable[[str, Sequence[str]], Path]
