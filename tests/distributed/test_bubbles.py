@@ -81,12 +81,13 @@ def _steps_and_schedules(config: RunConfig, deepspeed_config: str) -> tuple[Any,
 def test_both_placements_give_the_same_bits(
     dataset: Path, teacher: Path, tmp_path: Path, layout: dict[str, Any], world_size: int
 ) -> None:
-    """20 steps through the switch: every metric, and every weight at the end."""
+    """12 steps through the switch: every metric, and every weight at the end. By the measured
+    times it is taught from step 3 on, and the window of the decay is later still."""
     found = {}
     for placement in ("bubble", "before_step"):
         config = make_config(
-            dataset, tmp_path / placement, train__steps=20, salt__kd_steps=14,
-            salt__transition="linear_decay", salt__transition_steps=5, train__eval_interval=6,
+            dataset, tmp_path / placement, train__steps=12, salt__kd_steps=8,
+            salt__transition="linear_decay", salt__transition_steps=3, train__eval_interval=3,
             teacher__checkpoint=str(teacher), teacher__placement=placement, **layout,
         )  # fmt: skip
         deepspeed_config = make_deepspeed(tmp_path, train_micro_batch_size_per_gpu=1)
@@ -96,11 +97,11 @@ def test_both_placements_give_the_same_bits(
             np.testing.assert_array_equal(ahead[0][name], weight, err_msg=name)
         # From a process's first step on; the last KD step has nobody to teach, and the LM phase
         # runs DeepSpeed's own schedule.
-        assert ahead[1] == [*["TeachingSchedule"] * 13, *["TrainSchedule"] * 7]
-        assert before[1] == ["TrainSchedule"] * 20
+        assert ahead[1] == [*["TeachingSchedule"] * 7, *["TrainSchedule"] * 5]
+        assert before[1] == ["TrainSchedule"] * 12
     records = [without_times(metrics_of(tmp_path / name)) for name in found]
     assert records[0] == records[1]
-    assert len(records[0]) == 21 and records[0][14]["kl_nats"] > 0
+    assert len(records[0]) == 13 and records[0][8]["kl_nats"] > 0
 
 
 def _both_placements(config: RunConfig, deepspeed_config: str) -> tuple[Any, Any]:
