@@ -313,7 +313,8 @@ def test_what_the_teacher_took_is_returned_on_every_rank(
         assert sum(parts.values()) <= before - after <= sum(parts.values()) + 4096
 
 
-FORWARD_S, CHUNK_S = 0.012, 0.006
+# So long that what else a rank does, and waiting for a core, are little beside them.
+FORWARD_S, CHUNK_S = 0.03, 0.015
 
 
 def _traced_steps(config: RunConfig, deepspeed_config: str) -> tuple[Any, Any, Any]:
