@@ -13,16 +13,18 @@ PINS      := $(if $(LATEST),,--constraint constraints.txt)
 # What pytest runs, and further arguments for it, e.g. TESTS=tests/unit TEST_ARGS="-k report".
 TESTS     ?= tests
 TEST_ARGS ?=
+# Processes that share the tests; 0 runs them in pytest's own, as a debugger needs it.
+WORKERS   ?= 2
 # A text file to train the quick start on instead of its own.
 TEXT      ?=
 # The version range of torch, read from its only owner.
 TORCH     := $(shell sed -n 's/^ *"\(torch[<>=!~][^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test checks constraints format golden quickstart bench gpu clean
+.PHONY: help setup test test-fast checks constraints format golden quickstart bench gpu clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | \
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | \
 		awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
 
 setup: $(STAMP) ## create .venv, install the package and its tools (PYTHON=python3.12, LATEST=1 for the newest)
@@ -43,7 +45,12 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@touch $@
 
 test: setup ## run the tests (TESTS=tests/unit TEST_ARGS="-k report" for some of them)
-	$(BIN)/python -m pytest $(TESTS) $(TEST_ARGS)
+	@# worksteal: a process that has run out of tests takes half of what another has left, from the
+	@# end, so that nearly every file's fixtures are made once.
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS) $(TEST_ARGS)
+
+test-fast: setup ## the unit tests that start no processes and compile nothing, between two commits
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not processes" tests/unit $(TEST_ARGS)
 
 checks: setup ## lint, formatting, types and spelling, as before every commit
 	$(BIN)/ruff check .

@@ -1,36 +1,51 @@
-"""One small dataset and one small teacher for all tests that train, made when first asked for."""
+"""One small dataset and one small teacher for all tests that train, made when first asked for.
+
+Fixtures import what they need: with several workers, pytest's own process reads this file too, and
+should not spend seconds on importing torch and DeepSpeed before the workers start.
+"""
 
 from __future__ import annotations
 
+import gc
 import json
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
-import torch
-from commands import run_command
-from ranks import run_ranks
-from tiny import LLAMA, make_config, make_deepspeed, run_to_end
 
-from megatron_salt.config.command_line import write_config
-from megatron_salt.corpus.preprocess import preprocess
-from megatron_salt.corpus.python_sources import make_corpus
-from megatron_salt.corpus.train_tokenizer import train_tokenizer
-
-# 20 wide, as no tensor of the student is: hidden states that outlive the switch are recognised.
-TEACHER_MODEL = {**LLAMA, "num_layers": 2, "hidden_size": 20, "num_attention_heads": 2,
-                 "num_query_groups": 1, "ffn_hidden_size": 40}  # fmt: skip
 VOCAB_SIZE = 509  # a prime: no padding rule or shard size divides it
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Test modules import torch, megatron-core and DeepSpeed. Of their objects nearly all stay, and
+    looking through them again and again for garbage would be a third of the imports' time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "distributed" in item.path.parts:
             item.add_marker("distributed")
+        # The fixtures' dataset is written by a worker process, the teacher trained by a rank; the
+        # CUDA code on the CPU takes a compiler ten seconds.
+        uses = set(getattr(item, "fixturenames", ()))
+        if uses & {"dataset", "teacher"} or "cuda on cpu" in item.name:
+            item.add_marker("processes")
 
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prefix of a dataset of 150 short documents of real text."""
+    from megatron_salt.corpus.preprocess import preprocess
+    from megatron_salt.corpus.python_sources import make_corpus
+    from megatron_salt.corpus.train_tokenizer import train_tokenizer
+
     folder = tmp_path_factory.mktemp("data")
     make_corpus(folder / "all.jsonl", max_bytes=1_500_000)
     lines = (folder / "all.jsonl").read_text(encoding="utf-8").splitlines()
@@ -47,6 +62,14 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def teacher(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """output_dir of a small model trained for a few steps on one rank."""
+    import torch
+    from commands import run_command
+    from ranks import run_ranks
+    from tiny import TEACHER_MODEL, make_config, make_deepspeed
+
+    from megatron_salt.config.command_line import write_config
+    from megatron_salt.training.run import prepare, train
+
     folder = tmp_path_factory.mktemp("teacher")
     config = make_config(dataset, folder / "run", model=TEACHER_MODEL, train__steps=8)
     if torch.cuda.is_available():  # which a forked process cannot use
@@ -57,9 +80,5 @@ def teacher(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
     else:
-        run_ranks(1, _train, config, make_deepspeed(folder))
+        run_ranks(1, lambda *args: train(prepare(*args)), config, make_deepspeed(folder))
     return folder / "run"
-
-
-def _train(config: object, deepspeed_config: str) -> None:
-    run_to_end(config, deepspeed_config)  # type: ignore[arg-type]

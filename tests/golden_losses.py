@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
 import torch
 from ranks import run_ranks
-from tiny import GPT, LLAMA, make_config, make_deepspeed, metrics_of, run_to_end
+from tiny import GPT, LLAMA, TEACHER_MODEL, make_config, make_deepspeed, metrics_of, run_to_end
 
 from megatron_salt.config.fields import RunConfig
 from megatron_salt.corpus.preprocess import preprocess
@@ -34,8 +34,6 @@ FILE = Path(__file__).parent / "golden/losses.json"
 STEPS, KD_STEPS, TEACHER_STEPS = 40, 20, 20
 RECORDED = ("loss", "ce_nats", "kl_nats", "grad_norm", "lr", "valid_ce_nats", "valid_accuracy")
 MODELS = {"llama": LLAMA, "gpt": GPT}
-TEACHER = {**LLAMA, "num_layers": 2, "hidden_size": 20, "num_attention_heads": 2,
-           "num_query_groups": 1, "ffn_hidden_size": 40}  # fmt: skip
 # Model, precision, tp = pp. GPT has what Llama lacks: a tied head, LayerNorm, biases, positions.
 RUNS = [
     ("llama", "fp32", 1),
@@ -98,7 +96,9 @@ def make_inputs(folder: Path) -> tuple[Path, Path]:
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     preprocess([folder / "text.jsonl"], folder / "words", folder / "tokenizer.json", workers=1)
     prefix = folder / "words_text_document"
-    config = make_config(prefix, folder / "teacher", model=TEACHER, train__steps=TEACHER_STEPS)
+    config = make_config(
+        prefix, folder / "teacher", model=TEACHER_MODEL, train__steps=TEACHER_STEPS
+    )
     run_ranks(1, _train, config, make_deepspeed(folder))
     return prefix, folder / "teacher"
 

@@ -7,14 +7,12 @@ thread pool does not survive a fork.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import importlib
 import multiprocessing
 import multiprocessing.connection
 import os
-import random
 import socket
 import time
 import traceback
@@ -51,15 +49,23 @@ TIMEOUT_S = 240
 
 
 def free_port() -> int:
-    """A port that nobody listens on, below those that the system hands out by itself: between this
-    look and rank 0's bind no connection of another test can take it."""
-    while True:
-        port = random.SystemRandom().randrange(10_000, 32_000)
-        with socket.socket() as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with contextlib.suppress(OSError):
-                listener.bind(("127.0.0.1", port))
-                return port
+    """A port for a launcher that is started at once; for ranks see `reserved_port`."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def reserved_port() -> socket.socket:
+    """A socket that keeps a free port for rank 0 to listen on, as long as it stays open.
+
+    Between the choice of a port and its use another test's ranks may open hundreds of their own.
+    The kernel hands out no port that is bound; rank 0 may bind it too, since this socket does not
+    listen and both allow it.
+    """
+    keeper = socket.socket()
+    keeper.bind(("127.0.0.1", 0))
+    keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    return keeper
 
 
 def _rank_main(
@@ -123,7 +129,8 @@ def _outcomes(
         pytest.skip("forked ranks cannot use CUDA: CUDA_VISIBLE_DEVICES= make test")
     _warm_up()
     context = multiprocessing.get_context("fork")
-    port = free_port()
+    keeper = reserved_port()
+    port = keeper.getsockname()[1]
     processes, pipes = [], []
     for rank in range(world_size):
         mine, theirs = context.Pipe(duplex=False)
@@ -155,3 +162,4 @@ def _outcomes(
             if waiting:
                 process.kill()
             process.join()
+        keeper.close()

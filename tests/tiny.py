@@ -41,6 +41,16 @@ GPT: dict[str, Any] = {
     "add_bias_linear": True,
     "untie_embeddings_and_output_weights": False,
 }
+# Of the fixture `teacher`. 20 wide, as no tensor of the student is: hidden states that outlive the
+# switch are recognised.
+TEACHER_MODEL: dict[str, Any] = {
+    **LLAMA,
+    "num_layers": 2,
+    "hidden_size": 20,
+    "num_attention_heads": 2,
+    "num_query_groups": 1,
+    "ffn_hidden_size": 40,
+}
 # As in examples/deepspeed: nothing is compiled for it.
 ADAM: dict[str, Any] = {
     "type": "AdamW",

@@ -81,12 +81,13 @@ def _steps_and_schedules(config: RunConfig, deepspeed_config: str) -> tuple[Any,
 def test_both_placements_give_the_same_bits(
     dataset: Path, teacher: Path, tmp_path: Path, layout: dict[str, Any], world_size: int
 ) -> None:
-    """20 steps through the switch: every metric, and every weight at the end."""
+    """12 steps through the switch: every metric, and every weight at the end. By the measured
+    times it is taught from step 3 on, and the window of the decay is later still."""
     found = {}
     for placement in ("bubble", "before_step"):
         config = make_config(
-            dataset, tmp_path / placement, train__steps=20, salt__kd_steps=14,
-            salt__transition="linear_decay", salt__transition_steps=5, train__eval_interval=6,
+            dataset, tmp_path / placement, train__steps=12, salt__kd_steps=8,
+            salt__transition="linear_decay", salt__transition_steps=3, train__eval_interval=3,
             teacher__checkpoint=str(teacher), teacher__placement=placement, **layout,
         )  # fmt: skip
         deepspeed_config = make_deepspeed(tmp_path, train_micro_batch_size_per_gpu=1)
@@ -96,11 +97,11 @@ def test_both_placements_give_the_same_bits(
             np.testing.assert_array_equal(ahead[0][name], weight, err_msg=name)
         # From a process's first step on; the last KD step has nobody to teach, and the LM phase
         # runs DeepSpeed's own schedule.
-        assert ahead[1] == [*["TeachingSchedule"] * 13, *["TrainSchedule"] * 7]
-        assert before[1] == ["TrainSchedule"] * 20
+        assert ahead[1] == [*["TeachingSchedule"] * 7, *["TrainSchedule"] * 5]
+        assert before[1] == ["TrainSchedule"] * 12
     records = [without_times(metrics_of(tmp_path / name)) for name in found]
     assert records[0] == records[1]
-    assert len(records[0]) == 21 and records[0][14]["kl_nats"] > 0
+    assert len(records[0]) == 13 and records[0][8]["kl_nats"] > 0
 
 
 def _both_placements(config: RunConfig, deepspeed_config: str) -> tuple[Any, Any]:
@@ -314,7 +315,8 @@ def test_what_the_teacher_took_is_returned_on_every_rank(
         assert sum(parts.values()) <= before - after <= sum(parts.values()) + 4096
 
 
-FORWARD_S, CHUNK_S = 0.012, 0.006
+# So long that what else a rank does, and waiting for a core, are little beside them.
+FORWARD_S, CHUNK_S = 0.03, 0.015
 
 
 def _traced_steps(config: RunConfig, deepspeed_config: str) -> tuple[Any, Any, Any]:
@@ -349,19 +351,14 @@ def _traced_steps(config: RunConfig, deepspeed_config: str) -> tuple[Any, Any, A
     return traces, counted, run.teacher.plan
 
 
-def test_simulated_step_agrees_with_a_traced_one(
-    dataset: Path, teacher: Path, tmp_path: Path
-) -> None:
-    """Measured times of the parts, on the simulator's clock, give the measured time of the step.
-
-    Of four steps the one that fits best counts: another process on the machine can only make them
-    differ, a wrong simulator makes all of them.
-    """
+def _simulated_and_traced(folder: Path, dataset: Path, teacher: Path) -> tuple[float, float]:
+    """Relative errors of a traced run: of the simulated step of those that fits best, and of the
+    times that the run has written."""
     config = make_config(
-        dataset, tmp_path / "run", train__steps=8, salt__kd_steps=8,
+        dataset, folder / "run", train__steps=8, salt__kd_steps=8,
         teacher__checkpoint=str(teacher), train__eval_samples=2, **PP4,
     )  # fmt: skip
-    deepspeed_config = make_deepspeed(tmp_path, train_micro_batch_size_per_gpu=1)
+    deepspeed_config = make_deepspeed(folder, train_micro_batch_size_per_gpu=1)
     results = run_ranks(4, _traced_steps, config, deepspeed_config)
     known = {kind.__name__: kind for kind in (*PipelineEngine._INSTRUCTION_MAP, TeacherForward,
                                               SendHidden, RecvHidden)}  # fmt: skip
@@ -391,9 +388,27 @@ def test_simulated_step_agrees_with_a_traced_one(
             if type(instruction).__name__ == "ReduceTiedGrads"
         )
         errors.append(abs(simulated / (met - began) - 1.0))
-    assert min(errors) < 0.05, errors
     # The planner takes what the run has written.
-    given = read_measured(str(tmp_path / "run" / "measured_times.json"))
-    assert given.forward_kd_s == pytest.approx(times.forward, rel=0.3)
+    given = read_measured(str(folder / "run" / "measured_times.json"))
     assert given.teacher_row_s is not None and given.teacher_row_s >= 2 * CHUNK_S
-    assert len(metrics_of(tmp_path / "run")) == 9
+    assert len(metrics_of(folder / "run")) == 9
+    written = np.asarray(given.forward_kd_s) / np.asarray(times.forward) - 1.0
+    return min(errors), float(np.abs(written).max())
+
+
+def test_simulated_step_agrees_with_a_traced_one(
+    dataset: Path, teacher: Path, tmp_path: Path
+) -> None:
+    """Measured times of the parts, on the simulator's clock, give the measured time of the step.
+
+    Of four steps of up to four runs the one that fits best counts: another process on the machine
+    can only make them differ, a wrong simulator makes all of them.
+    """
+    found = []
+    for attempt in range(4):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        found.append(_simulated_and_traced(folder, dataset, teacher))
+        if found[-1][0] < 0.05 and found[-1][1] < 0.3:
+            return
+    pytest.fail(f"errors of the step, and of the times that were written: {found}")

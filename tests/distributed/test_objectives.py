@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TEACHER_MODEL
 from ranks import RankError, run_ranks
 from tiny import (
     GPT,
     LLAMA,
     SGD,
+    TEACHER_MODEL,
     gradient_of_step,
     local_weights,
     make_config,

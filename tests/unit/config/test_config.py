@@ -589,6 +589,7 @@ except SystemExit as stopped:
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("options", "code", "text"),
     [

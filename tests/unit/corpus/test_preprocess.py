@@ -30,6 +30,8 @@ from megatron_salt.data.manifest import read_dataset_manifest, verify_dataset
 from megatron_salt.data.tokenizer import load_tokenizer
 from tools import preprocess_data
 
+pytestmark = pytest.mark.processes
+
 REPO = ROOT
 TEXTS = ("first document\n", "zweites Dokument: äöü", "third 😀\tdocument")
 WriteJsonl = Callable[[str, Sequence[str]], Path]

@@ -14,6 +14,8 @@ import pytest
 
 from megatron_salt.kernels import build, compiled
 
+pytestmark = pytest.mark.processes
+
 NVCC = build.find_nvcc()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no CUDA toolkit on this machine")
 WARNINGS = ("-Wall", "-Wextra", "-Werror")

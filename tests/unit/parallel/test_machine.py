@@ -52,6 +52,7 @@ def test_one_queue_for_tensor_parallelism_alone(
     assert warning is None if warned is None else warning and warned in warning
 
 
+@pytest.mark.processes
 def test_training_chooses_queues_before_torch_is_imported(tmp_path: Path) -> None:
     """When `silence_known_warnings`, the first to import torch, is called."""
     program = (

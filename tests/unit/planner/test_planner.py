@@ -369,6 +369,7 @@ def test_a_picture_of_the_steps(tmp_path: Path) -> None:
     assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.processes
 def test_committed_timelines_are_the_scripts(tmp_path: Path) -> None:
     done = run_command("docs/make_timelines.py", "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr[-2000:]
@@ -388,6 +389,7 @@ PAPER = (
 )  # fmt: skip
 
 
+@pytest.mark.processes
 def test_thousands_of_gpus_in_seconds(tmp_path: Path) -> None:
     """From nothing but YAML: no data, tokenizer or teacher exists. Seconds of the processor, so
     that a busy machine does not count."""

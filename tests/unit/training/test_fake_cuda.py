@@ -16,6 +16,8 @@ import pytest
 import torch
 from commands import run_command
 
+pytestmark = pytest.mark.processes
+
 HERE = Path(__file__).resolve().parent
 
 
