@@ -111,7 +111,7 @@ def work(folder: Path, rounds: int, output: Path) -> None:
     assert teacher is not None
     batch = run.batches.take(0)
     shape = StepShape.of_run(config, run.settings, run.groups.layout, VOCAB_SIZE,
-                             teacher.manifest.config.model)  # fmt: skip
+                             teacher.manifest.model.config)  # fmt: skip
     plan = plan_teacher(shape, multiply_adds(shape), in_bubbles=True)
     equal = plan_teacher(shape, multiply_adds(shape), in_bubbles=False)
     shares_RSE = teacher._empty(teacher._buffer_shape(equal, SEQ_LENGTH))

@@ -219,7 +219,7 @@ class PlainLoop:
         self.teacher: LlamaForCausalLM | None = None
         if run.teacher is not None:
             weights = weights_of(run.teacher.model.layers, run.teacher.head_WE)
-            self.teacher = llama(run.teacher.manifest.config.model, weights).eval()
+            self.teacher = llama(run.teacher.manifest.model.config, weights).eval()
         matrices = [weight for weight in self.student.parameters() if weight.dim() >= 2]
         vectors = [weight for weight in self.student.parameters() if weight.dim() < 2]
         self.optimizer = torch.optim.AdamW(

@@ -102,8 +102,8 @@ def publish(partial: Path, manifest: CheckpointManifest, output_dir: str | Path)
     for required in ("weights", "deepspeed", "tokenizer"):
         if not any((partial / required).iterdir()):
             raise RuntimeError(f"{partial}: {required}/ is empty; not published")
-    for pp_rank in range(manifest.pp_size):
-        for tp_rank in range(manifest.tp_size):
+    for pp_rank in range(manifest.model.pp_size):
+        for tp_rank in range(manifest.model.tp_size):
             if weights_file(pp_rank, tp_rank) not in manifest.files:
                 raise RuntimeError(f"{partial}: no {weights_file(pp_rank, tp_rank)}; not published")
     values = asdict(manifest)
@@ -112,10 +112,10 @@ def publish(partial: Path, manifest: CheckpointManifest, output_dir: str | Path)
         stream.flush()
         os.fsync(stream.fileno())
     fsync_directories(partial)
-    final = checkpoints_dir(output_dir) / step_name(manifest.step)
+    final = checkpoints_dir(output_dir) / step_name(manifest.model.step)
     if final.exists():
         # A run resumed from an older checkpoint reaches this step again.
-        replaced = checkpoints_dir(output_dir) / f".{step_name(manifest.step)}.replaced"
+        replaced = checkpoints_dir(output_dir) / f".{step_name(manifest.model.step)}.replaced"
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
         partial.rename(final)

@@ -32,19 +32,19 @@ def load_frozen(
     Raises: ValueError naming the checkpoint and the weight, if one is missing, of another shape,
         all zeros or not finite. Call `teacher.find.check_teacher_fits` first.
     """
-    config, source = manifest.config, f"model {folder}"
-    table = weight_table(config.model, manifest.vocab_size, config.num_positions)
+    model, source = manifest.model, f"model {folder}"
+    table = weight_table(model.config, model.vocab_size, model.num_positions)
     weights = broadcast_weights(
         table, lambda: read_weights(folder, manifest), groups, dtype, source
     )
     return FrozenModel(
-        config.model,
+        model.config,
         weights,
         groups,
         source=source,
-        vocab_size=manifest.vocab_size,
+        vocab_size=model.vocab_size,
         # A learned position table keeps the size that it was trained with.
-        num_positions=config.num_positions,
+        num_positions=model.num_positions,
         seq_length=seq_length,
         dtype=dtype,
         head=head,

@@ -5,21 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from megatron_salt.config.fields import RunConfig
+from megatron_salt.config.fields import ModelConfig, RunConfig
 from megatron_salt.files.hashes import sha256_of
 from megatron_salt.method.switch import SwitchState
 
-CHECKPOINT_FORMAT = 1
-
-
+CHECKPOINT_FORMAT = 2
 MANIFEST = "manifest.json"
-
-
 VERSIONED_PACKAGES = ("torch", "megatron-core", "deepspeed", "safetensors", "megatron_salt")
 
 
@@ -36,11 +32,36 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointManifest:
-    """What a checkpoint says about itself."""
+class ModelRecord:
+    """What a model says about itself, whoever made it: enough to build, to teach and to score."""
 
+    name: str
+    """For people: run and checkpoint, as `slm/step_00000100`."""
     step: int
-    """Optimiser steps done; the next step to run."""
+    """Optimizer steps behind its weights."""
+    config: ModelConfig
+    vocab_size: int
+    num_positions: int
+    """Rows of a learned position table."""
+    seq_length: int
+    """Tokens of the sequences that it was trained on; beyond that its predictions are worthless."""
+    objective: list[str]
+    """data.objective that it was trained on."""
+    tokenizer_fingerprint: str
+    precision: str
+    tp_size: int
+    pp_size: int
+    """Parts in which weights/ holds it, as tp_size."""
+    evaluation: Evaluation | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What a run says about itself: enough to go on with it exactly."""
+
+    config: RunConfig
+    step: int
+    """Optimizer steps done; the next step to run."""
     phase: str
     """Phase of the next step."""
     tokens: int
@@ -49,29 +70,41 @@ class CheckpointManifest:
     """Rows of the endless order consumed: the data position."""
     data: list[str]
     """Fingerprint of every training dataset, in the order of data.train_data_path."""
-    config: RunConfig
-    vocab_size: int
-    tokenizer_fingerprint: str
-    tp_size: int
-    pp_size: int
     dp_size: int
     zero_stage: int
-    precision: str
-    evaluation: Evaluation | None
     teacher_valid_ce_nats: float | None
     """The teacher's CE on the same held-out samples, as measured when it was loaded."""
     teacher_fingerprint: str | None
     """Identity of the teacher's weights, if there has been one."""
+    tags: list[str]
+    """Fingerprint of the tags of every training dataset, if the run reads tags."""
+    selection: list[str]
+    """Fingerprint of the selected sequences of every training dataset, if the run selects."""
+    switch: SwitchState
+    """What the adaptive switch has seen and decided; with a fixed one nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointManifest:
+    """What a checkpoint says about itself."""
+
+    model: ModelRecord
+    training: RunRecord | None
+    """None: a model that no run of this package has made; it cannot be resumed."""
     versions: dict[str, str]
     files: dict[str, dict[str, Any]]
     """Relative path -> {"bytes": …, "sha256": …} of every file but this one."""
-    tags: list[str] = field(default_factory=list)
-    """Fingerprint of the tags of every training dataset, if the run reads tags."""
-    selection: list[str] = field(default_factory=list)
-    """Fingerprint of the selected sequences of every training dataset, if the run selects."""
-    switch: SwitchState = field(default_factory=SwitchState)
-    """What the adaptive switch has seen and decided; with a fixed one nothing."""
     format_version: int = CHECKPOINT_FORMAT
+
+    @property
+    def run(self) -> RunRecord:
+        """Raises: ValueError for a model without a run."""
+        if self.training is None:
+            raise ValueError(
+                f"checkpoint {self.model.name} holds a model without its run: it can teach, tag "
+                "and be scored on data that is named, but not be resumed"
+            )
+        return self.training
 
 
 def installed_versions() -> dict[str, str]:
@@ -102,12 +135,16 @@ def read_checkpoint_manifest(path: Path) -> CheckpointManifest:
                 f"{file}: {file.stat().st_size} bytes, the manifest says {record['bytes']}; the "
                 "checkpoint is damaged, use another one"
             )
-    values["config"] = RunConfig.from_dict(values.get("config", {}), source=str(source))
     try:
-        if values["evaluation"] is not None:
-            values["evaluation"] = Evaluation(**values["evaluation"])
-        if "switch" in values:
-            values["switch"] = SwitchState(**values["switch"])
+        model, training = values["model"], values["training"]
+        if model["evaluation"] is not None:
+            model["evaluation"] = Evaluation(**model["evaluation"])
+        model["config"] = ModelConfig(**model["config"])
+        values["model"] = ModelRecord(**model)
+        if training is not None:
+            training["config"] = RunConfig.from_dict(training["config"], source=str(source))
+            training["switch"] = SwitchState(**training["switch"])
+            values["training"] = RunRecord(**training)
         return CheckpointManifest(**values)
     except (TypeError, KeyError) as error:
         raise ValueError(

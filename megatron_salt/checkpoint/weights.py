@@ -34,13 +34,13 @@ def read_weights(path: Path, manifest: CheckpointManifest) -> dict[str, Tensor]:
     Raises: ValueError naming checkpoint and weight, if one is missing, twice there, unknown or of
         another shape than the config says, or if a file's content does not match its hash.
     """
-    config = manifest.config
-    table = weight_table(config.model, manifest.vocab_size, config.num_positions)
+    model = manifest.model
+    table = weight_table(model.config, model.vocab_size, model.num_positions)
     parts: dict[str, list[Tensor]] = {name: [] for name in table}
     names = sorted(name for name in manifest.files if name.startswith("weights/"))
     verify_hashes(path, manifest, names)
-    for pp_rank in range(manifest.pp_size):
-        for tp_rank in range(manifest.tp_size):
+    for pp_rank in range(model.pp_size):
+        for tp_rank in range(model.tp_size):
             name = weights_file(pp_rank, tp_rank)
             if name not in names:
                 raise ValueError(f"{path}: {name} is missing from the manifest")
@@ -51,9 +51,9 @@ def read_weights(path: Path, manifest: CheckpointManifest) -> dict[str, Tensor]:
                     parts[key].append(stored.get_tensor(key))
     full = {}
     for name, spec in table.items():
-        if len(parts[name]) != manifest.tp_size:
+        if len(parts[name]) != model.tp_size:
             raise ValueError(
-                f"{path}: weight {name} has {len(parts[name])} of {manifest.tp_size} parts"
+                f"{path}: weight {name} has {len(parts[name])} of {model.tp_size} parts"
             )
         full[name] = merge(parts.pop(name), spec)
     return full

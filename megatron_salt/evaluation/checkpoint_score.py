@@ -60,19 +60,22 @@ def score_checkpoint(path: str, request: ScoreRequest, groups: Groups) -> dict[s
     """
     folder = resolve(path, what="--checkpoint")
     manifest = read_checkpoint_manifest(folder)
-    precision = request.precision or manifest.precision
+    precision = request.precision or manifest.model.precision
     tokenizer = load_tokenizer(folder / "tokenizer")
-    data = held_out_data(manifest.config.data, request)
+    own = DataConfig(seq_length=manifest.model.seq_length)
+    if manifest.training or not request.data:
+        own = manifest.run.config.data
+    data = held_out_data(own, request)
     verify_datasets(data, tokenizer)
-    check_teacher_fits(folder, manifest, manifest.vocab_size, data.seq_length)
+    check_teacher_fits(folder, manifest, manifest.model.vocab_size, data.seq_length)
     model = load_frozen(
         folder,
         manifest,
         groups,
         seq_length=data.seq_length,
         dtype=DTYPES[precision],
-        head=VocabShard(size=manifest.vocab_size, start=0, stop=manifest.vocab_size),
-        head_columns=manifest.vocab_size,
+        head=VocabShard(size=manifest.model.vocab_size, start=0, stop=manifest.model.vocab_size),
+        head_columns=manifest.model.vocab_size,
     )
     with tempfile.TemporaryDirectory() as scratch:
         # One name on all ranks: rank 0 writes the index files, the others map them.
@@ -88,7 +91,7 @@ def score_checkpoint(path: str, request: ScoreRequest, groups: Groups) -> dict[s
     sums = ScoreSums.unpack(packed)
     return {
         "checkpoint": path,
-        "step": manifest.step,
+        "step": manifest.model.step,
         "valid_ce_nats": sums.ce_nats / sums.tokens,
         "valid_accuracy": sums.correct / sums.tokens,
         "valid_tokens": int(sums.tokens),

@@ -166,7 +166,7 @@ class HeldOut:
         return self._compared_with_stored(teacher, self.teacher.ce_nats)
 
     def _compared_with_stored(self, teacher: Teacher, now: float) -> str:
-        stored = teacher.manifest.evaluation
+        stored = teacher.manifest.model.evaluation
         line = f"teacher {teacher.checkpoint}: held-out CE {now:.4f} nats/token"
         if not math.isfinite(now):
             raise ValueError(f"{line}: it cannot teach; name another teacher.checkpoint")
@@ -244,7 +244,7 @@ class HeldOut:
         """
         stored = read_teacher_scores(path, manifest)
         if stored is None:  # before they were kept; or there has been no teacher
-            self.teacher_ce_nats = manifest.teacher_valid_ce_nats
+            self.teacher_ce_nats = manifest.run.teacher_valid_ce_nats
             return []
         tensors, fingerprint = stored
         if fingerprint != self.fingerprint:

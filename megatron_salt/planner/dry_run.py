@@ -56,9 +56,9 @@ def world_size_for(config: RunConfig, deepspeed_config: str) -> int:
 
 def teacher_size(manifest: CheckpointManifest) -> TeacherSize:
     return TeacherSize(
-        model=manifest.config.model,
-        vocab_size=manifest.vocab_size,
-        num_positions=manifest.config.num_positions,
+        model=manifest.model.config,
+        vocab_size=manifest.model.vocab_size,
+        num_positions=manifest.model.num_positions,
     )
 
 
@@ -85,7 +85,7 @@ def describe_run(config: RunConfig, deepspeed_config: str) -> str:
     check_start(config, layout, settings, fingerprint, resume, resumed)
     if resumed is not None:
         check_same_tag_inputs(config, resumed, tag_inputs)
-        switch = carried_over(resumed.switch, resumed.config.salt, config.salt)
+        switch = carried_over(resumed.run.switch, resumed.run.config.salt, config.salt)
         config = dataclasses.replace(config, salt=effective(config.salt, switch))
     teacher = None
     if config.teacher.checkpoint is not None:
@@ -180,7 +180,9 @@ def _teacher_lines(
 ) -> list[str]:
     if teacher is None:
         return ["teacher: none"]
-    count = num_parameters(teacher.config.model, teacher.vocab_size, teacher.config.num_positions)
+    count = num_parameters(
+        teacher.model.config, teacher.model.vocab_size, teacher.model.num_positions
+    )
     rows = settings.micro_batch_size * settings.num_micro_batches
     parts = split_evenly(rows, layout.tp_size * layout.pp_size)
     sizes = sorted({stop - start for start, stop in parts})

@@ -142,9 +142,9 @@ def _teacher(config: RunConfig, teacher_config: str | None, vocab_size: int) -> 
     except (OSError, ValueError) as error:
         raise ValueError(f"no teacher yet ({error}): give its YAML by --teacher-config") from error
     return TeacherSize(
-        model=manifest.config.model,
-        vocab_size=manifest.vocab_size,
-        num_positions=manifest.config.num_positions,
+        model=manifest.model.config,
+        vocab_size=manifest.model.vocab_size,
+        num_positions=manifest.model.num_positions,
     )
 
 

@@ -115,7 +115,7 @@ def job_of(request: TagRequest) -> TaggingJob:
     manifest = read_checkpoint_manifest(folder)
     tokenizer = load_tokenizer(folder / "tokenizer")
     verify_dataset(request.data, tokenizer)
-    longest = manifest.config.data.seq_length
+    longest = manifest.model.seq_length
     if request.window is not None and request.window < 1:
         raise ValueError(f"--window {request.window}: must be at least 1")
     if request.window is not None and request.window > longest:
@@ -128,13 +128,13 @@ def job_of(request: TagRequest) -> TaggingJob:
         max_length=request.window or longest,
         top_k=request.top_k,
         store=tuple(name for name in ("loss", "entropy") if name in request.store),
-        precision=request.precision or manifest.precision,
+        precision=request.precision or manifest.model.precision,
         loss_impl=_loss_backend(request),
     )
-    if not 1 <= request.top_k < manifest.vocab_size:
+    if not 1 <= request.top_k < manifest.model.vocab_size:
         raise ValueError(
             f"--top_k {request.top_k}: must lie between 1 and the vocabulary of "
-            f"{manifest.vocab_size} tokens"
+            f"{manifest.model.vocab_size} tokens"
         )
     if request.rule.score == "entropy" and "entropy" not in settings.store:
         raise ValueError("--score entropy needs --store entropy")
@@ -145,8 +145,8 @@ def job_of(request: TagRequest) -> TaggingJob:
         tokenizer_fingerprint=tokenizer.fingerprint,
         model=ModelIdentity(
             fingerprint=weights_fingerprint(manifest),
-            step=manifest.step,
-            name=f"{Path(manifest.config.train.output_dir).name}/{folder.name}",
+            step=manifest.model.step,
+            name=manifest.model.name,
         ),
         settings=settings,
     )

@@ -67,7 +67,7 @@ def tag(request: TagRequest, groups: Groups) -> TagManifest | None:
     with partial_folder(request, job.origin, groups) as folder:
         done = from_rank_0([i for i in range(len(shards)) if shard_path(folder, i).is_file()])
         todo = sorted(set(range(len(shards))) - set(done))
-        _say(groups, f"{job.folder}, step {job.manifest.step}, tags {request.data}")
+        _say(groups, f"{job.folder}, step {job.manifest.model.step}, tags {request.data}")
         _say(groups, f"{sequences.num_tokens} tokens, {len(sequences)} sequences, "
                      f"{len(shards)} shards, {len(done)} of them done")  # fmt: skip
         if todo:

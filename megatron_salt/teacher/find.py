@@ -31,7 +31,7 @@ def find_teacher(
     check_same_tokens(f"teacher {folder}", theirs, "the student's data", tokenizer)
     check_teacher_fits(folder, manifest, tokenizer.vocab_size, seq_length)
     fingerprint = weights_fingerprint(manifest)
-    if resumed and resumed.teacher_fingerprint not in (None, fingerprint):
+    if resumed and resumed.run.teacher_fingerprint not in (None, fingerprint):
         raise ValueError(
             f"teacher {folder} has other weights than the teacher that this run was resumed with: "
             "name the same checkpoint in teacher.checkpoint"
@@ -43,12 +43,12 @@ def check_teacher_fits(
     path: Path, manifest: CheckpointManifest, vocab_size: int, seq_length: int
 ) -> None:
     """Raise ValueError if the teacher's vocabulary or trained length cannot serve the student."""
-    if manifest.vocab_size != vocab_size:
+    if manifest.model.vocab_size != vocab_size:
         raise ValueError(
-            f"teacher {path} has a vocabulary of {manifest.vocab_size} tokens, the student's "
+            f"teacher {path} has a vocabulary of {manifest.model.vocab_size} tokens, the student's "
             f"tokenizer {vocab_size}: they must be the same tokenizer"
         )
-    longest = manifest.config.data.seq_length
+    longest = manifest.model.seq_length
     if seq_length > longest:
         raise ValueError(
             f"teacher {path} was trained on sequences of {longest} tokens, data.seq_length is "
@@ -59,7 +59,7 @@ def check_teacher_fits(
 
 def unseen_objectives(folder: Path, manifest: CheckpointManifest, config: RunConfig) -> list[str]:
     """Warnings about objectives of the run that its teacher was not trained on."""
-    theirs = parse_objective(manifest.config.data.objective)
+    theirs = parse_objective(manifest.model.objective)
     ours = parse_objective(config.data.objective)
     if list(theirs) == ["causal"] and list(ours) != ["causal"]:
         never = "read a prefix in both directions"

@@ -89,9 +89,13 @@ def check_start(
                 f"{config.train.resume}: choose another output_dir, or train.resume auto"
             )
         return
-    if existing and existing[-1].name > step_name(resumed.step) and config.train.resume != "auto":
+    if (
+        existing
+        and existing[-1].name > step_name(resumed.run.step)
+        and config.train.resume != "auto"
+    ):
         raise ValueError(
-            f"train.resume = {resume_from} is at step {resumed.step}, but train.output_dir = "
+            f"train.resume = {resume_from} is at step {resumed.run.step}, but train.output_dir = "
             f"{output_dir} has later checkpoints up to {existing[-1].name}, which a later resume "
             "would take for this run's: choose another output_dir, or move them away"
         )
@@ -109,24 +113,29 @@ def _check_same_run(
     resumed: CheckpointManifest,
 ) -> None:
     """Raise ValueError if layout, precision, tokenizer or model are not the checkpoint's."""
-    saved = (resumed.tp_size, resumed.pp_size, resumed.dp_size, resumed.zero_stage)
+    saved = (
+        resumed.model.tp_size,
+        resumed.model.pp_size,
+        resumed.run.dp_size,
+        resumed.run.zero_stage,
+    )
     now = (layout.tp_size, layout.pp_size, layout.dp_size, settings.zero_stage)
     if saved != now:
         raise ValueError(
             f"the checkpoint was saved with (tp, pp, dp, ZeRO stage) = {saved}, this run has "
             f"{now}: resume with the same layout"
         )
-    if resumed.tokenizer_fingerprint != tokenizer_fingerprint:
+    if resumed.model.tokenizer_fingerprint != tokenizer_fingerprint:
         raise ValueError("the checkpoint was trained with another tokenizer than data.tokenizer")
-    lengths = (resumed.config.data.seq_length, config.data.seq_length)
-    if resumed.config.model != config.model or lengths[0] != lengths[1]:
-        changes = changed_settings(resumed.config, config)
+    lengths = (resumed.run.config.data.seq_length, config.data.seq_length)
+    if resumed.run.config.model != config.model or lengths[0] != lengths[1]:
+        changes = changed_settings(resumed.run.config, config)
         wrong = [c for c in changes if c.startswith("model.") or c.startswith("data.seq_length")]
         raise ValueError(f"the checkpoint's model is not this run's: {'; '.join(wrong)}")
-    if resumed.precision != settings.precision:
+    if resumed.model.precision != settings.precision:
         raise ValueError(
             f"{settings.path}: precision {settings.precision}, the checkpoint was trained in "
-            f"{resumed.precision}"
+            f"{resumed.model.precision}"
         )
 
 
@@ -134,43 +143,43 @@ def _check_same_order(
     config: RunConfig, settings: DeepSpeedSettings, resumed: CheckpointManifest
 ) -> None:
     """Raise ValueError if the run would not go on in the checkpoint's order of the data."""
-    rows = resumed.step * settings.global_batch_size
-    if resumed.data_rows != rows:
+    run = resumed.run
+    rows = run.step * settings.global_batch_size
+    if run.data_rows != rows:
         raise ValueError(
-            f"the checkpoint has read {resumed.data_rows} sequences in {resumed.step} steps; with "
+            f"the checkpoint has read {run.data_rows} sequences in {run.step} steps; with "
             f"train_batch_size = {settings.global_batch_size} this run would go on at sequence "
             f"{rows}: keep the batch size"
         )
-    splits = [effective_split(c.data) for c in (resumed.config, config)]
+    splits = [effective_split(c.data) for c in (run.config, config)]
     if splits[0] != splits[1]:
         raise ValueError(
             f"data.split and data.valid_data_path: the training documents would be those of split "
             f"{splits[1]!r}, the checkpoint's are of {splits[0]!r}: the order of the data would "
             "change"
         )
-    if resumed.config.data.eod_mask_loss != config.data.eod_mask_loss:
+    if run.config.data.eod_mask_loss != config.data.eod_mask_loss:
         raise ValueError(
             f"data.eod_mask_loss = {config.data.eod_mask_loss}, the checkpoint's is "
-            f"{resumed.config.data.eod_mask_loss}: other tokens would count"
+            f"{run.config.data.eod_mask_loss}: other tokens would count"
         )
-    objectives = [_objective(c.data) for c in (resumed.config, config)]
+    objectives = [_objective(c.data) for c in (run.config, config)]
     if objectives[0] != objectives[1]:
         raise ValueError(
             f"data.objective: {objectives[1]}, the checkpoint's is {objectives[0]}: rows would ask "
             "something else of the model; keep it, or start a new run"
         )
     weights = [
-        parse_blend(c.data.train_data_path, "data.train_data_path")[1]
-        for c in (resumed.config, config)
+        parse_blend(c.data.train_data_path, "data.train_data_path")[1] for c in (run.config, config)
     ]
     if weights[0] != weights[1]:
         raise ValueError(
             f"data.train_data_path: blend weights {weights[1]}, the checkpoint's are {weights[0]}: "
             "the order of the data would change"
         )
-    if resumed.config.train.seed != config.train.seed:
+    if run.config.train.seed != config.train.seed:
         raise ValueError(
-            f"train.seed = {config.train.seed}, the checkpoint's is {resumed.config.train.seed}: "
+            f"train.seed = {config.train.seed}, the checkpoint's is {run.config.train.seed}: "
             "the order of the data would change"
         )
 
@@ -194,14 +203,14 @@ def check_same_tag_inputs(
 
     Once the KD phase is over neither is read, and both may be left out.
     """
-    switch = carried_over(resumed.switch, resumed.config.salt, config.salt)
-    if resumed.step >= effective(config.salt, switch).kd_steps:
+    switch = carried_over(resumed.run.switch, resumed.run.config.salt, config.salt)
+    if resumed.run.step >= effective(config.salt, switch).kd_steps:
         return
     tags, selection = tag_inputs.fingerprints()
-    began = resumed.config
+    began = resumed.run.config
     for name, paths, before, now in (
-        ("data.tags", began.data.tags, resumed.tags, tags),
-        ("salt.selection", began.salt.selection, resumed.selection, selection),
+        ("data.tags", began.data.tags, resumed.run.tags, tags),
+        ("salt.selection", began.salt.selection, resumed.run.selection, selection),
     ):
         if before != now:
             raise ValueError(

@@ -74,7 +74,7 @@ def prepare(
     held_out = HeldOut(config, settings, groups, data, student)
     teaching = Teaching(config, student, kd, console, measure)
     if start.resumed:
-        teaching.fingerprint = start.resumed.teacher_fingerprint
+        teaching.fingerprint = start.resumed.run.teacher_fingerprint
     if config.teacher.checkpoint and kd.phase(start.step) == "kd":
         teaching.bring(start.tokenizer, held_out, start.resumed)
     elif config.teacher.checkpoint and start.resume_from and start.resumed:
@@ -120,8 +120,8 @@ class Run:
         train, device = self.config.train, self.groups.device
         self.settings, self.first_step = self.student.settings, self.start.step
         resumed = self.start.resumed
-        self.tokens = resumed.tokens if resumed else 0
-        self.evaluation = resumed.evaluation if resumed else None
+        self.tokens = resumed.run.tokens if resumed else 0
+        self.evaluation = resumed.model.evaluation if resumed else None
         self.checks = StepChecks(self.student, Path(train.output_dir))
         self.batches = ReadAhead(self._read, self.first_step, train.steps, device)
         self.clock = Stopwatch(device)

@@ -13,6 +13,8 @@ from megatron_salt.checkpoint import folder
 from megatron_salt.checkpoint.manifest import (
     CheckpointManifest,
     Evaluation,
+    ModelRecord,
+    RunRecord,
     installed_versions,
 )
 from megatron_salt.config.deepspeed import DeepSpeedSettings
@@ -82,33 +84,47 @@ class Saver:
             if groups.rank == 0:
                 files = {name: record for part in records for name, record in part.items()}
                 manifest = self._manifest(
-                    step=done, phase=self.kd.phase(done), tokens=tokens, evaluation=evaluation,
-                    teacher_fingerprint=teacher, files=dict(sorted(files.items())),
+                    done, dict(sorted(files.items())), evaluation, tokens=tokens,
+                    teacher_fingerprint=teacher,
                 )  # fmt: skip
                 self.console.say(f"saved {folder.publish(partial, manifest, output_dir)}")
                 keep = self.config.train.keep_checkpoints
                 self.console.warn(folder.remove_old(output_dir, keep))
         return folder.checkpoints_dir(output_dir) / folder.step_name(done)
 
-    def _manifest(self, step: int, **known: Any) -> CheckpointManifest:
-        layout, settings = self.groups.layout, self.settings
+    def _manifest(
+        self, step: int, files: dict[str, Any], evaluation: Evaluation | None, **known: Any
+    ) -> CheckpointManifest:
+        layout, settings, config = self.groups.layout, self.settings, self.config
         tags, selection = self.data.tag_inputs.fingerprints()
-        return CheckpointManifest(
+        model = ModelRecord(
+            name=f"{Path(config.train.output_dir).name}/{folder.step_name(step)}",
             step=step,
-            data_rows=step * settings.global_batch_size,
-            data=self.data.fingerprints(),
-            config=self.config,
+            config=config.model,
             vocab_size=self.data.tokenizer.vocab_size,
+            num_positions=config.num_positions,
+            seq_length=config.data.seq_length,
+            objective=list(config.data.objective),
             tokenizer_fingerprint=self.data.tokenizer.fingerprint,
+            precision=settings.precision,
             tp_size=layout.tp_size,
             pp_size=layout.pp_size,
+            evaluation=evaluation,
+        )
+        run = RunRecord(
+            config=config,
+            step=step,
+            phase=self.kd.phase(step),
+            data_rows=step * settings.global_batch_size,
+            data=self.data.fingerprints(),
             dp_size=layout.dp_size,
             zero_stage=settings.zero_stage,
-            precision=settings.precision,
             teacher_valid_ce_nats=self.held_out.teacher_ce_nats,
             tags=tags,
             selection=selection,
             switch=self.kd.state,
-            versions=installed_versions(),
             **known,
+        )
+        return CheckpointManifest(
+            model=model, training=run, versions=installed_versions(), files=files
         )

@@ -67,7 +67,7 @@ class Start:
 
     @property
     def step(self) -> int:
-        return self.resumed.step if self.resumed else 0
+        return self.resumed.run.step if self.resumed else 0
 
 
 def join_ranks(config: RunConfig, deepspeed_config: str) -> tuple[DeepSpeedSettings, Groups]:
@@ -120,7 +120,7 @@ def agree_on_start(
             share = sorted(resumed.files)[groups.rank :: groups.layout.world_size]
             verify_hashes(resume_from, resumed, share)
     if resumed:
-        switch = carried_over(resumed.switch, resumed.config.salt, config.salt)
+        switch = carried_over(resumed.run.switch, resumed.run.config.salt, config.salt)
     return Start(
         tokenizer=tokenizer, tag_inputs=tag_inputs, resume_from=resume_from, resumed=resumed,
         switch=switch, lock=lock,
@@ -150,7 +150,7 @@ def build_data(
         console.warn(
             ["data.tags has no effect: neither salt.kd_tokens nor salt.ce_tokens reads the tags"]
         )
-    if start.resumed and start.resumed.data != data.fingerprints():
+    if start.resumed and start.resumed.run.data != data.fingerprints():
         raise ValueError(
             f"{start.resume_from}: was trained on other data than data.train_data_path now names; "
             "a resumed run must read the same files (or start anew in another output_dir)"
@@ -191,7 +191,7 @@ def resume_student(
     student.load(start.resume_from)
     console.say(f"resumed from {start.resume_from} at step {start.step}")
     before = read_json(str(start.resume_from / "deepspeed.json"))
-    changes = changed_settings(start.resumed.config, config)
+    changes = changed_settings(start.resumed.run.config, config)
     for change in [*changes, *changed_deepspeed(before, student.settings.values)]:
         console.say(f"  changed since then: {change}")
 

@@ -92,7 +92,7 @@ class Teaching:
         )
         self.student.loss_function.teacher_head_WE = self.teacher.head_WE
         self.shape = StepShape.of_run(
-            config, settings, groups.layout, tokenizer.vocab_size, manifest.config.model
+            config, settings, groups.layout, tokenizer.vocab_size, manifest.model.config
         )
         costs = multiply_adds(self.shape)
         plan: TeacherPlan | None = None

@@ -53,9 +53,9 @@ def test_torchrun_then_evaluate(yaml_file: Path, teacher: Path, tmp_path: Path) 
     assert student["valid_accuracy"] == pytest.approx(records[-1]["valid_accuracy"], abs=1e-9)
     assert slm["valid_ce_nats"] == pytest.approx(records[0]["teacher_valid_ce_nats"], rel=1e-5)
     manifest = read_checkpoint_manifest(list_checkpoints(tmp_path / "run")[-1])
-    assert manifest.pp_size == 2 and manifest.step == 3 and manifest.phase == "lm"
-    assert manifest.evaluation is not None
-    assert manifest.evaluation.ce_nats == records[-1]["valid_ce_nats"]
+    assert manifest.model.pp_size == 2 and manifest.model.step == 3 and manifest.run.phase == "lm"
+    assert manifest.model.evaluation is not None
+    assert manifest.model.evaluation.ce_nats == records[-1]["valid_ce_nats"]
 
 
 def test_dry_run_describes_and_trains_nothing(

@@ -427,9 +427,9 @@ def test_teacher_that_never_read_a_prefix_is_warned_of(
     of_mixture = make_config(sentinel_dataset, tmp_path / "next", **taught, **MIXTURE)
     assert "WARNING" not in describe_run(of_mixture, deepspeed_config)
     manifest = read_checkpoint_manifest(list_checkpoints(tmp_path / "run")[-1])
-    prefix_only = dataclasses.replace(config.data, objective=[TextOrNumber("prefix")])
-    saw_none = dataclasses.replace(
-        manifest, config=dataclasses.replace(manifest.config, data=prefix_only)
-    )
+    model = dataclasses.replace(manifest.model, objective=["prefix"])
+    saw_none = dataclasses.replace(manifest, model=model)
     assert "never saw sentinels" in unseen_objectives(tmp_path, saw_none, config)[0]
-    assert unseen_objectives(tmp_path, saw_none, saw_none.config) == []
+    prefix_only = dataclasses.replace(config.data, objective=[TextOrNumber("prefix")])
+    alike = dataclasses.replace(config, data=prefix_only)
+    assert unseen_objectives(tmp_path, saw_none, alike) == []

@@ -12,13 +12,18 @@ from typing import Any
 import pytest
 from commands import ROOT
 
-from megatron_salt.checkpoint.manifest import CheckpointManifest
+from megatron_salt.checkpoint.manifest import CheckpointManifest, ModelRecord, RunRecord
 from megatron_salt.config.deepspeed import KNOWN_KEYS, REFUSED_KEYS
 from megatron_salt.config.fields import KEYS
 from megatron_salt.evaluation.held_out import STUDENT_KEYS, TEACHER_KEYS
 from megatron_salt.report.runs import STEP_KEYS, VALID_KEYS
 
 DOCS = ROOT / "docs"
+MANIFEST_KEYS = [
+    field.name
+    for kind in (CheckpointManifest, ModelRecord, RunRecord)
+    for field in dataclasses.fields(kind)
+]
 DOCUMENTS = sorted(DOCS.glob("*.md"))
 
 
@@ -62,7 +67,7 @@ def test_a_step_can_be_read_in_an_hour() -> None:
     ("document", "names"),
     [
         ("configuration.md", [*KNOWN_KEYS, *REFUSED_KEYS]),
-        ("checkpoints.md", [field.name for field in dataclasses.fields(CheckpointManifest)]),
+        ("checkpoints.md", MANIFEST_KEYS),
         ("metrics.md", ["step", *STEP_KEYS, *VALID_KEYS, *STUDENT_KEYS, *TEACHER_KEYS]),
     ],
 )

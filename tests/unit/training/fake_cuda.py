@@ -200,7 +200,11 @@ def make_run(case: dict[str, Any], folder: Path) -> tuple[Any, Any, Any, Any, An
     )
     parts = student.parts
     teacher_config = dataclasses.replace(config, model=ModelConfig(**TEACHER))
-    manifest = SimpleNamespace(config=teacher_config, vocab_size=VOCAB_SIZE, evaluation=None)
+    record = SimpleNamespace(
+        config=teacher_config.model, vocab_size=VOCAB_SIZE, evaluation=None,
+        num_positions=teacher_config.num_positions,
+    )  # fmt: skip
+    manifest = SimpleNamespace(model=record)
     teacher = Teacher(
         folder, manifest, groups, vocab=parts.vocab,
         head_columns=parts.padded_vocab // parts.tp_size, seq_length=config.data.seq_length,
