@@ -34,6 +34,7 @@ from loss_cases import (
     make_case,
     make_linear_case,
     masked_out,
+    place,
     relative_error,
     with_outliers,
     with_truncated_teacher,
@@ -221,11 +222,10 @@ def test_gradient_over_its_logits_touches_nothing_else(
     body = cuda_on_cpu()
     if not ON_CPU:
         body = choose_body(IMPL, device=case.labels_T.device, dtypes=frozenset({dtype}))
-    arguments = arguments_of(case, dtype, where)
-    options = Options(vocab=arguments["vocab"])
+    options = Options(vocab=arguments_of(case, dtype)["vocab"])
     weights = [weight_T.float() for weight_T in (case.ce_weight_T, case.kd_weight_T)]
-    student = arguments["student_logits_TW"].detach()
-    rows = Rows(student, arguments["teacher_logits_TW"], case.labels_T, *weights)
+    student, teacher = (place(x, dtype, where) for x in (case.student_TV, case.teacher))
+    rows = Rows(student, teacher, case.labels_T, *weights)
     one = torch.ones((), device=DEVICE)
 
     expected = torch.empty(student.shape, dtype=dtype, device=DEVICE)
