@@ -221,6 +221,18 @@ def test_result_does_not_depend_on_how_tokens_are_cut(body: str) -> None:
     assert torch.equal(torch.cat([piece.grad_TV for piece in pieces]), whole.grad_TV)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("body", BODIES[1:])
+def test_gradients_are_rounded_to_nearest(body: str, dtype: torch.dtype) -> None:
+    """Truncated they would still have no more than twice the error of rounded ones."""
+    case = make_case(24, 252)
+    student, teacher = (x.to(dtype).double() for x in (case.student_TV, case.teacher))
+    case = replace(case, student_TV=student, teacher_TV=teacher)
+    expected = result_of(body, case, torch.float32).grad_TV.to(dtype)
+    # Columns are grouped by dtype, so a sum's last bit may differ, and what lies half-way with it.
+    assert (result_of(body, case, dtype).grad_TV != expected).double().mean() < 0.01
+
+
 MIXED = [(x, y) for x in dtypes_of("native") for y in dtypes_of("native") if x != y]
 
 
