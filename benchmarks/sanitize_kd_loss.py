@@ -10,6 +10,10 @@ that ends with its last row, so that an access beyond it is seen. Results are co
 reference in fp64 on the CPU; a mismatch is printed and makes the exit code 1.
 
 `--device cpu` runs the CPU's library through the same calls.
+
+Its cases are its own, not those of tests/loss_cases.py: a checker makes every launch many times
+slower, so they are small; they call the library's functions one by one; and their memory must end
+where the last row does.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from unittest import mock
 
 import torch
 
-from megatron_salt.kernels import build
+from megatron_salt.kernels import build, kd_loss, linear_kd_loss  # noqa: F401
 from megatron_salt.kernels.choose import choose_backend
 from megatron_salt.kernels.compiled import CompiledBackend
 
@@ -36,21 +37,28 @@ BODIES_AND_DTYPES = [(body, dtype) for body in BODIES for dtype in dtypes_of(bod
 
 @functools.cache
 def cuda_on_cpu() -> CompiledBackend:
-    """The CUDA kernels as a body for CPU tensors."""
+    """The CUDA kernels as a body for CPU tensors. Compiled once and kept beside `native`, for every
+    session and process until a source, the compiler's flags or the processor change."""
     compiler = build.find_cxx()
     assert compiler is not None, "the tests need a C++ compiler"
-    folder = tempfile.TemporaryDirectory(prefix="cuda_on_cpu-")
-    output = Path(folder.name) / "cuda_on_cpu.so"
     command = [
         compiler, "-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-fopenmp-simd",
+        "-U_FORTIFY_SOURCE",  # whose longjmp refuses to go from one stack to another
         "-fPIC", "-shared", "-w", "-x", "c++", "-include", str(EMULATOR),
-        str(build.SOURCES / "kd_loss.cu"), "-o", str(output),
+        str(build.SOURCES / "kd_loss.cu"), "-o",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    body = CompiledBackend("cuda on cpu", output)
-    folder.cleanup()  # what is loaded stays; forked ranks have it too
-    return body
+    made_of = [build.library_name("native"), *command, EMULATOR.read_text(encoding="utf-8")]
+    name = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
+    folder = build.cache_folder()
+    output = folder / f"cuda_on_cpu-{name}.so"
+    if not output.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as scratch:
+            built = Path(scratch) / output.name
+            done = subprocess.run([*command, str(built)], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-4000:]
+            built.replace(output)  # two sessions at once build twice, the same
+    return CompiledBackend("cuda on cpu", output)
 
 
 @contextlib.contextmanager
@@ -76,5 +84,5 @@ def chosen(body: str) -> Iterator[None]:
     with contextlib.ExitStack() as patches:
         for module in ("kd_loss", "linear_kd_loss"):
             path = f"megatron_salt.kernels.{module}"
-            patches.enter_context(mock.patch(f"{path}.choose_body", choose))
+            patches.enter_context(mock.patch(f"{path}.choose_backend", choose))
         yield

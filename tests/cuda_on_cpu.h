@@ -10,10 +10,12 @@
 
 #pragma once
 
+#include <setjmp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <ucontext.h>
 
+#include <deque>
 #include <functional>
 #include <vector>
 
@@ -44,48 +46,67 @@ namespace cuda_on_cpu {
 constexpr size_t kStack = 64 << 10;
 constexpr unsigned kWarpSize = 32;
 
+// A fiber starts with ucontext and goes on with _longjmp: swapcontext asks the system for the
+// signals at every switch, and a block switches thousands of times. It serves block after block.
 struct Fiber {
-  ucontext_t context;
+  ucontext_t start;
+  jmp_buf here;
   std::vector<char> stack;
-  bool finished;
+  bool started, finished;
 };
 
-static std::vector<Fiber> fibers;
-static ucontext_t scheduler;
+static std::deque<Fiber> fibers;  // they stay where they are
+static ucontext_t unused;         // where a new fiber would say what it came from
+static jmp_buf scheduler;
 static std::function<void()> body;
 static std::vector<float> exchanged[2];  // two, so that one barrier per exchange is enough
 static std::vector<unsigned> exchanges;  // by thread
 static bool backwards = false;
 
-static void barrier() { swapcontext(&fibers[threadIdx.x].context, &scheduler); }
+static void barrier() {
+  if (!_setjmp(fibers[threadIdx.x].here)) _longjmp(scheduler, 1);
+}
 
 static void run_fiber() {
-  body();
-  fibers[threadIdx.x].finished = true;
-  barrier();
+  for (;;) {
+    body();
+    fibers[threadIdx.x].finished = true;
+    barrier();
+  }
+}
+
+static void add_fiber() {
+  fibers.emplace_back();
+  Fiber& fiber = fibers.back();
+  fiber.stack.resize(kStack);
+  getcontext(&fiber.start);
+  fiber.start.uc_stack.ss_sp = fiber.stack.data();
+  fiber.start.uc_stack.ss_size = kStack;
+  fiber.start.uc_link = nullptr;
+  makecontext(&fiber.start, run_fiber, 0);
+  fiber.started = false;
+}
+
+// Until its next barrier, or its end.
+static void run(Fiber& fiber) {
+  if (_setjmp(scheduler)) return;
+  if (fiber.started) _longjmp(fiber.here, 1);
+  fiber.started = true;
+  swapcontext(&unused, &fiber.start);
 }
 
 static void run_block(unsigned num_threads) {
-  fibers.resize(num_threads);
+  while (fibers.size() < num_threads) add_fiber();
+  for (unsigned i = 0; i < num_threads; ++i) fibers[i].finished = false;
   for (auto& values : exchanged) values.assign(num_threads, 0.0f);
   exchanges.assign(num_threads, 0);
-  for (unsigned i = 0; i < num_threads; ++i) {
-    Fiber& fiber = fibers[i];
-    fiber.stack.resize(kStack);
-    fiber.finished = false;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, run_fiber, 0);
-  }
   for (unsigned running = num_threads; running;) {
     unsigned stopped = 0;
     for (unsigned n = 0; n < num_threads; ++n) {
       threadIdx.x = backwards ? num_threads - 1 - n : n;
       Fiber& fiber = fibers[threadIdx.x];
       if (fiber.finished) continue;
-      swapcontext(&scheduler, &fiber.context);
+      run(fiber);
       stopped += fiber.finished;
     }
     running -= stopped;

@@ -1,23 +1,32 @@
 """`linear_kd_loss` with the head cut over 2 and 4 gloo ranks; hidden states whole and cut, too.
 
-Compared with the reference `kd_loss` on whole logits in one process, in fp64. Four ranks are forked
-once; they form one group of 4 and two groups of 2. Letters: T tokens, D and E widths, V vocabulary.
+Compared with plain autograd on whole logits in one process, in fp64. Four ranks are forked once;
+they form one group of 4 and two groups of 2. Letters: T tokens, D and E widths, V vocabulary.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from bodies import BODIES, chosen, cuda_on_cpu
+from loss_cases import (
+    LinearCase,
+    LinearResult,
+    assert_as_exact_as_autograd,
+    autograd_linear_result,
+    linear_arguments,
+    make_linear_case,
+    without_teacher,
+)
 from ranks import run_ranks
 from torch import Tensor
 
-from megatron_salt.kernels import Chunking, VocabShard, kd_loss, linear_kd_loss, padded_vocab_size
+from megatron_salt.kernels import Chunking, VocabShard, linear_kd_loss, padded_vocab_size
 
 pytestmark = pytest.mark.distributed
 
@@ -26,114 +35,72 @@ T, D, E = 48, 12, 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class Cut:
+    """A case, and how its head and its tokens are cut."""
+
     V: int = 251
     tp_size: int
-    sequence_parallel: bool = False
-    chunk_bytes: int = 1 << 30
+    sequence_parallel: bool
+    chunk_bytes: int = 6_000
     dtype: torch.dtype = torch.float32
     teacher: bool = True
     b: float = 1.0
     strided: bool = False
 
+    @functools.cached_property
+    def case(self) -> LinearCase:
+        case = make_linear_case(T, self.V, D, E, b=self.b).rounded(self.dtype)
+        return case if self.teacher else without_teacher(case)
 
-CASES = {
-    f"{name}, tp {tp_size}{', sequence parallel' * sequence_parallel}": Case(
+
+CUTS = {
+    f"{name}, tp {tp_size}{', sequence parallel' * sequence_parallel}": Cut(
         tp_size=tp_size, sequence_parallel=sequence_parallel, **settings
     )
     for name, settings in {
-        "one chunk": dict(),
-        "chunks": dict(chunk_bytes=6_000),
+        "one chunk": dict(chunk_bytes=1 << 30),
+        "chunks": dict(),
         "smallest chunks": dict(chunk_bytes=3_200),
-        "chunks, b = 2": dict(chunk_bytes=6_000, b=2.0),
-        "empty shards": dict(V=123, chunk_bytes=6_000),
+        "empty shards, b = 2": dict(V=123, b=2.0),
         "bf16": dict(dtype=torch.bfloat16, chunk_bytes=8_000),
-        "strided hidden states": dict(strided=True, chunk_bytes=6_000),
-        "no teacher": dict(teacher=False, chunk_bytes=6_000),
+        "strided hidden states, no teacher": dict(strided=True, teacher=False),
     }.items()
     for tp_size in (2, 4)
     for sequence_parallel in (False, True)
 }
-RUNS = [(body, name) for body in BODIES for name in CASES]
+RUNS = [(body, name) for body in BODIES for name in CUTS]
 
 
-def make_inputs(case: Case) -> dict[str, Tensor]:
-    rng = torch.Generator().manual_seed(11)
-    normal = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64)
-    labels = torch.randint(case.V, (T,), generator=rng)
-    edges = [column for column in (0, 63, 64, 127, 128, case.V - 1) if column < case.V]
-    labels[: len(edges)] = torch.tensor(edges)
-    mask = (torch.rand(T, generator=rng) > 0.2).double()
-    inputs = {
-        "hidden": normal(T, D), "weight": normal(case.V, D) / 2, "teacher_hidden": normal(T, E),
-        "teacher_weight": normal(case.V, E) / 2,
-    }  # fmt: skip
-    inputs = {name: value.to(case.dtype).double() for name, value in inputs.items()}
-    ce_weight, kd_weight = (torch.rand(2, T, generator=rng, dtype=torch.float64) + 0.1) * mask
-    return inputs | {
-        "labels": labels, "ce_weight": ce_weight, "kd_weight": kd_weight * float(case.teacher)
-    }  # fmt: skip
-
-
-def whole(case: Case, dtype: torch.dtype) -> list[Tensor]:
-    """(loss, ce_T, kl_T, hidden gradient, head gradient) of one process with whole logits."""
-    x = make_inputs(case)
-    hidden, weight = (x[name].to(dtype).requires_grad_() for name in ("hidden", "weight"))
-    teacher = None
-    if case.teacher:
-        teacher = x["teacher_hidden"].to(dtype) @ x["teacher_weight"].to(dtype).t()
-    result = kd_loss(
-        hidden @ weight.t(), teacher, x["labels"], ce_weight_T=x["ce_weight"],
-        kd_weight_T=x["kd_weight"], vocab=VocabShard(size=case.V, start=0, stop=case.V),
-        student_temperature=case.b, impl="reference",
-    )  # fmt: skip
-    hidden_grad, weight_grad = torch.autograd.grad(result.loss, (hidden, weight))
-    return [result.loss.detach(), result.ce_T, result.kl_T, hidden_grad, weight_grad]
-
-
-def run_case(body: str, case: Case, group: dist.ProcessGroup) -> list[Any]:
-    """The same five, put together from all ranks of the group."""
-    x = make_inputs(case)
+def run_cut(body: str, cut: Cut, group: dist.ProcessGroup) -> list[Any]:
+    """A `LinearResult`, put together from all ranks of the group."""
     tp_rank = dist.get_rank(group)
-    padded_size = padded_vocab_size(case.V, 64, case.tp_size)
-    shards = [
-        VocabShard.of_rank(size=case.V, padded_size=padded_size, tp_rank=rank, tp_size=case.tp_size)
-        for rank in range(case.tp_size)
-    ]
-    vocab, W = shards[tp_rank], padded_size // case.tp_size
-
-    def head_shard(weight: Tensor) -> Tensor:
-        shard = torch.full((W, weight.shape[1]), 7.0, dtype=case.dtype)  # padding is not zeros
-        shard[: vocab.num_columns] = weight[vocab.start : vocab.stop]
-        return shard
-
-    hidden = x["hidden"].to(case.dtype)
-    if case.sequence_parallel:
-        hidden = hidden.chunk(case.tp_size)[tp_rank].clone()
-    if case.strided:
+    size = padded_vocab_size(cut.V, 64, cut.tp_size)
+    of_rank = functools.partial(VocabShard.of_rank, size=cut.V, padded_size=size)
+    shards = [of_rank(tp_rank=rank, tp_size=cut.tp_size) for rank in range(cut.tp_size)]
+    vocab = shards[tp_rank]
+    arguments = linear_arguments(cut.case, cut.dtype, size // cut.tp_size, vocab)
+    hidden, head = arguments["student_hidden_TD"].detach(), arguments["student_weight_WD"]
+    if cut.sequence_parallel:
+        hidden = hidden.chunk(cut.tp_size)[tp_rank].clone()
+    if cut.strided:
         hidden = hidden.t().contiguous().t()
     hidden.requires_grad_()
-    weight = head_shard(x["weight"]).requires_grad_()
     chunking = Chunking(
-        chunk_bytes=case.chunk_bytes, tp_group=group, sequence_parallel=case.sequence_parallel
+        chunk_bytes=cut.chunk_bytes, tp_group=group, sequence_parallel=cut.sequence_parallel
     )
     with chosen(body):
-        result = linear_kd_loss(
-            hidden, weight, x["teacher_hidden"].to(case.dtype) if case.teacher else None,
-            head_shard(x["teacher_weight"]) if case.teacher else None, x["labels"],
-            ce_weight_T=x["ce_weight"], kd_weight_T=x["kd_weight"], vocab=vocab,
-            student_temperature=case.b, chunking=chunking,
-        )  # fmt: skip
+        changes = {"student_hidden_TD": hidden, "chunking": chunking}
+        result = linear_kd_loss(**(arguments | changes))
     result.loss.backward()
-    assert hidden.grad is not None and weight.grad is not None
-    assert (weight.grad[vocab.num_columns :] == 0).all(), "padding must have no gradient"
-    heads = _gathered(weight.grad, group)
-    weight_grad = torch.cat([g[: s.num_columns] for g, s in zip(heads, shards, strict=True)])
+    assert hidden.grad is not None and head.grad is not None
+    assert (head.grad[vocab.num_columns :] == 0).all(), "padding must have no gradient"
+    heads = _gathered(head.grad, group)
+    head_grad = torch.cat([g[: s.num_columns] for g, s in zip(heads, shards, strict=True)])
     parts = _gathered(hidden.grad, group)
-    if not case.sequence_parallel:
+    if not cut.sequence_parallel:
         assert all(torch.equal(part, parts[0]) for part in parts), "alike on every rank"
         parts = parts[:1]
-    values = [result.loss.detach(), result.ce_T, result.kl_T, torch.cat(parts), weight_grad]
+    values = [result.loss.detach(), result.ce_T, result.kl_T, torch.cat(parts), head_grad]
     return [value.double().numpy() for value in values]
 
 
@@ -143,51 +110,36 @@ def _gathered(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     return found
 
 
-def run_everything() -> dict[tuple[str, str], list[np.ndarray]]:
+def run_everything() -> dict[tuple[str, str], list[Any]]:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     world = dist.group.WORLD
     assert world is not None
     groups = {2: pairs[dist.get_rank() // 2], 4: world}
-    return {
-        (body, name): run_case(body, CASES[name], groups[CASES[name].tp_size])
-        for body, name in RUNS
-    }
+    return {(body, name): run_cut(body, CUTS[name], groups[CUTS[name].tp_size])
+            for body, name in RUNS}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def by_rank() -> list[dict[tuple[str, str], list[np.ndarray]]]:
-    cuda_on_cpu()  # built once, before there are ranks
-    return run_ranks(WORLD_SIZE, run_everything)
-
-
-NAMES = ("loss", "ce", "kl", "hidden gradient", "head gradient")
-
-
-@pytest.mark.parametrize(("body", "name"), RUNS)
-def test_values_and_gradients_match_one_process(body: str, name: str, by_rank: list[Any]) -> None:
-    case = CASES[name]
-    exact, plain = whole(case, torch.float64), whole(case, case.dtype)
-    for rank in range(WORLD_SIZE):
-        for what, got, wanted, theirs in zip(
-            NAMES, by_rank[rank][body, name], exact, plain, strict=True
-        ):
-            error = lambda x, exact=wanted: float((x.double() - exact).norm() / exact.norm())
-            if what == "kl" and not case.teacher:
-                assert (got == 0).all()
-                continue
-            bound = 2 * error(theirs) + 1e-6
-            assert error(torch.from_numpy(got)) <= bound, f"rank {rank}: {what}"
+def by_rank() -> list[dict[tuple[str, str], LinearResult]]:
+    cuda_on_cpu()  # loaded once, before there are ranks
+    return [
+        {run: LinearResult(*map(torch.from_numpy, values)) for run, values in found.items()}
+        for found in run_ranks(WORLD_SIZE, run_everything)
+    ]
 
 
 @pytest.mark.parametrize(("body", "name"), RUNS)
-def test_every_rank_of_a_group_has_the_same(body: str, name: str, by_rank: list[Any]) -> None:
-    for rank in range(1, WORLD_SIZE):
-        for what, mine, first in zip(
-            NAMES, by_rank[rank][body, name], by_rank[0][body, name], strict=True
-        ):
-            assert np.array_equal(mine, first), what
+def test_values_and_gradients_match_one_process_alike_on_every_rank(
+    body: str, name: str, by_rank: list[Any]
+) -> None:
+    cut, got = CUTS[name], by_rank[0][body, name]
+    exact, plain = (autograd_linear_result(cut.case, x) for x in (torch.float64, cut.dtype))
+    assert_as_exact_as_autograd(got, plain, exact, tolerance=1e-6, norm=2)
+    for found in by_rank[1:]:
+        for what, mine, first in zip(LinearResult._fields, found[body, name], got, strict=True):
+            assert torch.equal(mine, first), what
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
@@ -202,4 +154,4 @@ def test_chunks_do_not_change_values(
         )
         for cut in (many, single):
             for a, b in zip(one, cut, strict=True):
-                assert np.allclose(a, b, rtol=1e-5, atol=1e-6)
+                assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
@@ -15,9 +14,10 @@ from megatron_salt.kernels import Chunking, VocabShard, padded_vocab_size, token
 T, E = 48, 12
 
 
-def _scores(vocab_size: int, sequence_parallel: bool) -> dict[str, np.ndarray]:
-    dist.init_process_group("gloo")
-    rank, size = dist.get_rank(), dist.get_world_size()
+def _scores(
+    vocab_size: int, group: dist.ProcessGroup | None, sequence_parallel: bool = False
+) -> dict[str, np.ndarray]:
+    rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     rng = torch.Generator().manual_seed(3)
     hidden = torch.randn(T, E, generator=rng) * 2
     weight = torch.randn(vocab_size, E, generator=rng)
@@ -29,9 +29,7 @@ def _scores(vocab_size: int, sequence_parallel: bool) -> dict[str, np.ndarray]:
     mine[: vocab.num_columns] = weight[vocab.start : vocab.stop]
     if sequence_parallel:
         hidden = hidden.chunk(size)[rank]
-    chunking = Chunking(
-        chunk_bytes=6_000, tp_group=dist.group.WORLD, sequence_parallel=sequence_parallel
-    )
+    chunking = Chunking(chunk_bytes=6_000, tp_group=group, sequence_parallel=sequence_parallel)
     scores = token_scores(
         hidden, mine, labels, vocab=vocab, chunking=chunking,
         want=("ce", "likelier", "entropy", "confidence", "correct"),
@@ -39,15 +37,31 @@ def _scores(vocab_size: int, sequence_parallel: bool) -> dict[str, np.ndarray]:
     return {name: value.numpy() for name, value in scores._asdict().items()}  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("vocab_size", [251, 123])  # 123: the last of 4 ranks has padding only
-@pytest.mark.parametrize(("tp", "sequence_parallel"), [(2, False), (4, False), (2, True)])
-def test_shards_give_what_the_whole_gives(
-    tp: int, sequence_parallel: bool, vocab_size: int
-) -> None:
-    expected: dict[str, Any] = run_ranks(1, _scores, vocab_size, False)[0]
-    for got in run_ranks(tp, _scores, vocab_size, sequence_parallel):
-        np.testing.assert_array_equal(got["likelier_T"], expected["likelier_T"])
-        np.testing.assert_array_equal(got["correct_T"], expected["correct_T"])
-        for name in ("ce_T", "entropy_T", "confidence_T"):
-            np.testing.assert_allclose(got[name], expected[name], rtol=1e-5, atol=1e-5)
-    assert len(set(expected["likelier_T"].tolist())) > 20  # ranks of all kinds were compared
+VOCAB_SIZES = (251, 123)  # 123: the last of 4 ranks has padding only
+WAYS = [(2, False), (4, False), (2, True)]
+
+
+def _all_scores() -> dict[tuple[int, int, bool], dict[str, np.ndarray]]:
+    dist.init_process_group("gloo")
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    groups = {2: pairs[dist.get_rank() // 2], 4: dist.group.WORLD}
+    return {
+        (vocab_size, tp, sequence_parallel): _scores(vocab_size, groups[tp], sequence_parallel)
+        for vocab_size in VOCAB_SIZES
+        for tp, sequence_parallel in WAYS
+    }
+
+
+def test_shards_give_what_the_whole_gives() -> None:
+    expected: dict[int, Any] = {size: _scores(size, None) for size in VOCAB_SIZES}
+    for found in run_ranks(4, _all_scores):
+        for way, got in found.items():
+            wanted = expected[way[0]]
+            for name in ("likelier_T", "correct_T"):
+                np.testing.assert_array_equal(got[name], wanted[name], err_msg=f"{name}, {way}")
+            for name in ("ce_T", "entropy_T", "confidence_T"):
+                np.testing.assert_allclose(
+                    got[name], wanted[name], rtol=1e-5, atol=1e-5, err_msg=f"{name}, {way}"
+                )
+    for wanted in expected.values():  # ranks of all kinds were compared
+        assert len(set(wanted["likelier_T"].tolist())) > 20

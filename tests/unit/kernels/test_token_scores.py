@@ -31,8 +31,9 @@ def oracle(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     return -log_p.gather(1, labels[:, None])[:, 0], rank, -(log_p.exp() * log_p).sum(dim=1)
 
 
-@pytest.mark.parametrize("chunk_bytes", [1 << 30, 40_000])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "chunk_bytes"), [(torch.float32, 1 << 30), (torch.bfloat16, 40_000)], ids=str
+)
 @pytest.mark.parametrize("body", BODIES)
 def test_scores_equal_fp64(body: str, dtype: torch.dtype, chunk_bytes: int) -> None:
     hidden, weight, labels = make_case(dtype)
