@@ -144,7 +144,7 @@ class SaltConfig:
     """The method: a KD phase of kd_steps, then plain training. See docs/method.md."""
 
     kd_steps: int = 0
-    """Length of the KD phase in optimiser steps, its greatest with the adaptive switch; 0: none."""
+    """Length n_KD of the KD phase in optimiser steps; with switch adaptive at most. 0: none."""
     switch: Literal["fixed", "adaptive"] = "fixed"
     """When the KD phase ends. fixed: after kd_steps. adaptive: once evaluations show that the
     teacher no longer helps, after kd_steps at the latest."""
