@@ -458,18 +458,18 @@ def measure_one_launch(run: Run, T: int, W: int, dtype: torch.dtype) -> dict[str
         logits = (x.student_TW.detach().to(dtype), x.teacher_TW.to(dtype))
         sets.append(LossInputs(*logits, x.labels_T, x.weight_T, x.weight_T))
     del x, logits
-    body = choose_backend(IMPL, device=sets[0].labels_T.device, dtypes=frozenset({dtype, BF16}))
+    backend = choose_backend(IMPL, device=sets[0].labels_T.device, dtypes=frozenset({dtype, BF16}))
     options, one = LossOptions(vocab=whole(W)), torch.ones((), device=DEVICE)
 
-    def call(rows: LossInputs) -> tuple[Tensor, Tensor]:
-        gradient = torch.empty_like(rows.student_TW, dtype=BF16)
-        scores = body.scores_and_gradient_(rows, options, None, one, gradient)
+    def call(inputs: LossInputs) -> tuple[Tensor, Tensor]:
+        gradient = torch.empty_like(inputs.student_TW, dtype=BF16)
+        scores = backend.scores_and_gradient_(inputs, options, None, one, gradient)
         return scores.loss_T.sum(), gradient
 
-    rows = sets[0]
-    bf16 = Logits(rows.student_TW.to(BF16), rows.teacher_TW.to(BF16), *rows[2:4])
-    found = errors(call(rows), exact_results(bf16), ["gradient_error"])
-    graphs = [captured(functools.partial(call, rows)) for rows in sets]
+    inputs = sets[0]
+    bf16 = Logits(inputs.student_TW.to(BF16), inputs.teacher_TW.to(BF16), *inputs[2:4])
+    found = errors(call(inputs), exact_results(bf16), ["gradient_error"])
+    graphs = [captured(functools.partial(call, inputs)) for inputs in sets]
     found["graph_ms"] = times_ms([graph.replay for graph in graphs])
     return with_bandwidth(run, found, (2 * dtype.itemsize + BF16.itemsize) * T * W)
 

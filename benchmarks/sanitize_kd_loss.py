@@ -73,9 +73,9 @@ def main() -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("sanitize_kd_loss.py needs a CUDA device; this machine has none", file=sys.stderr)
         return 2
-    body = load_body(args.device)
-    if isinstance(body, str):
-        print(f"the kernels cannot be loaded: {body}", file=sys.stderr)
+    backend = load_backend(args.device)
+    if isinstance(backend, str):
+        print(f"the kernels cannot be loaded: {backend}", file=sys.stderr)
         return 2
     mismatches = []
     num_cases = num_comparisons = 0
@@ -87,7 +87,7 @@ def main() -> int:
             student_place = PLACES[variant % len(PLACES)]
             teacher_place = PLACES[(variant // 2 + 1) % len(PLACES)]
             case = Case(kind, num_columns, a, b, student_place, teacher_place, args.device)
-            for name, got, exact, allowed in case.compared(body):
+            for name, got, exact, allowed in case.compared(backend):
                 num_comparisons += 1
                 if not bool(((got - exact).abs() <= allowed).all()):  # false for nan
                     mismatches.append(f"{kind}, {num_columns} columns, a = {a}, b = {b}: {name}")
@@ -96,12 +96,12 @@ def main() -> int:
         torch.cuda.synchronize()
     for mismatch in mismatches:
         print(f"MISMATCH: {mismatch}", file=sys.stderr)
-    print(f"{body.name}: {num_cases} cases, {num_comparisons} comparisons, "
+    print(f"{backend.name}: {num_cases} cases, {num_comparisons} comparisons, "
           f"{len(mismatches)} mismatches")  # fmt: skip
     return 1 if mismatches else 0
 
 
-def load_body(device: str) -> CompiledBackend | str:
+def load_backend(device: str) -> CompiledBackend | str:
     if device == "cpu":
         return load("native")
     major, minor = torch.cuda.get_device_capability()
@@ -175,14 +175,14 @@ class Case:
             self.small[0].cpu(),
             *(weight.cpu().double() for weight in self.small[1:]),
         )
-        options, body = self.options(self.vocab), ReferenceBackend()
-        scores = body.scores(rows, options, None)
+        options, backend = self.options(self.vocab), ReferenceBackend()
+        scores = backend.scores(rows, options, None)
         gradient = torch.empty_like(rows.student_TW, memory_format=torch.contiguous_format)
         upstream = self.upstream.cpu().double()
-        body.gradient_(rows, options, scores.saved, upstream, gradient)
+        backend.gradient_(rows, options, scores.saved, upstream, gradient)
         return torch.stack(scores[:3]), gradient[:, : self.num_columns]
 
-    def compared(self, body: CompiledBackend) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    def compared(self, backend: CompiledBackend) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
         """name, result, exact result, allowed deviation, for each way of computing it."""
         values, gradient = self.exact()
         finfo = torch.finfo(self.kind.gradient)
@@ -192,7 +192,7 @@ class Case:
             "gradient": finfo.eps * gradient.abs() + slack,
         }
         for way in (self.two_passes, self.one_launch, self.in_parts):
-            got_values, got_TW = way(body)
+            got_values, got_TW = way(backend)
             yield f"values of {way.__name__}", got_values.cpu().double(), values, allowed["values"]
             got = got_TW.cpu().double()
             padding = got[:, self.num_columns :]
@@ -205,24 +205,24 @@ class Case:
         shape = self.student_TW.shape
         return torch.full(shape, torch.nan, dtype=self.kind.gradient, device=self.device)
 
-    def two_passes(self, body: CompiledBackend) -> tuple[Tensor, Tensor]:
+    def two_passes(self, backend: CompiledBackend) -> tuple[Tensor, Tensor]:
         rows, options = self.rows(self.vocab), self.options(self.vocab)
-        loss_T, ce_T, kl_T, saved = body.scores(rows, options, None)
+        loss_T, ce_T, kl_T, saved = backend.scores(rows, options, None)
         out_TW = self.empty_gradient()
-        body.gradient_(rows, options, saved, self.upstream, out_TW)
+        backend.gradient_(rows, options, saved, self.upstream, out_TW)
         return torch.stack([loss_T, ce_T, kl_T]), out_TW
 
-    def one_launch(self, body: CompiledBackend) -> tuple[Tensor, Tensor]:
+    def one_launch(self, backend: CompiledBackend) -> tuple[Tensor, Tensor]:
         """Over a copy of the logits where the gradient has their dtype."""
         rows, options = self.rows(self.vocab), self.options(self.vocab)
         out_TW = self.empty_gradient()
         if self.kind.gradient == self.kind.student:
             out_TW = copy_in_place(self.student_TW)
             rows = rows._replace(student_TW=out_TW)
-        scores = body.scores_and_gradient_(rows, options, None, self.upstream, out_TW)
+        scores = backend.scores_and_gradient_(rows, options, None, self.upstream, out_TW)
         return torch.stack(scores[:3]), out_TW
 
-    def in_parts(self, body: CompiledBackend) -> tuple[Tensor, Tensor]:
+    def in_parts(self, backend: CompiledBackend) -> tuple[Tensor, Tensor]:
         """As ranks of a tensor-parallel group compute it, one after the other."""
         size = self.num_columns
         cuts = (0, size // 3, size, size)  # the last part is empty
@@ -237,18 +237,18 @@ class Case:
         maxima = [self.small[1].new_empty((num_maxima, TOKENS)) for _ in parts]
         sums = [self.small[1].new_empty((num_sums, TOKENS)) for _ in parts]
         for vocab, maximum, total in zip(parts, maxima, sums, strict=True):
-            with body._described(self.rows(vocab), self.options(vocab)) as described:
-                body._call("salt_local_sums", described, maximum, total, None)
+            with backend._described(self.rows(vocab), self.options(vocab)) as described:
+                backend._call("salt_local_sums", described, maximum, total, None)
         global_maxima = maxima[0].clone()
         for maximum in maxima[1:]:
             global_maxima = torch.maximum(global_maxima, maximum)
         for vocab, maximum, total in zip(parts, maxima, sums, strict=True):
-            with body._described(self.rows(vocab), self.options(vocab)) as described:
-                body._call("salt_rescale", described, global_maxima, maximum, total)
+            with backend._described(self.rows(vocab), self.options(vocab)) as described:
+                backend._call("salt_rescale", described, global_maxima, maximum, total)
         global_sums = sums[0] + sums[1] + sums[2]
         values = self.small[1].new_empty((3, TOKENS))
-        with body._described(self.rows(parts[0]), self.options(parts[0])) as described:
-            body._call("salt_finish", described, global_maxima, global_sums, values)
+        with backend._described(self.rows(parts[0]), self.options(parts[0])) as described:
+            backend._call("salt_finish", described, global_maxima, global_sums, values)
         out_TW = self.empty_gradient()
         saved = (global_maxima, global_sums)
         for vocab in parts:
@@ -256,10 +256,10 @@ class Case:
             width = rows.student_TW.shape[1]
             if vocab.num_columns:
                 part_TW = out_TW[:, vocab.start : vocab.start + width]
-                body.gradient_(rows, options, saved, self.upstream, part_TW)
+                backend.gradient_(rows, options, saved, self.upstream, part_TW)
                 continue
             nothing_TW = out_TW.new_full((TOKENS, width), torch.nan)
-            body.gradient_(rows, options, saved, self.upstream, nothing_TW)
+            backend.gradient_(rows, options, saved, self.upstream, nothing_TW)
             if not bool((nothing_TW == 0).all()):
                 out_TW.fill_(torch.nan)  # a mismatch, then
         return values, out_TW

@@ -2,7 +2,7 @@
 
 A leaf of the import graph: standard library, yaml and jsonargparse only, so `--help` and a misspelt
 key answer in a second. The DeepSpeed JSON, which alone owns batch sizes, precision, optimiser, ZeRO
-and clipping, is read in `config/deepspeed.py`.
+and clipping, is read in `deepspeed.py`. `--help` prints each field's docstring by itself.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class ModelConfig:
     ffn_hidden_size: int | None = None
     """Inner width of the MLP; null: 4 * hidden_size."""
     max_position_embeddings: int | None = None
-    """Rows of the learned position table; null: data.seq_length. Unused with rope."""
+    """Positions in the table of learned_absolute; null: data.seq_length. Unused with rope."""
     position_embedding_type: Literal["rope", "learned_absolute"] = "rope"
-    """How positions enter: rotary embeddings, or a learned table as in GPT-2."""
+    """Position embeddings: rotary (rope), or a learned table as in GPT-2 (learned_absolute)."""
     rotary_base: int = 10000
     """Base period of the rotary embeddings."""
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
@@ -79,18 +79,18 @@ class ParallelConfig:
     """How the student is cut over ranks. The data-parallel size is what is left of the world."""
 
     tensor_model_parallel_size: int = 1
-    """Ranks that share each layer's matrices."""
+    """Tensor-parallel size: how many ranks share each layer's matrices."""
     pipeline_model_parallel_size: int = 1
-    """Pipeline stages. More than one needs ZeRO stage <= 1 (DeepSpeed's limit)."""
+    """Number of pipeline stages. More than one needs ZeRO stage <= 1 (DeepSpeed's limit)."""
     sequence_parallel: bool = False
-    """Shard activations between the tensor-parallel regions along the sequence."""
+    """Shard the activations between tensor-parallel regions along the sequence (Megatron's)."""
     recompute_granularity: Literal["none", "full"] = "none"
     """Activation checkpointing: full keeps only each layer's input and recomputes the rest."""
     gradient_accumulation_fusion: bool = False
-    """Add the linears' weight gradients up in fp32 within the matrix product (Megatron's), with
-    apex or without. For bf16 with ZeRO 1 and fp32 sums. Not tried on a GPU yet."""
+    """Add the linear layers' weight gradients up in fp32 within the matrix product (Megatron's),
+    with apex or without. For bf16 with ZeRO 1 and fp32 sums. Not tried on a GPU yet."""
     timeout_minutes: float = 30.0
-    """A collective that waits longer than this ends the run on every rank; fractions count."""
+    """A collective that waits longer than this ends the run on every rank. May be a fraction."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,24 +100,24 @@ class DataConfig:
     train_data_path: list[TextOrNumber] = field(default_factory=list)
     """Training datasets: PREFIX, or WEIGHT PREFIX WEIGHT PREFIX … to blend several."""
     valid_data_path: list[TextOrNumber] = field(default_factory=list)
-    """Held-out datasets, PREFIX …, scored in equal parts; empty: the second part of data.split."""
+    """Held-out datasets, PREFIX …, scored in equal parts; empty: split off by data.split."""
     split: str = "99,1"
-    """Shares of documents for training and held-out when valid_data_path is empty."""
+    """TRAIN,HELD_OUT: shares of the documents; only where data.valid_data_path is empty."""
     tokenizer: str | None = None
     """Tokenizer file or directory; null: the copy that preprocess_data.py put beside the data."""
     tags: list[str] = field(default_factory=list)
-    """Tags of tools/tag_data.py, one --output-prefix per training dataset, in their order."""
+    """Token tags: the --output-prefix of tools/tag_data.py for each training dataset, in order."""
     seq_length: int = 2048
-    """Tokens per training sequence (S)."""
+    """Tokens per sequence (S), training and held-out."""
     eod_mask_loss: bool = False
     """Give no loss to positions whose input is the end-of-document token."""
     objective: list[TextOrNumber] = field(default_factory=lambda: [TextOrNumber("causal")])
-    """What rows ask of the model: causal, prefix or span_corruption, or WEIGHT NAME WEIGHT NAME …
-    to mix them (UL2). Held-out samples are always causal."""
+    """Training objective of a sequence: causal, prefix or span_corruption; or WEIGHT NAME WEIGHT
+    NAME … to mix them (UL2). Held-out sequences are always causal."""
     span_corruption_rate: float = 0.15
-    """Share of a row's tokens that span_corruption replaces by sentinels."""
+    """Objective span_corruption: share of a sequence's tokens that sentinels replace."""
     span_mean_length: float = 3.0
-    """Mean length in tokens of the spans of span_corruption."""
+    """Objective span_corruption: mean length of a replaced span, in tokens."""
     cache_path: str | None = None
     """Folder for megatron-core's index files; null: train.output_dir/index_cache."""
 
@@ -127,16 +127,16 @@ class TeacherConfig:
     """The small language model that teaches."""
 
     checkpoint: str | None = None
-    """A megatron_salt checkpoint (or a run's output_dir: its last one); null: no teacher."""
+    """The teacher: a megatron_salt checkpoint, or a run's output_dir (its last one). null: none."""
     max_valid_ce_gap_nats: float = 0.05
-    """Refuse a teacher whose held-out CE is further than this from the one stored with it. Checked
-    when the held-out samples are the same ones; otherwise both are printed."""
+    """Refuse a teacher whose held-out CE (nats per token) is further than this from the one stored
+    in its checkpoint. Where the held-out samples differ both are printed instead."""
     placement: Literal["auto", "bubble", "before_step"] = "auto"
-    """When the teacher works: bubble, on the next batch, where this one's pipeline would wait;
-    before_step, on this batch. The numbers are the same. auto: bubble with several stages."""
+    """When the teacher runs. before_step: on this batch, before its step. bubble: on the next one,
+    while pipeline stages would wait. Same results. auto: bubble with several stages."""
     forward_chunks: int | None = None
-    """Parts, by layers, into which bubble cuts a forward pass of the teacher; null: as many as fit
-    well, at least 4."""
+    """Placement bubble: into how many chunks of layers a forward pass of the teacher is cut; null:
+    as many as fit well, at least 4."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,63 +144,63 @@ class SaltConfig:
     """The method: a KD phase of kd_steps, then plain training. See docs/method.md."""
 
     kd_steps: int = 0
-    """Length n_KD of the KD phase in optimiser steps, with the adaptive switch its longest; 0: no
-    KD phase."""
+    """Length n_KD of the KD phase in optimiser steps; with switch adaptive at most. 0: none."""
     switch: Literal["fixed", "adaptive"] = "fixed"
-    """When the KD phase ends: after kd_steps, or once the teacher does not help any more by the
-    rule of docs/method.md, then at kd_steps at the latest."""
+    """When the KD phase ends. fixed: after kd_steps. adaptive: once evaluations show that the
+    teacher no longer helps, after kd_steps at the latest."""
     min_kd_steps: int = 0
-    """Shortest KD phase of the adaptive switch, in optimiser steps."""
+    """Adaptive switch: least length of the KD phase, in optimiser steps."""
     switch_margin_nats: float = 0.0
-    """The adaptive switch: the teacher does not help where the student's held-out CE exceeds its
-    own by this at most, in nats per token."""
+    """Adaptive switch: student's held-out CE less the teacher's, in nats per token, at or below
+    which the teacher counts as no longer helping."""
     switch_better_share: float = 0.0
-    """The adaptive switch: nor does it where its loss is the smaller one on this share of the
-    held-out tokens at most. 0: the CEs alone decide."""
+    """Adaptive switch: share of held-out tokens on which the teacher's loss is lower than the
+    student's. At or below it the teacher counts as no longer helping. 0: the CEs alone decide."""
     switch_patience: int = 2
-    """The adaptive switch: evaluations in a row that must find so."""
+    """Adaptive switch: how many evaluations in a row must find that the teacher no longer helps."""
     kd_weight: float = 0.5
-    """w in (1-w) CE + w KL at its highest."""
+    """Greatest weight w of the KL in the loss (1 - w) CE + w KL of the KD phase."""
     transition: Transition = "step"
-    """How w goes to 0: see megatron_salt/salt.py for the formulas."""
+    """How w changes within the KD phase. constant, step: not at all; the others make it fall. The
+    formulas are in megatron_salt/method/salt.py."""
     transition_steps: int = 0
-    """Window of linear_decay, linear_ratio_decay and the decay of wsd, inside the KD phase."""
+    """Over how many of the KD phase's last steps w falls: linear_decay, linear_ratio_decay, wsd."""
     warmup_steps: int = 0
-    """Rise of w from 0, for the wsd transition."""
+    """Transition wsd: over how many of the first steps w rises from 0 to kd_weight."""
     inheritance_slope: float = 1.0
-    """Slope of knowledge_inheritance: w = max(kd_weight - slope * step / kd_steps, 0)."""
+    """Transition knowledge_inheritance: w = max(kd_weight - slope * step / kd_steps, 0)."""
     teacher_temperature: float = 1.0
-    """Divides the teacher's logits in the KL."""
+    """Divides the teacher's logits in the KL. No tau^2 factor is applied."""
     student_temperature: float = 1.0
     """Divides the student's logits in the KL (never in the CE). No tau^2 factor is applied."""
     divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "mse"] = "forward_kl"
-    """What stands in place of KL(teacher || student). Compiled code computes forward_kl; the others
-    are computed by the slower reference."""
+    """Divergence of student from teacher. forward_kl is KL(teacher || student), in compiled code;
+    the others are computed by the slower reference."""
     logits_dtype: Literal["fp32", "model"] = "fp32"
-    """Precision of the logits: fp32, or the model's (the DeepSpeed JSON's), which is faster and
-    rounds away small differences between student and teacher."""
+    """Precision of the logits: fp32, or that of the model (the DeepSpeed JSON's). The latter is
+    faster, and rounds away small differences between student and teacher."""
     selection: list[str] = field(default_factory=list)
-    """Tables of tools/tag_data.py or select_data.py, one per training dataset: the KD phase reads
-    their selected sequences only, the LM phase everything."""
+    """Selections made by tools/tag_data.py or tools/select_data.py, one per training dataset. The
+    KD phase reads only the selected sequences, the LM phase all."""
     kd_tokens: Literal["all", "tagged", "untagged", "low_entropy", "high_entropy",
                        "teacher_better"] = "all"  # fmt: skip
-    """Tokens that are taught: by the mask of data.tags, by the teacher's entropy (kd_token_share of
-    each sequence), or where the teacher's loss is below the student's."""
+    """Tokens that get a KL. tagged, untagged: by the mask of data.tags. low_entropy, high_entropy:
+    by the teacher's entropy. teacher_better: where the teacher's loss is below the student's."""
     kd_token_share: float = 1.0
-    """Share of a sequence's tokens taken by low_entropy or high_entropy."""
+    """kd_tokens low_entropy or high_entropy: share of each sequence's tokens that get a KL."""
     untaught_ce: Literal["full", "mixed"] = "full"
-    """CE weight of tokens that kd_tokens leaves out: full, 1; mixed, 1 - w as the taught ones."""
+    """Weight of the CE of tokens that kd_tokens gives no KL: 1 (full), or 1 - w (mixed)."""
     ce_tokens: Literal["all", "tagged", "untagged", "excess_loss"] = "all"
-    """Tokens whose CE counts in the KD phase: by the mask, or the ce_token_share of each sequence
-    with the largest student loss - reference loss (the teacher's, or that of data.tags)."""
+    """Tokens whose CE counts in the KD phase. tagged, untagged: by the mask of data.tags.
+    excess_loss: largest student loss less reference loss (the teacher's, or that in data.tags)."""
     ce_token_share: float = 1.0
-    """Share of a sequence's tokens taken by excess_loss."""
+    """ce_tokens excess_loss: share of each sequence's tokens whose CE counts."""
     loss_chunk_mib: int = 1024
-    """MiB for what is made for one chunk of tokens, logits and their gradient above all. It decides
+    """Memory of the loss in MiB: logits of one chunk of tokens, their gradient, and more. It sets
     how many tokens are scored at a time."""
     loss_impl: Literal["auto", "reference", "native", "cuda"] = "auto"
-    """Code of the loss: auto takes the compiled one of the device. See python -m
-    megatron_salt.kernels."""
+    """Backend (code) of the loss: native is for CPUs, reference is plain PyTorch. auto: native or
+    cuda by device. python -m megatron_salt.kernels says which are there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +208,7 @@ class TrainConfig:
     """The run: length, learning-rate shape, evaluation, checkpoints, output."""
 
     steps: int
-    """Optimiser steps of the whole run, both phases."""
+    """Optimiser steps of the whole run, KD and LM phase together."""
     output_dir: str
     """Metrics, TensorBoard files and checkpoints go here."""
     seed: int = 1234
@@ -216,11 +216,11 @@ class TrainConfig:
     lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """Shape of the learning rate; its peak is the optimizer's lr in the DeepSpeed JSON."""
     lr_warmup_steps: int = 0
-    """Linear warm-up from 0 to the peak."""
+    """Steps in which the learning rate rises linearly from 0 to its peak."""
     lr_decay_steps: int | None = None
-    """Length of the decay: for cosine null means to train.steps, for wsd 10 % of train.steps."""
+    """Steps of the learning rate's decay; null: until train.steps (cosine), 10 % of them (wsd)."""
     min_lr_ratio: float = 0.1
-    """Final learning rate as a share of the peak."""
+    """Final learning rate as a share of its peak."""
     log_interval: int = 10
     """Steps between console lines; metrics.jsonl has every step."""
     eval_interval: int = 0
@@ -232,15 +232,16 @@ class TrainConfig:
     keep_checkpoints: int = 3
     """How many of the newest checkpoints to keep; 0: all."""
     resume: str = "auto"
-    """auto: the newest complete checkpoint in output_dir, if any; none: start; or a path."""
+    """Where to go on. auto: at the newest complete checkpoint in output_dir, if any; none: from the
+    start; or the path of a checkpoint."""
     tensorboard: bool = True
     """Write TensorBoard files under output_dir/tensorboard."""
     deterministic: bool = False
-    """The same bits in every run on CUDA as well, at some cost in speed: PyTorch's deterministic
+    """The same bits in every run on CUDA, at some cost in speed: PyTorch's deterministic
     algorithms, one algorithm of NCCL's. On a CPU runs are so by themselves."""
     check_gradients: bool = True
-    """In the first step of a process see that every weight gets a gradient, not all zero and
-    finite; if not, stop and name the weight."""
+    """Check in a process's first step that every weight's gradient is finite and not all zero; if
+    not, stop and name the weight."""
 
 
 @dataclass(frozen=True, kw_only=True)

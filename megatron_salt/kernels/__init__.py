@@ -1,4 +1,4 @@
-"""The distillation loss over vocabulary shards: public functions, interchangeable bodies."""
+"""The distillation loss over vocabulary shards: public functions, interchangeable backends."""
 
 from megatron_salt.kernels.backend import LossBackend
 from megatron_salt.kernels.choose import choose_backend

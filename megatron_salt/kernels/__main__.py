@@ -1,7 +1,7 @@
-"""Says which implementations of the loss are here, which one is used, and why.
+"""Says which backends of the loss are here, which one is used, and why.
 
 Builds what is missing, as the first step of a run would. Exit code 1 with --require NAME if that
-implementation is not available.
+backend is not available.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m megatron_salt.kernels", description=__doc__)
     parser.add_argument(
         "--require", choices=("native", "cuda"), action="append", default=[],
-        help="fail if this implementation is not available; may be given twice",
+        help="fail if this backend is not available; may be given twice",
     )  # fmt: skip
     arguments = parser.parse_args(argv)
     logging.disable(logging.WARNING)  # the reasons are printed below
@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     for device in devices:
         kind = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
-        body = choose_backend("auto", device=device, dtypes=frozenset({torch.bfloat16}))
-        print(f"impl = 'auto' on {device} ({kind}): {body.name}")
+        backend = choose_backend("auto", device=device, dtypes=frozenset({torch.bfloat16}))
+        print(f"impl = 'auto' on {device} ({kind}): {backend.name}")
     missing = [name for name in arguments.require if isinstance(available[name], str)]
     if missing:
         reasons = "; ".join(f"{name}: {available[name]}" for name in missing)

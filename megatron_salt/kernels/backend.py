@@ -1,4 +1,4 @@
-"""What the bodies of the loss share: a batch of rows, its scores, the interface of a body.
+"""What the loss's backends (its interchangeable code) share: inputs, scores, interface.
 
 Letters: T tokens, W vocabulary columns on this rank.
 """
@@ -40,32 +40,32 @@ class LossInputs(NamedTuple):
     kd_weight_T: Tensor
 
 
-class Scores(NamedTuple):
-    """What a body's forward gives. All [T], in the dtype of the weights."""
+class BackendScores(NamedTuple):
+    """What a backend's forward gives. All [T], in the dtype of the weights."""
 
     loss_T: Tensor
     """ce_weight * ce + kd_weight * kl."""
     ce_T: Tensor
     kl_T: Tensor
     saved: tuple[Tensor, ...]
-    """What the body's gradient needs besides the rows: some numbers per token."""
+    """What the backend's gradient needs besides the inputs: some numbers per token."""
 
 
 class LossBackend(Protocol):
-    """One implementation of the loss. Collectives happen in `scores` and nowhere else."""
+    """Code that computes the loss. Collectives happen in `scores` and nowhere else."""
 
     name: str
     checks_values: bool
     """Whether it looks at labels and weights itself, where that needs no waiting for the device."""
 
     def scores(
-        self, rows: LossInputs, options: LossOptions, tp_group: ProcessGroup | None
-    ) -> Scores:
+        self, inputs: LossInputs, options: LossOptions, tp_group: ProcessGroup | None
+    ) -> BackendScores:
         """Values of every token, and what the gradient needs."""
 
     def gradient_(
         self,
-        rows: LossInputs,
+        inputs: LossInputs,
         options: LossOptions,
         saved: tuple[Tensor, ...],
         upstream: Tensor,
@@ -78,12 +78,12 @@ class LossBackend(Protocol):
 
     def scores_and_gradient_(
         self,
-        rows: LossInputs,
+        inputs: LossInputs,
         options: LossOptions,
         tp_group: ProcessGroup | None,
         upstream: Tensor,
         out_TW: Tensor,
-    ) -> Scores:
+    ) -> BackendScores:
         """Both at once; `saved` is empty. Mutates: out_TW, which may be student_TW."""
 
 

@@ -1,4 +1,4 @@
-"""Which body computes a loss: `reference`, `native` (compiled, CPU) or `cuda`."""
+"""Which backend computes a loss: `reference`, `native` (compiled, CPU) or `cuda`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def choose_backend(
     dtypes: frozenset[torch.dtype],
     divergence: Divergence = "forward_kl",
 ) -> LossBackend:
-    """The body for tensors of a device and dtypes.
+    """The backend for tensors of a device and dtypes.
 
     `auto` takes the compiled one of the device and falls back to the reference with one log line
     that says why; a choice by name is that or an error.
@@ -42,12 +42,12 @@ def choose_backend(
         raise ValueError(f"impl = {impl!r} cannot serve tensors on {device}; 'reference' can")
     problem = _unserved(device, dtypes, divergence)
     if problem is None:
-        body = load_for(device)
-        if not isinstance(body, str):
-            return body
+        backend = load_for(device)
+        if not isinstance(backend, str):
+            return backend
         if impl != "auto":
-            raise RuntimeError(f"impl = {impl!r} is not available: {body}")
-        problem = f"is not available: {body}"
+            raise RuntimeError(f"impl = {impl!r} is not available: {backend}")
+        problem = f"is not available: {backend}"
     elif impl != "auto":
         raise ValueError(f"impl = {impl!r} {problem}; 'reference' does")
     _say_once(f"the loss uses the slow reference: {wanted} {problem}")
@@ -57,7 +57,7 @@ def choose_backend(
 def _unserved(
     device: torch.device, dtypes: frozenset[torch.dtype], divergence: Divergence
 ) -> str | None:
-    """What the compiled body of this device does not do, if these tensors need it."""
+    """What the compiled backend of this device does not do, if these tensors need it."""
     if device.type not in ("cpu", "cuda"):
         return f"does not serve tensors on {device}"
     if divergence != "forward_kl":
@@ -69,7 +69,7 @@ def _unserved(
 
 
 def load_for(device: torch.device) -> compiled.CompiledBackend | str:
-    """The compiled body of a device, built if need be, or the reason why there is none."""
+    """The compiled backend of a device, built if need be, or the reason why there is none."""
     if device.type == "cpu":
         return compiled.load("native")
     major, minor = torch.cuda.get_device_capability(device)

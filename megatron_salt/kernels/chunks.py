@@ -1,7 +1,8 @@
-"""Logits a chunk of tokens at a time: how many fit into a byte budget, and how they are made.
+"""Logits a chunk at a time: how many tokens fit into a byte budget, and how logits are made.
 
-Letters: T tokens, D student width, E teacher width, W vocabulary columns on this rank, N tokens of
-one chunk (gathered over tp under sequence parallelism).
+In this folder a chunk is some tokens; in `teacher/` it is some of the teacher's layers. Letters:
+T tokens, D student width, E teacher width, W vocabulary columns on this rank, N tokens of one chunk
+(gathered over tp under sequence parallelism).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ DEFAULT_CHUNK_BYTES = 1 << 30
 
 @dataclass(frozen=True, kw_only=True)
 class Chunking:
-    """How logits are made: a piece at a time, in a byte budget, in a dtype.
+    """How logits are made: a chunk of tokens at a time, in a byte budget, in a dtype.
 
     A larger budget means larger matrix products and fewer passes over the head's gradient.
     """
@@ -161,7 +162,7 @@ class Heads:
         return [self.student] if self.teacher is None else [self.student, self.teacher]
 
     def of_all_parts(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """A chunk's rows of something that has all T tokens; a view with one part. [N, ...]"""
+        """A chunk's tokens of something that has all T tokens; a view with one part. [N, ...]"""
         if self.num_parts == 1:
             return x[start:stop]
         return x.unflatten(0, (self.num_parts, -1))[:, start:stop].flatten(0, 1)
@@ -172,8 +173,8 @@ class Heads:
         Collectives: under sequence parallelism an all-gather of N D numbers over tp per chunk.
         """
         num_local, step = self.student_hidden_TD.shape[0], self.tokens_per_chunk()
-        rows = min(step, num_local) * self.num_parts
-        shape = (rows, self.student.weight_WD.shape[0])
+        most_tokens = min(step, num_local) * self.num_parts
+        shape = (most_tokens, self.student.weight_WD.shape[0])
         student_buffer = self.student_hidden_TD.new_empty(shape, dtype=self.logits_dtype)
         teacher_buffer = None if self.teacher is None else torch.empty_like(student_buffer)
         for start in range(0, num_local, step):

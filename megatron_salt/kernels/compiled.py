@@ -1,4 +1,4 @@
-"""The compiled bodies of the loss: `native` (csrc/kd_loss.cpp) and `cuda` (csrc/kd_loss.cu).
+"""The compiled backends of the loss: `native` (csrc/kd_loss.cpp) and `cuda` (csrc/kd_loss.cu).
 
 Calls the libraries of `build.py` through their C interface, csrc/kd_loss.h. Letters: T tokens,
 W vocabulary columns on this rank.
@@ -17,7 +17,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_salt.kernels import build
-from megatron_salt.kernels.backend import LossInputs, LossOptions, Scores, all_reduce, tp_size_of
+from megatron_salt.kernels.backend import (
+    BackendScores,
+    LossInputs,
+    LossOptions,
+    all_reduce,
+    tp_size_of,
+)
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -59,7 +65,7 @@ _FUNCTIONS = {
 
 
 class CompiledBackend:
-    """A library with the interface of csrc/kd_loss.h, as a `Body`.
+    """A library with the interface of csrc/kd_loss.h, as a `LossBackend`.
 
     Args:
         name: what `impl` calls it.
@@ -81,18 +87,18 @@ class CompiledBackend:
             raise OSError(f"{path} cannot run here: {words} (CUDA error {code})")
 
     def scores(
-        self, rows: LossInputs, options: LossOptions, tp_group: ProcessGroup | None
-    ) -> Scores:
-        """See `Body.scores`. Memory: 10 floats a token at most, 12 over several ranks."""
-        num_tokens, device = rows.student_TW.shape[0], rows.student_TW.device
+        self, inputs: LossInputs, options: LossOptions, tp_group: ProcessGroup | None
+    ) -> BackendScores:
+        """See `LossBackend.scores`. Memory: 10 floats a token at most, 12 over several ranks."""
+        num_tokens, device = inputs.student_TW.shape[0], inputs.student_TW.device
         num_maxima, num_sums = 2, 4 if options.student_temperature == 1.0 else 5
-        if rows.teacher_TW is None:
+        if inputs.teacher_TW is None:
             num_maxima, num_sums = 1, 2
         maxima = torch.empty((num_maxima, num_tokens), dtype=torch.float32, device=device)
         sums = maxima.new_empty((num_sums, num_tokens))
         values = maxima.new_empty((3, num_tokens))
         alone = tp_size_of(tp_group) == 1
-        with self._described(rows, options) as described:
+        with self._described(inputs, options) as described:
             self._call("salt_local_sums", described, maxima, sums, values if alone else None)
             if not alone:
                 global_maxima = all_reduce(maxima.clone(), dist.ReduceOp.MAX, tp_group)
@@ -100,46 +106,46 @@ class CompiledBackend:
                 all_reduce(sums, dist.ReduceOp.SUM, tp_group)
                 self._call("salt_finish", described, maxima, sums, values)
         loss_T, ce_T, kl_T = values
-        return Scores(loss_T, ce_T, kl_T, (maxima, sums))
+        return BackendScores(loss_T, ce_T, kl_T, (maxima, sums))
 
     def gradient_(
         self,
-        rows: LossInputs,
+        inputs: LossInputs,
         options: LossOptions,
         saved: tuple[Tensor, ...],
         upstream: Tensor,
         out_TW: Tensor,
     ) -> None:
-        """See `Body.gradient_`."""
+        """See `LossBackend.gradient_`."""
         maxima, sums = saved
-        with self._described(rows, options) as described:
+        with self._described(inputs, options) as described:
             self._call("salt_gradient", described, maxima, sums, upstream, *_target(out_TW))
 
     def scores_and_gradient_(
         self,
-        rows: LossInputs,
+        inputs: LossInputs,
         options: LossOptions,
         tp_group: ProcessGroup | None,
         upstream: Tensor,
         out_TW: Tensor,
-    ) -> Scores:
-        """See `Body.scores_and_gradient_`. One launch on one rank, row by row."""
+    ) -> BackendScores:
+        """See `LossBackend.scores_and_gradient_`. One launch on one rank, token by token."""
         if tp_size_of(tp_group) > 1:
-            scores = self.scores(rows, options, tp_group)
-            self.gradient_(rows, options, scores.saved, upstream, out_TW)
+            scores = self.scores(inputs, options, tp_group)
+            self.gradient_(inputs, options, scores.saved, upstream, out_TW)
             return scores._replace(saved=())
         values = torch.empty(
-            (3, rows.student_TW.shape[0]), dtype=torch.float32, device=rows.student_TW.device
+            (3, inputs.student_TW.shape[0]), dtype=torch.float32, device=inputs.student_TW.device
         )
-        with self._described(rows, options) as described:
+        with self._described(inputs, options) as described:
             self._call("salt_values_and_gradient", described, values, upstream, *_target(out_TW))
         loss_T, ce_T, kl_T = values
-        return Scores(loss_T, ce_T, kl_T, ())
+        return BackendScores(loss_T, ce_T, kl_T, ())
 
     @contextlib.contextmanager
-    def _described(self, rows: LossInputs, options: LossOptions):  # type: ignore[no-untyped-def]
-        """The rows as the library wants them, with their device current while it is called."""
-        student_TW, teacher_TW, labels_T, ce_weight_T, kd_weight_T = rows
+    def _described(self, inputs: LossInputs, options: LossOptions):  # type: ignore[no-untyped-def]
+        """The inputs as the library wants them, with their device current while it is called."""
+        student_TW, teacher_TW, labels_T, ce_weight_T, kd_weight_T = inputs
         # A single weight is an expanded view of stride 0, and labels may be strided.
         held = [tensor.contiguous() for tensor in (labels_T, ce_weight_T, kd_weight_T)]
         described = _SaltRows(

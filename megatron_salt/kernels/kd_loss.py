@@ -52,13 +52,17 @@ def kd_loss(
     tp_group: ProcessGroup | None = None,
     impl: Impl = "auto",
 ) -> KdLoss:
-    """Weighted sum over tokens of cross-entropy and forward KL, over a sharded vocabulary.
+    """Weighted cross-entropy and KL of student logits s and teacher logits z, over tp shards:
 
-    Math: loss = sum_t ce_weight_t * CE_t + kd_weight_t * KL_t, with student logits s, teacher
-        logits z, label y, temperatures a (teacher) and b (student):
-        CE_t = logsumexp(s_t) - s_t[y];   KL_t = sum_v p_v (log p_v - log q_v),
-        p = softmax(z_t / a), q = softmax(s_t / b). No tau^2 factor; the weight can carry one.
-        Other divergences: see `reference._divergence_terms`; only the reference computes them.
+        ce = F.cross_entropy(s, y, reduction="none")
+        log_q, log_p = F.log_softmax(s / b, dim=1), F.log_softmax(z / a, dim=1)
+        kl = (log_p.exp() * (log_p - log_q)).sum(dim=1)
+        loss = (ce_weight * ce + kd_weight * kl).sum()
+
+    Masked tokens have both weights 0: they add exactly nothing to loss and gradient, even where
+        logits are inf or nan. `ce_T` and `kl_T` have their values all the same.
+    Temperatures a (teacher) and b (student) act on the KL alone. No tau^2 factor; the weight can
+        carry one. Other divergences: `reference._divergence_terms`; only the reference has them.
     Shapes: both logits [T, W], this rank's columns; labels [T], global ids; weights [T] or scalars.
     Dtypes: logits bf16, fp16 or fp32 (each its own); arithmetic fp32; gradient as the logits.
         fp64 logits are computed in fp64 by the reference, for tests.
@@ -77,48 +81,48 @@ def kd_loss(
         student_temperature=float(student_temperature), divergence=divergence,
     )  # fmt: skip
     check_options(options, tp_group)
-    rows = checked_rows(
+    inputs = checked_inputs(
         student_logits_TW, teacher_logits_TW, labels_T, ce_weight_T, kd_weight_T, vocab
     )
-    dtypes = {x.dtype for x in rows[:2] if x is not None}
-    body = choose_backend(
-        impl, device=rows.student_TW.device, dtypes=frozenset(dtypes), divergence=divergence
+    dtypes = {x.dtype for x in inputs[:2] if x is not None}
+    backend = choose_backend(
+        impl, device=inputs.student_TW.device, dtypes=frozenset(dtypes), divergence=divergence
     )
-    if not body.checks_values:
-        has_teacher = rows.teacher_TW is not None
-        check_values(rows.labels_T, rows.kd_weight_T, vocab, has_teacher=has_teacher)
-    loss, ce_T, kl_T = _KdLossFunction.apply(rows.student_TW, rows, options, tp_group, body)
+    if not backend.checks_values:
+        has_teacher = inputs.teacher_TW is not None
+        check_values(inputs.labels_T, inputs.kd_weight_T, vocab, has_teacher=has_teacher)
+    loss, ce_T, kl_T = _KdLossFunction.apply(inputs.student_TW, inputs, options, tp_group, backend)
     return KdLoss(loss=loss, ce_T=ce_T.detach(), kl_T=kl_T.detach())
 
 
 class _KdLossFunction(torch.autograd.Function):
-    """Differentiable in the student's logits only; the two passes are the body's."""
+    """Differentiable in the student's logits only; the two passes are the backend's."""
 
     @staticmethod
     def forward(
         ctx: Any,
         student_logits_TW: Tensor,
-        rows: LossInputs,
+        inputs: LossInputs,
         options: LossOptions,
         tp_group: ProcessGroup | None,
-        body: LossBackend,
+        backend: LossBackend,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        loss_T, ce_T, kl_T, saved = body.scores(rows, options, tp_group)
-        ctx.save_for_backward(student_logits_TW, *rows[1:], *saved)
-        ctx.options, ctx.body = options, body
+        loss_T, ce_T, kl_T, saved = backend.scores(inputs, options, tp_group)
+        ctx.save_for_backward(student_logits_TW, *inputs[1:], *saved)
+        ctx.options, ctx.backend = options, backend
         ctx.mark_non_differentiable(ce_T, kl_T)
         return loss_T.sum(), ce_T, kl_T
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        rows, saved = LossInputs(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:]
-        grad_TW = torch.empty_like(rows.student_TW, memory_format=torch.contiguous_format)
-        ctx.body.gradient_(rows, ctx.options, saved, upstream[0], grad_TW)
+        inputs, saved = LossInputs(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:]
+        grad_TW = torch.empty_like(inputs.student_TW, memory_format=torch.contiguous_format)
+        ctx.backend.gradient_(inputs, ctx.options, saved, upstream[0], grad_TW)
         return (grad_TW, None, None, None, None)
 
 
-def checked_rows(
+def checked_inputs(
     student_TW: Tensor,
     teacher_TW: Tensor | None,
     labels_T: Tensor,
@@ -126,7 +130,7 @@ def checked_rows(
     kd_weight_T: Tensor | float,
     vocab: VocabShard,
 ) -> LossInputs:
-    """The tensors of a call as the bodies want them. Looks at no value of a tensor.
+    """The tensors of a call as the backends want them. Looks at no value of a tensor.
 
     Raises: ValueError.
     """

@@ -1,9 +1,9 @@
 """`linear_kd_loss`: from last hidden states to the loss, with logits of a few tokens at a time.
 
-The gradients of the hidden states and of the head are computed in the forward, while a chunk's
-logits are there: they are never made twice and never kept. Letters: T tokens, D student width,
-E teacher width, W vocabulary columns on this rank, N tokens of one chunk (gathered over tp under
-sequence parallelism).
+The gradients of the hidden states and of the head are computed in the forward, while the logits of
+a chunk of tokens are there: they are never made twice and never kept. Letters: T tokens, D student
+width, E teacher width, W vocabulary columns on this rank, N tokens of one chunk (gathered over tp
+under sequence parallelism).
 """
 
 from __future__ import annotations
@@ -51,21 +51,27 @@ def linear_kd_loss(
     chunking: Chunking | None = None,
     impl: Impl = "auto",
 ) -> KdLoss:
-    """`kd_loss` of logits = hidden @ weight.T, without ever holding [T, W].
+    """`kd_loss` of both heads' logits, without ever holding [T, W]:
 
-    Math: that of `kd_loss`; the result has its fields. Differentiable in the student's hidden
-        states and head; the teacher gets no gradient. The tp group is `chunking.tp_group`.
+        s, z = student_hidden @ student_weight.T, teacher_hidden @ teacher_weight.T
+        ce = F.cross_entropy(s, y, reduction="none")
+        log_q, log_p = F.log_softmax(s / b, dim=1), F.log_softmax(z / a, dim=1)
+        kl = (log_p.exp() * (log_p - log_q)).sum(dim=1)
+        loss = (ce_weight * ce + kd_weight * kl).sum()
+
+    Differentiable in the student's hidden states and head; the teacher gets no gradient.
+    Masked tokens, temperatures: as in `kd_loss`; but masked hidden states must be finite, or the
+        head's gradient is nan.
     Shapes: student hidden [T, D], or [T / tp, D] with `chunking.sequence_parallel`: then rank r
-        holds tokens [r T / tp, (r + 1) T / tp). Weights [W, D] and [W, E]: this rank's rows,
-        padding rows last. Teacher hidden [T, E], labels and weights [T]: all tokens, on every rank
-        of tp.
+        holds tokens [r T / tp, (r + 1) T / tp). Weights [W, D] and [W, E]: this rank's columns of
+        the vocabulary, padding last. Teacher hidden [T, E], labels and loss weights [T]: all
+        tokens, on every rank of tp.
     Dtypes: hidden and weight alike, bf16, fp16 or fp32 (fp64 for tests). Products accumulate in
-        fp32. The weight's gradient is summed over chunks in fp32 and rounded once; that of the
-        hidden states is rounded on each rank before tp adds it up, as in Megatron, and once more
-        when what is upstream of the loss is not a power of two.
-    Collectives: per chunk those of `kd_loss`, and over tp an all-reduce of N D numbers; under
-        sequence parallelism an all-gather and a reduce-scatter of as many in its place. All in the
-        forward, also where the loss is then not differentiated.
+        fp32. The weight's gradient is summed over chunks in fp32 and rounded once. That of the
+        hidden states is rounded on each rank before tp adds it up, as in Megatron.
+    Collectives: over `chunking.tp_group`, all in the forward. Per chunk those of `kd_loss` and an
+        all-reduce of N D numbers; under sequence parallelism an all-gather and a reduce-scatter of
+        as many in its place.
     Memory: `chunking.chunk_bytes`; kept for backward: the gradients, [T, D] in the hidden state's
         dtype and [W, D] in fp32.
     Host sync: none on CUDA.
@@ -90,13 +96,13 @@ def linear_kd_loss(
         for weight, name in ((ce_weight_T, "ce_weight_T"), (kd_weight_T, "kd_weight_T"))
     ]
     dtypes = frozenset({heads.logits_dtype} | {heads.gradient_dtype})
-    body = choose_backend(impl, device=device, dtypes=dtypes, divergence=divergence)
-    if not body.checks_values:
+    backend = choose_backend(impl, device=device, dtypes=dtypes, divergence=divergence)
+    if not backend.checks_values:
         check_values(labels_T, weights[1], vocab, has_teacher=teacher_hidden_TE is not None)
     # Autocast would round operands of the products behind their backs.
     with torch.autocast(device.type, enabled=False):
         loss, ce_T, kl_T = _LinearKdLossFunction.apply(
-            student_hidden_TD, student_weight_WD, heads, labels_T, *weights, options, body,
+            student_hidden_TD, student_weight_WD, heads, labels_T, *weights, options, backend,
             torch.is_grad_enabled(),
         )  # fmt: skip
     return KdLoss(loss=loss, ce_T=ce_T.detach(), kl_T=kl_T.detach())
@@ -115,7 +121,7 @@ class _LinearKdLossFunction(torch.autograd.Function):
         ce_weight_T: Tensor,
         kd_weight_T: Tensor,
         options: LossOptions,
-        body: LossBackend,
+        backend: LossBackend,
         grad_enabled: bool,  # the caller's: in here gradients are always off
     ) -> tuple[Tensor, Tensor, Tensor]:
         wants_hidden, wants_weight = (grad_enabled and x for x in ctx.needs_input_grad[:2])
@@ -128,15 +134,15 @@ class _LinearKdLossFunction(torch.autograd.Function):
             labels_N, ce_weight_N, kd_weight_N = (
                 heads.of_all_parts(x, start, stop) for x in (labels_T, ce_weight_T, kd_weight_T)
             )
-            rows = LossInputs(
+            inputs = LossInputs(
                 chunk.student_logits_NW, chunk.teacher_logits_NW, labels_N, ce_weight_N, kd_weight_N
             )
             if wants_hidden or wants_weight:
                 out_NW = gradients.logits_target(chunk)
-                scores = body.scores_and_gradient_(rows, options, tp_group, 1 / unit, out_NW)
+                scores = backend.scores_and_gradient_(inputs, options, tp_group, 1 / unit, out_NW)
                 gradients.add_(chunk, out_NW)
             else:
-                scores = body.scores(rows, options, tp_group)
+                scores = backend.scores(inputs, options, tp_group)
             for value_T, value_N in zip(values_3T, scores[:3], strict=True):
                 parts = value_T.unflatten(0, (heads.num_parts, -1))
                 parts[:, start:stop] = value_N.unflatten(0, (heads.num_parts, -1))
@@ -156,7 +162,8 @@ class _LinearKdLossFunction(torch.autograd.Function):
             )
         (hidden, weight), ctx.gradients = ctx.gradients, None
         factor = (upstream[0] * ctx.unit).view(1, 1)
-        # Multiplied in fp32 and rounded once; a scalar would first be rounded to bf16.
+        # Multiplied in fp32 and rounded once; a scalar would first be rounded to bf16. Hidden
+        # states' gradients stay as they are where the factor is a power of two.
         if hidden is not None:
             torch.mul(hidden, factor, out=hidden)
         if weight is not None:
@@ -172,18 +179,16 @@ hidden states' gradient: sums over the vocabulary with heads of some tens."""
 def _unit_of_weights(
     ce_weight_T: Tensor, kd_weight_T: Tensor, gradient_dtype: torch.dtype
 ) -> Tensor:
-    """A power of two by which the weights are divided while gradients are made; a scalar.
-
-    It lies just above the largest weight. With weights of one over millions of tokens the logits'
-    gradient would vanish in fp16 before the loss scale can reach it; and since most of it is far
-    smaller than its weight, fp16 gets FP16_HEADROOM on top. 1 if all weights are 0.
-    """
+    """A power of two by which the weights are divided while gradients are made; a scalar."""
+    # With weights of one over millions of tokens the logits' gradient would vanish in fp16 before
+    # the loss scale can reach it. So the unit lies just above the largest weight; 1 if all are 0.
     if not len(ce_weight_T):
         return ce_weight_T.new_ones(())
     largest = torch.maximum(ce_weight_T.abs().amax(), kd_weight_T.abs().amax())
     _, exponent = torch.frexp(largest)
     # So that neither it nor its inverse leaves fp32, for weights at the ends of its range.
     unit = torch.ldexp(torch.ones_like(largest), exponent.clamp(-100, 100))
+    # Most of the gradient is far smaller than its weight.
     return unit / FP16_HEADROOM if gradient_dtype == torch.float16 else unit
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_salt.kernels.backend import (
+    BackendScores,
     LossInputs,
     LossOptions,
-    Scores,
     all_reduce,
     arithmetic_dtype,
 )
@@ -31,40 +31,36 @@ def _real_columns(logits_TW: Tensor, vocab: VocabShard) -> Tensor:
 
 
 def _local_max(x_TC: Tensor) -> Tensor:
-    """Row maximum; -inf for a shard without real columns. [T]"""
+    """Each token's maximum; -inf for a shard without real columns. [T]"""
     return x_TC.amax(dim=1) if x_TC.shape[1] else x_TC.new_full(x_TC.shape[:1], -torch.inf)
 
 
 def _owned_label(labels_T: Tensor, vocab: VocabShard) -> tuple[Tensor, Tensor]:
-    """Each label's column on this rank, clamped into it, and whether it is here. int64, bool [T]
-
-    Clamped and not selected, because a selection by boolean waits for the GPU.
-    """
+    """Each label's column on this rank, clamped into it, and whether it is here. int64, bool [T]"""
     local_T = labels_T - vocab.start
     owned_T = (local_T >= 0) & (local_T < vocab.num_columns)
+    # Not selected by a boolean, which would wait for the GPU.
     return local_T.clamp(0, max(vocab.num_columns - 1, 0)), owned_T
 
 
 def _centred(logits_TW: Tensor, max_T: Tensor, vocab: VocabShard, temperature: float) -> Tensor:
-    """(logits - their maximum) / temperature: <= 0 everywhere. [T, C]
-
-    Centred before anything is divided or added: with a log-sum-exp of 1e4 in its place, fp32 would
-    leave 3 digits of the KL and of the probabilities.
-    """
+    """(logits - their maximum) / temperature: <= 0 everywhere. [T, C]"""
+    # Before anything is divided or added: with a log-sum-exp of 1e4 in its place, fp32 would leave
+    # 3 digits of the KL and of the probabilities.
     x_TC = _real_columns(logits_TW, vocab).sub_(max_T[:, None])
     return x_TC if temperature == 1.0 else x_TC.div_(temperature)
 
 
 class ReferenceBackend:
-    """See `kd_loss` for the contract and `Body` for the methods."""
+    """See `kd_loss` for the contract and `LossBackend` for the methods."""
 
     name = "reference"
     checks_values = False
 
     def scores(
-        self, rows: LossInputs, options: LossOptions, tp_group: ProcessGroup | None
-    ) -> Scores:
-        student_TW, teacher_TW, labels_T = rows[:3]
+        self, inputs: LossInputs, options: LossOptions, tp_group: ProcessGroup | None
+    ) -> BackendScores:
+        student_TW, teacher_TW, labels_T = inputs[:3]
         vocab, a, b = options.vocab, options.teacher_temperature, options.student_temperature
         maxima = [_local_max(_real_columns(student_TW, vocab))]
         if teacher_TW is not None:
@@ -81,7 +77,7 @@ class ReferenceBackend:
                 torch.stack([s1_TC.exp_().sum(dim=1), label_T]), dist.ReduceOp.SUM, tp_group
             )
             ce_T = sums[0].log() - sums[1]
-            return _weighted(rows, ce_T, torch.zeros_like(ce_T), (maxima_T, sums))
+            return _weighted(inputs, ce_T, torch.zeros_like(ce_T), (maxima_T, sums))
 
         # With b = 1 the student's tempered logits are its logits: one sum serves CE and KL.
         s_TC = s1_TC if b == 1.0 else s1_TC / b
@@ -98,16 +94,16 @@ class ReferenceBackend:
         if options.divergence == "forward_kl":
             # One logarithm near 0 instead of the difference of two large ones.
             kl_T = gap_T / z_sum_T + (s_sum_T / z_sum_T).log()
-            return _weighted(rows, ce_T, kl_T, (maxima_T, sums))
+            return _weighted(inputs, ce_T, kl_T, (maxima_T, sums))
         terms = torch.stack(
-            [x.sum(dim=1) for x in _divergence_terms(rows, options, maxima_T, sums)]
+            [x.sum(dim=1) for x in _divergence_terms(inputs, options, maxima_T, sums)]
         )
         kl_T, slope_T = all_reduce(terms, dist.ReduceOp.SUM, tp_group)
-        return _weighted(rows, ce_T, kl_T, (maxima_T, sums, slope_T))
+        return _weighted(inputs, ce_T, kl_T, (maxima_T, sums, slope_T))
 
     def gradient_(
         self,
-        rows: LossInputs,
+        inputs: LossInputs,
         options: LossOptions,
         saved: tuple[Tensor, ...],
         upstream: Tensor,
@@ -117,7 +113,7 @@ class ReferenceBackend:
 
         For the forward KL, dD/ds = (q - p) / b; see `_divergence_terms` for the others.
         """
-        student_TW, teacher_TW, labels_T, ce_weight_T, kd_weight_T = rows
+        student_TW, teacher_TW, labels_T, ce_weight_T, kd_weight_T = inputs
         vocab, b = options.vocab, options.student_temperature
         maxima_T, sums = saved[:2]
         s1_sum_T = sums[4] if len(sums) == 5 else sums[0]
@@ -132,9 +128,9 @@ class ReferenceBackend:
                 z_TC = _centred(teacher_TW, maxima_T[1], vocab, options.teacher_temperature)
                 slope_TC = q_TC.sub_(z_TC.exp_().div_(sums[2][:, None]))
             elif options.divergence == "mse":
-                slope_TC = _difference(rows, options).mul_(2 / vocab.size)
+                slope_TC = _difference(inputs, options).mul_(2 / vocab.size)
             else:
-                _, r_TC = _divergence_terms(rows, options, maxima_T, sums)
+                _, r_TC = _divergence_terms(inputs, options, maxima_T, sums)
                 slope_TC = r_TC.sub_(q_TC.mul_(saved[2][:, None]))
             grad_TC += _scaled_(slope_TC, upstream * kd_weight_T / b, kd_weight_T)
         # Through another tensor, because out_TW may be student_TW.
@@ -143,22 +139,24 @@ class ReferenceBackend:
 
     def scores_and_gradient_(
         self,
-        rows: LossInputs,
+        inputs: LossInputs,
         options: LossOptions,
         tp_group: ProcessGroup | None,
         upstream: Tensor,
         out_TW: Tensor,
-    ) -> Scores:
-        scores = self.scores(rows, options, tp_group)
-        self.gradient_(rows, options, scores.saved, upstream, out_TW)
+    ) -> BackendScores:
+        scores = self.scores(inputs, options, tp_group)
+        self.gradient_(inputs, options, scores.saved, upstream, out_TW)
         return scores._replace(saved=())
 
 
-def _weighted(rows: LossInputs, ce_T: Tensor, kl_T: Tensor, saved: tuple[Tensor, ...]) -> Scores:
+def _weighted(
+    inputs: LossInputs, ce_T: Tensor, kl_T: Tensor, saved: tuple[Tensor, ...]
+) -> BackendScores:
     """A zero weight contributes exactly nothing, even where the value is inf or nan."""
-    loss_T = torch.where(rows.ce_weight_T != 0, rows.ce_weight_T * ce_T, 0.0)
-    loss_T = loss_T + torch.where(rows.kd_weight_T != 0, rows.kd_weight_T * kl_T, 0.0)
-    return Scores(loss_T, ce_T, kl_T, saved)
+    loss_T = torch.where(inputs.ce_weight_T != 0, inputs.ce_weight_T * ce_T, 0.0)
+    loss_T = loss_T + torch.where(inputs.kd_weight_T != 0, inputs.kd_weight_T * kl_T, 0.0)
+    return BackendScores(loss_T, ce_T, kl_T, saved)
 
 
 def _scaled_(x_TC: Tensor, scale_T: Tensor, weight_T: Tensor) -> Tensor:
@@ -166,17 +164,17 @@ def _scaled_(x_TC: Tensor, scale_T: Tensor, weight_T: Tensor) -> Tensor:
     return x_TC.mul_(scale_T[:, None]).masked_fill_((weight_T == 0)[:, None], 0.0)
 
 
-def _difference(rows: LossInputs, options: LossOptions) -> Tensor:
+def _difference(inputs: LossInputs, options: LossOptions) -> Tensor:
     """s/b - z/a on this rank's columns. [T, C]"""
-    assert rows.teacher_TW is not None
-    s_TC = _real_columns(rows.student_TW, options.vocab).div_(options.student_temperature)
+    assert inputs.teacher_TW is not None
+    s_TC = _real_columns(inputs.student_TW, options.vocab).div_(options.student_temperature)
     return s_TC.sub_(
-        _real_columns(rows.teacher_TW, options.vocab).div_(options.teacher_temperature)
+        _real_columns(inputs.teacher_TW, options.vocab).div_(options.teacher_temperature)
     )
 
 
 def _divergence_terms(
-    rows: LossInputs, options: LossOptions, maxima_T: Tensor, sums: Tensor
+    inputs: LossInputs, options: LossOptions, maxima_T: Tensor, sums: Tensor
 ) -> tuple[Tensor, Tensor]:
     """What a divergence D other than the forward KL sums over columns: its value, and r. [T, C]
 
@@ -188,11 +186,11 @@ def _divergence_terms(
     Source: Agarwal et al., arXiv 2306.13649, for the first two; pre-training distillation,
     arXiv 2410.16215, for mse on logits.
     """
-    student_TW, teacher_TW = rows.student_TW, rows.teacher_TW
+    student_TW, teacher_TW = inputs.student_TW, inputs.teacher_TW
     assert teacher_TW is not None
     vocab, a, b = options.vocab, options.teacher_temperature, options.student_temperature
     if options.divergence == "mse":
-        squared_TC = _difference(rows, options).square_()
+        squared_TC = _difference(inputs, options).square_()
         return squared_TC.div_(vocab.size), torch.zeros_like(squared_TC)
     log_q_TC = _centred(student_TW, maxima_T[0], vocab, b) - sums[0].log()[:, None]
     log_p_TC = _centred(teacher_TW, maxima_T[1], vocab, a) - sums[2].log()[:, None]

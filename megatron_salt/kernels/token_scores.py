@@ -1,6 +1,6 @@
 """What one model says about every token: loss, rank, entropy, its guess; no gradient.
 
-Letters: T tokens, E width, W vocabulary columns on this rank, N tokens of a chunk.
+Letters: T tokens, E width, W vocabulary columns on this rank, N tokens of a chunk of tokens.
 """
 
 from __future__ import annotations
@@ -50,11 +50,16 @@ def token_scores(
     want: Collection[WantedScores] = frozenset({"ce"}),
     impl: Impl = "auto",
 ) -> TokenScores:
-    """Scores of each label under softmax(hidden weight^T), logits made a chunk at a time.
+    """Scores of labels y under one model, logits made a chunk of tokens at a time:
 
-    Math: ce = logsumexp(z) - z[label]; entropy = log V - KL(p || uniform), which the loss's own
-        code computes in one pass; confidence = exp(-ce of the likeliest token); all at
-        temperature 1.
+        z = hidden @ weight.T
+        ce = F.cross_entropy(z, y, reduction="none")
+        likelier = (z > z.gather(1, y[:, None])).sum(dim=1)
+        entropy = torch.distributions.Categorical(logits=z).entropy()
+        confidence, best = F.softmax(z, dim=1).max(dim=1)
+        correct = best == y
+
+    There is neither mask nor temperature: every token is scored, at temperature 1.
     Shapes: hidden [T, E], or [T / tp, E] under chunking.sequence_parallel; weight [W, E]; labels
         [T], global ids; results [T].
     Collectives: those of `kd_loss` over chunking.tp_group, once each for ce, entropy and
@@ -84,12 +89,12 @@ def token_scores(
             elif name == "ce":
                 value_N = _kd_loss(logits_NW, None, labels_N, vocab, chunking, impl).ce_T
             elif name == "confidence":
-                assert best_N is not None
+                assert best_N is not None  # exp(-ce) of the likeliest token
                 value_N = _kd_loss(logits_NW, None, best_N, vocab, chunking, impl).ce_T.neg().exp()
             elif name == "correct":
                 assert best_N is not None
                 value_N = (best_N == labels_N).float()
-            else:
+            else:  # log V - KL(p || uniform), which the loss computes in one pass
                 assert uniform_NW is not None
                 uniform = uniform_NW[: len(logits_NW)]
                 divergence_N = _kd_loss(uniform, logits_NW, labels_N, vocab, chunking, impl).kl_T

@@ -33,14 +33,13 @@ def kd_weight(salt: SaltConfig, step: int) -> float:
       knowledge_inheritance   max(w0 - slope * t / n, 0)
       wsd                     w0 * min(1, (t + 1) / warmup) while warming up, then w0, then
                               w0 * (1 + cos(pi * x)) / 2, x in [0, 1) over the last d steps
-    The difference of `constant` and `step`: none in w. `constant` is meant for kd_steps = steps,
-    a teacher for the whole run (the paper's RKD).
     """
     n, w0 = salt.kd_steps, salt.kd_weight
     if phase(salt, step) == "lm":
         return 0.0
     left = min(1.0, (n - step) / salt.transition_steps) if salt.transition_steps else 1.0
     match salt.transition:
+        # One w, two names: `constant` is meant for kd_steps = steps (the paper's RKD).
         case "constant" | "step":
             return w0
         case "linear_decay":

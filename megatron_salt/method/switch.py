@@ -33,9 +33,8 @@ def has_stopped_helping(
 ) -> bool:
     """Whether one evaluation finds the teacher of no more help.
 
-    Math: CE_S - CE_T <= salt.switch_margin_nats, or share <= salt.switch_better_share, with the
-        held-out cross-entropies of student and teacher, and the share of held-out tokens on which
-        the teacher's loss is the smaller one.
+    Args:
+        better_share: of held-out tokens, on which the teacher's loss is the smaller one.
     """
     return (
         student_ce_nats - teacher_ce_nats <= salt.switch_margin_nats
@@ -44,12 +43,10 @@ def has_stopped_helping(
 
 
 def end_of_kd(salt: SaltConfig, done: int) -> int:
-    """Length of the KD phase, in steps, if its end is decided after `done` steps.
-
-    The window in which w falls begins at once, but after the warm-up of w, and late enough for
-    min_kd_steps. Where it would reach beyond kd_steps, the window of kd_steps has begun already (or
-    begins now) and stands. So w never jumps and never rises again.
-    """
+    """Length of the KD phase, in steps, if its end is decided after `done` steps."""
+    # w never jumps and never rises again. The window in which it falls begins at once, but after
+    # its warm-up, and late enough for min_kd_steps. Where it would reach beyond kd_steps, the
+    # window before kd_steps has begun already (or begins now) and stands.
     begins = max(done, salt.warmup_steps)
     return min(salt.kd_steps, max(salt.min_kd_steps, begins + salt.transition_steps))
 
@@ -85,14 +82,12 @@ def effective(salt: SaltConfig, state: SwitchState) -> SaltConfig:
 
 
 def carried_over(state: SwitchState, before: SaltConfig, now: SaltConfig) -> SwitchState:
-    """The state with which a resumed run goes on, whose settings may have changed.
-
-    A decision stays whatever has become of the rule (`effective` lets an earlier kd_steps shorten
-    it). A streak counts evaluations by one rule, so with another it starts anew. With switch =
-    fixed nothing is left of either: kd_steps alone counts.
-    """
+    """The state with which a resumed run goes on, whose settings may have changed."""
+    # With `fixed`, kd_steps alone counts.
     if now.switch == "fixed":
         return SwitchState()
     rule = ("switch", "switch_margin_nats", "switch_better_share")
     same = all(getattr(before, name) == getattr(now, name) for name in rule)
+    # A decision stays (`effective` lets an earlier kd_steps shorten it). A streak counts
+    # evaluations by one rule, so with another it starts anew.
     return state if same or state.kd_end is not None else SwitchState()

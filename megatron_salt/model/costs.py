@@ -9,28 +9,23 @@ from megatron_salt.config.fields import ModelConfig
 
 
 def layer_costs(model: ModelConfig, vocab_size: int, seq_length: int) -> list[float]:
-    """Multiply-adds per token and layer of the pipeline's parts: embedding, L layers, head.
-
-    Linear layers cost their weights; attention S * H * C per token for scores and values together
-    (causal: half of 2 S); the embedding is a look-up; the head costs D * V.
-    """
+    """Multiply-adds per token of the pipeline's parts: embedding, L layers, head."""
     d, head = model.hidden_size, model.head_size
     query_size = model.num_attention_heads * head
     qkv = d * (query_size + 2 * model.query_groups * head)
     mlp = d * model.ffn_size * (3 if model.activation == "swiglu" else 2)
+    # Linear layers cost their weights. Scores and values look at half the sequence each (causal).
     layer = qkv + query_size * d + mlp + seq_length * query_size
+    # The embedding is a look-up.
     return [0.0, *[float(layer)] * model.num_layers, float(d * vocab_size)]
 
 
 def balanced_stages(costs: Sequence[float], num_stages: int) -> list[int]:
     """Stage bounds over transformer layers, minimising the slowest stage's cost, then the next.
 
-    `costs` is `layer_costs`: the embedding stays on the first stage, the head on the last, every
-    stage has at least one layer. Where a heavy head sets the pace the others are still even: the
-    first stage holds the most activations. Among equally good splits later stages get fewer layers,
-    because the last one also computes the loss.
-
-    Returns: `num_stages + 1` bounds over the L layers, from 0 to L.
+    Args:
+        costs: `layer_costs`; the embedding stays on the first stage, the head on the last.
+    Returns: `num_stages + 1` bounds over the L layers, from 0 to L; every stage has a layer.
     """
     num_layers = len(costs) - 2
     if num_stages > num_layers:
@@ -42,13 +37,16 @@ def balanced_stages(costs: Sequence[float], num_stages: int) -> list[int]:
     @cache
     def best(stage: int, start: int) -> tuple[tuple[float, ...], int]:
         """Costs of stages `stage`.. from layer `start`, largest first, and where this one stops."""
-        extra = costs[0] if stage == 0 else 0.0
+        embedding = costs[0] if stage == 0 else 0.0
         if stage == num_stages - 1:
-            return (prefix[-1] - prefix[start] + extra + costs[-1],), num_layers
+            return (prefix[-1] - prefix[start] + embedding + costs[-1],), num_layers
         choices = []
         for stop in range(start + 1, num_layers - (num_stages - 2 - stage)):
-            here = prefix[stop] - prefix[start] + extra
+            here = prefix[stop] - prefix[start] + embedding
             rest = best(stage + 1, stop)[0]
+            # All stages, not the slowest alone: where a heavy head sets the pace the others must
+            # be even too, because the first stage holds the most activations. Of equal splits the
+            # one with fewer layers on later stages: the last one also computes the loss.
             choices.append((tuple(sorted((here, *rest), reverse=True)), -stop))
         largest_first, negative_stop = min(choices)
         return largest_first, -negative_stop

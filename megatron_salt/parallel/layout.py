@@ -1,7 +1,6 @@
-"""The integer arithmetic of parallelism: ranks, their coordinates, even parts. No torch.
+"""The integer arithmetic of parallelism: which rank has which coordinates, and even parts.
 
-Rank order is megatron-core's and DeepSpeed's alike: tensor fastest, then data, then pipeline.
-All intervals are half-open.
+No torch, no DeepSpeed. All intervals are half-open.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ class Layout:
 
     def coordinates(self, rank: int) -> tuple[int, int, int]:
         """(tp_rank, dp_rank, pp_rank) of a global rank."""
+        # megatron-core's order and DeepSpeed's alike: tensor fastest, then data, then pipeline.
         tp_rank = rank % self.tp_size
         dp_rank = rank // self.tp_size % self.dp_size
         return tp_rank, dp_rank, rank // (self.tp_size * self.dp_size)
@@ -46,8 +46,8 @@ def layout_for_world(world_size: int, tp_size: int, pp_size: int) -> Layout:
     return Layout(tp_size=tp_size, pp_size=pp_size, dp_size=world_size // (tp_size * pp_size))
 
 
-def split_evenly(num_rows: int, num_parts: int) -> list[tuple[int, int]]:
-    """Cut `[0, num_rows)` into contiguous parts, longest first, sizes differing by at most one."""
-    size, extra = divmod(num_rows, num_parts)
+def split_evenly(num_items: int, num_parts: int) -> list[tuple[int, int]]:
+    """Cut `[0, num_items)` into contiguous parts, longest first, sizes differing by at most one."""
+    size, extra = divmod(num_items, num_parts)
     bounds = [part * size + min(part, extra) for part in range(num_parts + 1)]
     return list(pairwise(bounds))

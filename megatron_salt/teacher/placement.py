@@ -15,12 +15,12 @@ from megatron_salt.teacher.simulator import Clock, Op, Program, StepTimes, Timel
 
 # Simulated instructions of the student that a search may take: seconds of Python.
 SEARCH_BUDGET = 500_000
-DEADLINES = 9
+DEADLINES = 9  # how many are tried
 # A step this near to the bound, as a share of it, ends the search.
-CLOSE_ENOUGH = 0.001
-# How much of a chunk may reach beyond the wait that the plain step has at that place. More values
-# than these take their time and find next to nothing.
-OVERHANGS = (0.5, float("inf"))
+BOUND_TOLERANCE = 0.001
+# Which share of a chunk may run past the end of the wait that the plain step has at that place.
+# More values than these take their time and find next to nothing.
+MAX_OVERRUNS = (0.5, float("inf"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +64,7 @@ def work_bound(
 def place(
     programs: Sequence[Program], times: StepTimes, pieces: Sequence[Sequence[int]], num_chunks: int
 ) -> Placement:
-    """Find a place for every chunk of the teacher's work.
-
-    A stage that would wait runs a chunk instead if two limits allow it. One is a deadline for the
-    step: every instruction has a latest start from which the deadline can still be met. The other
-    is how far the chunk may reach beyond the wait that the plain step has there. What never fits
-    runs at the end, before the update, on all stages at once. A few values of both are simulated,
-    and the best one is taken.
+    """Find a place for every chunk of the teacher's work: in a wait if it fits, else at the end.
 
     Args:
         programs: DeepSpeed's instructions of every stage (`schedule.plain_programs`).
@@ -82,19 +76,23 @@ def place(
         for mine in pieces
     ]
     bound = work_bound(times, programs, work)
-    slack = _time_left(programs, times)
+    remaining = _critical_paths(programs, times)
     attempts = max(6, SEARCH_BUDGET // max(1, sum(map(len, programs))))
     best: tuple[float, list[dict[int, list[Op]]]] | None = None
-    limits = [(k / (DEADLINES - 1), o) for o in OVERHANGS for k in range(DEADLINES)]
-    for share, overhang in limits[:: max(1, -(-len(limits) // attempts))]:
+    # Two limits decide whether a chunk fits (`_BubbleFiller._fits`). Some pairs are simulated, the
+    # best one is kept; a large pipeline tries only every second pair, or third, ...
+    limits = [(k / (DEADLINES - 1), o) for o in MAX_OVERRUNS for k in range(DEADLINES)]
+    for share, overrun in limits[:: max(1, -(-len(limits) // attempts))]:
+        # At first the step in which nothing fits: all of it at the end, on all stages at once.
         shortest = best[0] if best else plain.backward_end + max(work)
-        if best and shortest <= bound * (1 + CLOSE_ENOUGH):
+        if best and shortest <= bound * (1 + BOUND_TOLERANCE):
             break
         deadline = plain.backward_end + share * (shortest - plain.backward_end)
-        filling = _Filling(programs, times, pieces, num_chunks, plain, slack, deadline, overhang)
-        found = Clock(programs, times, filling).run().backward_end
+        filler = _BubbleFiller(programs, times, pieces, num_chunks, plain, remaining, deadline,
+                               overrun)  # fmt: skip
+        found = Clock(programs, times, filler).run().backward_end
         if best is None or found < best[0]:
-            best = found, filling.before
+            best = found, filler.before
     assert best is not None
     before = _with_transfers(programs, times, best[1], num_chunks)
     timeline = simulate(with_teacher(programs, before), times)
@@ -113,11 +111,9 @@ def with_teacher(
     ]
 
 
-def _time_left(programs: Sequence[Program], times: StepTimes) -> list[list[float]]:
-    """From the start of each instruction to the meeting before the update, at the very least.
-
-    The step run backwards: what follows an instruction, as early as it can be done.
-    """
+def _critical_paths(programs: Sequence[Program], times: StepTimes) -> list[list[float]]:
+    """Length of the longest chain of work from each instruction, included, to the update."""
+    # The step run backwards: each instruction as early as all that depends on it allows.
     reversed_programs = []
     for ops in programs:
         meeting = next(n for n, op in enumerate(ops) if op.kind == "reduce_tied")
@@ -126,7 +122,7 @@ def _time_left(programs: Sequence[Program], times: StepTimes) -> list[list[float
     return [[span.stop for span in reversed(own[:-1])] + [0.0] for own in spans]
 
 
-class _Filling:
+class _BubbleFiller:
     """Answers the clock's question whether a chunk runs instead of a wait; notes where it did."""
 
     def __init__(
@@ -136,16 +132,16 @@ class _Filling:
         pieces: Sequence[Sequence[int]],
         num_chunks: int,
         plain: Timeline,
-        time_left: Sequence[Sequence[float]],
+        remaining: Sequence[Sequence[float]],
         deadline: float,
-        overhang: float,
+        overrun: float,
     ) -> None:
         self.programs, self.times, self.plain = programs, times, plain
         self.waiting = [
             deque(Op("teacher", piece, chunk) for piece in mine for chunk in range(num_chunks))
             for mine in pieces
         ]
-        self.time_left, self.deadline, self.overhang = time_left, deadline, overhang
+        self.remaining, self.deadline, self.overrun = remaining, deadline, overrun
         self.tie = 1e-9 * deadline
         self.before: list[dict[int, list[Op]]] = [{} for _ in programs]
         self.delay = 0.0
@@ -158,6 +154,7 @@ class _Filling:
             return None
         op = self.waiting[stage][0]
         duration = self.times.teacher(op.number, op.chunk)
+        # What never fits runs at the end, before the update.
         at_the_end = self.programs[stage][number].kind == "reduce_tied"
         if not at_the_end and not self._fits(stage, now + duration, number, duration):
             return None
@@ -169,10 +166,12 @@ class _Filling:
         return self.plain.spans[stage][number - 1].stop
 
     def _fits(self, stage: int, stop: float, number: int, duration: float) -> bool:
-        if stop > self.deadline - self.time_left[stage][number] + self.tie:
+        # Latest start of an instruction: the deadline less the longest chain that depends on it.
+        if stop > self.deadline - self.remaining[stage][number] + self.tie:
             return False
+        # The wait ends as in the plain step, as much later as any stage is by now.
         wait_ends = self.plain.spans[stage][number].start + self.delay
-        return stop <= wait_ends + self.overhang * duration + self.tie
+        return stop <= wait_ends + self.overrun * duration + self.tie
 
 
 def _with_transfers(
@@ -181,11 +180,7 @@ def _with_transfers(
     chunks: Sequence[dict[int, list[Op]]],
     num_chunks: int,
 ) -> tuple[dict[int, tuple[Op, ...]], ...]:
-    """The chunks, and the transfers of the hidden states that they make.
-
-    A stage sends a piece as soon as it is complete. The last stage begins to receive it before the
-    first of its own instructions that comes later, so neither end waits on the other for long.
-    """
+    """The chunks, and the transfers of the hidden states that they make."""
     last = len(programs) - 1
     before: list[dict[int, tuple[Op, ...]]] = []
     for stage, own in enumerate(chunks):
@@ -194,7 +189,7 @@ def _with_transfers(
             extended: list[Op] = []
             for op in ops:
                 extended.append(op)
-                if op.chunk == num_chunks - 1 and stage < last:
+                if op.chunk == num_chunks - 1 and stage < last:  # the piece is complete
                     extended.append(Op("send_hidden", op.number))
             done[number] = tuple(extended)
         before.append(done)
@@ -204,7 +199,7 @@ def _with_transfers(
     # close, even if each transfer held up both hosts: docs/bubbles.md, "Why it cannot deadlock".
     # Comparing the times of both ends would leave the places of equal ones open.
     clock = Clock(with_teacher(programs, before), times)
-    clock.spans_of_all()
+    clock.run_programs()
     receiving: dict[int, tuple[Op, ...]] = {}
     number, waiting = 0, []
     for stage, op in clock.order:
@@ -213,6 +208,7 @@ def _with_transfers(
         elif stage == last and op.kind == "teacher":
             waiting.append(op)
         elif stage == last:
+            # Its first instruction after the send: neither end waits for the other for long.
             if waiting:
                 receiving[number] = tuple(waiting)
             number, waiting = number + 1, []

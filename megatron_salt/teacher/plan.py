@@ -1,8 +1,8 @@
-"""Who teaches what and when in a step of the KD phase: which rows, in which parts, at which place.
+"""Who teaches what and when in a step of the KD phase: which rows, in which chunks, at which place.
 
 A plan is a function of sizes and costs. In multiply-adds these are known before the first step, and
-every rank finds the same plan without a word; later a run, and `tools/plan.py`, put seconds in
-their place.
+every rank finds the same plan by itself. Later a run, and `tools/plan.py`, put seconds in their
+place.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class StepShape:
     layout: Layout
     recompute: bool = False
     num_chunks: int | None = None
-    """Parts, by layers, of one forward pass of the teacher, no more than it has layers; None: as
-    many as make a part at most a quarter of a stage's forward pass, at least 4."""
+    """Chunks of the teacher's layers; None: as many as make one at most a quarter of a stage's
+    forward pass, at least 4. Never more than it has layers."""
 
     @classmethod
     def of_run(
@@ -90,7 +90,7 @@ class StepShape:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherPlan:
-    """The teacher's work on a batch: pieces of rows, who runs which, and where in a step."""
+    """The teacher's work on a batch: pieces of rows, who reads which, and where in a step."""
 
     pieces: list[tuple[int, int]]
     """Rows [start, stop) of each piece, the same for every placement."""
@@ -98,7 +98,7 @@ class TeacherPlan:
     """Numbers of the pieces of each rank of a replica, [pp_rank][tp_rank]."""
     num_chunks: int
     placement: Placement | None
-    """Where in the pipeline's step; None: the whole share before the student's step."""
+    """Where in the pipeline's step; None: everything before the student's step."""
 
     def describe(self, costs: str) -> str:
         """For people: when the teacher works, and what that should cost by these `costs`."""
@@ -115,11 +115,11 @@ class TeacherPlan:
     def of_tp_rank(self, piece: int, tp_rank: int) -> int | None:
         """What a tensor-parallel rank does where the placement says `piece`, which is rank 0's.
 
-        Tensor-parallel ranks share one schedule; the first ones have the most pieces (see
-        `share_pieces`), and others have nothing to do at the last of them: None.
+        None: nothing to do there.
         """
         for ranks in self.pieces_of:
             if piece in ranks[0]:
+                # They share one schedule, and rank 0 has the most pieces (`assign_pieces`).
                 place = piece - ranks[0].start
                 return ranks[tp_rank][place] if place < len(ranks[tp_rank]) else None
         raise ValueError(f"piece {piece} is not one of tensor-parallel rank 0's {self.pieces_of}")
@@ -141,32 +141,30 @@ def _interval(pieces: list[tuple[int, int]], numbers: range) -> tuple[int, int]:
 
 
 def multiply_adds(shape: StepShape) -> StepTimes:
-    """What the parts of a step cost on one rank, in multiply-adds; transfers cost nothing here.
-
-    A stage's forward is its layers' (`layer_costs`) over tp; its backward twice that, and once more
-    with full recomputation. The loss makes the gradients of its logits in the forward (see
-    `linear_kd_loss`), so the head counts three times there and the teacher's head once. The
-    teacher is whole on every rank.
-    """
+    """What the parts of a step cost on one rank, in multiply-adds; transfers cost nothing here."""
     tokens = shape.micro_batch_size * shape.seq_length / shape.layout.tp_size
     costs = layer_costs(shape.student, shape.vocab_size, shape.seq_length)
-    bodies = [
+    layers = [
         sum(costs[1 + start : 1 + stop]) * tokens for start, stop in pairwise(shape.stage_bounds)
     ]
-    forward = list(bodies)
+    forward = list(layers)
+    # `linear_kd_loss` makes the head's gradients in the forward: the student's head counts three
+    # times there, the teacher's once.
     forward[-1] += 3.0 * costs[-1] * tokens
     if shape.teacher is not None:
         forward[-1] += shape.teacher.hidden_size * shape.vocab_size * tokens
-    again = 3.0 if shape.recompute else 2.0
-    backward = [again * body for body in bodies]
+    # A backward is two forwards; recomputation is one more.
+    forwards = 3.0 if shape.recompute else 2.0
+    backward = [forwards * cost for cost in layers]
     if shape.teacher is None:
         return StepTimes(forward=forward, backward=backward)
     layer = layer_costs(shape.teacher, shape.vocab_size, shape.seq_length)[1]
     pieces, chunks = shape.pieces, shape.chunk_bounds
 
     def teacher(piece: int, chunk: int) -> float:
-        (start, stop), (first, end) = pieces[piece], chunks[chunk]
-        return (stop - start) * shape.seq_length * layer * (end - first)
+        (row, row_stop), (first, stop) = pieces[piece], chunks[chunk]
+        # Not over tp: the teacher is whole on every rank.
+        return (row_stop - row) * shape.seq_length * layer * (stop - first)
 
     return StepTimes(forward=forward, backward=backward, teacher=teacher)
 
@@ -174,16 +172,13 @@ def multiply_adds(shape: StepShape) -> StepTimes:
 def plan_teacher(shape: StepShape, times: StepTimes, *, in_bubbles: bool) -> TeacherPlan:
     """Divide the teacher's rows over the ranks of a replica, and find its places in the step.
 
-    Before the step all shares are equal. In the bubbles a stage that has less to do for the student
-    may take more rows; how much more pays is found by trying, because chunks do not fit everywhere.
-    The pieces, and so the hidden states, are the same.
-
     Args:
         times: `multiply_adds`, or seconds.
     """
     num_chunks, pp_size = len(shape.chunk_bounds), shape.layout.pp_size
     pieces = shape.pieces
     if not in_bubbles or pp_size == 1:
+        # Before the step all ranks take equally many rows.
         pieces_of = _pieces_of(shape, times, 0.0)
         return TeacherPlan(
             pieces=pieces, pieces_of=pieces_of, num_chunks=num_chunks, placement=None
@@ -191,6 +186,8 @@ def plan_teacher(shape: StepShape, times: StepTimes, *, in_bubbles: bool) -> Tea
     programs = plain_programs(shape.num_micro_batches, pp_size)
     plans: list[TeacherPlan] = []
     shortest = math.inf
+    # A stage that has less to do for the student may take more rows. How many more is best is found
+    # by trying, because chunks do not fit everywhere.
     for level in LEVELLING_STEPS:
         pieces_of = _pieces_of(shape, times, level)
         of_first_tp_rank = [ranks[0] for ranks in pieces_of]
@@ -198,7 +195,7 @@ def plan_teacher(shape: StepShape, times: StepTimes, *, in_bubbles: bool) -> Tea
             sum(times.teacher(piece, chunk) for piece in mine for chunk in range(num_chunks))
             for mine in of_first_tp_rank
         ]
-        if work_bound(times, programs, work) >= shortest * (1.0 - WORTH_A_SEARCH):
+        if work_bound(times, programs, work) >= shortest * (1.0 - MIN_GAIN):
             continue
         placement = place(programs, times, of_first_tp_rank, num_chunks)
         shortest = min(shortest, placement.step_time - times.update)
@@ -216,10 +213,10 @@ def teaches_ahead(placement: str, layout: Layout) -> bool:
     return placement != "before_step" and layout.pp_size > 1
 
 
-# How much of a stage's own work counts when rows are shared: none, as before the step, to all.
+# Which share of a stage's own work counts when rows are assigned: none, as before the step, to all.
 LEVELLING_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)
-# A share of the step that is not worth looking for.
-WORTH_A_SEARCH = 0.001
+# A smaller gain, as a share of the step, is not looked for.
+MIN_GAIN = 0.001
 
 
 def _pieces_of(shape: StepShape, times: StepTimes, level: float) -> list[list[range]]:

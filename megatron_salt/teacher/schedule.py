@@ -79,11 +79,9 @@ def _instruction(op: Op) -> PipeInstruction:
 
 
 def program(schedule: PipeSchedule) -> list[Op]:
-    """A stage's schedule as the simulator reads it.
-
-    DeepSpeed's instructions name a buffer, not a micro-batch; each kind of them treats the
-    micro-batches in their order.
-    """
+    """A stage's schedule as the simulator reads it."""
+    # DeepSpeed's instructions name a buffer, not a micro-batch; each kind of them treats the
+    # micro-batches in their order.
     count: dict[str, int] = {}
     ops = []
     for commands in schedule.steps():
@@ -123,8 +121,6 @@ def measured_times(
 ) -> StepTimes:
     """Times for the simulator from a traced step of all stages: medians by stage.
 
-    The teacher's time is that of one row in one layer, the same on every stage.
-
     Args:
         traces: as `Instructions.take_trace` gives them.
         pieces, chunk_bounds: rows and layers [start, stop) of the teacher's pieces and chunks.
@@ -138,10 +134,8 @@ def measured_times(
         for instruction, start, stop in trace:
             kind = KINDS[type(instruction).__name__]
             if kind == "teacher":
-                (row, end), (first, last) = (
-                    pieces[instruction.piece], chunk_bounds[instruction.chunk]
-                )  # fmt: skip
-                row_layers.append((stop - start) / ((end - row) * (last - first)))
+                rows, layers = pieces[instruction.piece], chunk_bounds[instruction.chunk]
+                row_layers.append((stop - start) / ((rows[1] - rows[0]) * (layers[1] - layers[0])))
             link = channel(Op(kind, len(taken.get(kind, ()))), stage)
             if link is not None:
                 ends.setdefault(link, []).append(stop - start)
@@ -150,11 +144,12 @@ def measured_times(
         backward.append(median(taken["backward"]))
     # The end that came later to a transfer has not waited: its time is the transfer's.
     transfers = [min(both) for both in ends.values()]
+    # The teacher's time for one row in one layer, the same on every stage.
     row_layer = median(row_layers) if row_layers else 0.0
 
     def teacher(piece: int, chunk: int) -> float:
-        (row, end), (first, last) = pieces[piece], chunk_bounds[chunk]
-        return row_layer * (end - row) * (last - first)
+        rows, layers = pieces[piece], chunk_bounds[chunk]
+        return row_layer * (rows[1] - rows[0]) * (layers[1] - layers[0])
 
     return StepTimes(
         forward=forward, backward=backward, teacher=teacher,

@@ -1,8 +1,7 @@
 """A pipeline step on a virtual clock: when every stage does what, and where it waits.
 
-Pure Python. What is simulated are the instruction lists that training runs (`schedule.programs`);
-`parallel/placement.py` uses the same clock to decide where the teacher's work goes. Letters: p
-stages, M micro-batches.
+What is simulated are the instruction lists that training runs (`schedule.teaching_programs`);
+`placement.py` uses the same clock to decide where the teacher's work goes.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ class Op(NamedTuple):
     number: int = 0
     """Micro-batch of the student, or piece of the teacher's rows."""
     chunk: int = 0
-    """Which part of the teacher's layers."""
+    """Number of the part of the teacher's layers."""
 
 
 Program = Sequence[Op]
@@ -92,7 +91,7 @@ def channel(op: Op, stage: int) -> tuple[str, int, int] | None:
     return None
 
 
-Filler = Callable[[int, float, int], float | None]
+FillWait = Callable[[int, float, int], float | None]
 """(stage, now, number of the instruction before which it waits) -> how long it does something else
 instead of waiting, or None to wait."""
 
@@ -101,12 +100,7 @@ TIE = 1e-9
 
 
 def simulate(programs: Sequence[Program], times: StepTimes) -> Timeline:
-    """Run the programs of all p stages of a pipeline on one clock.
-
-    DeepSpeed's sends and receives hold up both sides until they have met (`dist.send`, `dist.recv`;
-    on CUDA it is the compute stream that is held up). Hidden states travel beside: sending and
-    receiving them holds up nobody, but the step ends only when all have arrived. "reduce_tied"
-    is where all stages meet before the update.
+    """Run the programs of all stages of a pipeline on one clock.
 
     Raises: RuntimeError saying where every stage stands if none can go on, or if a program does
         what it cannot: a backward before its forward, hidden states that are not there yet.
@@ -117,14 +111,14 @@ def simulate(programs: Sequence[Program], times: StepTimes) -> Timeline:
 
 
 class Clock:
-    """The state of `simulate`: a queue of (time, late, stage) and who waits for whom.
+    """The state of `simulate`: a queue of stages by time, and who waits for whom.
 
     Args:
         fill: asked whenever a stage would wait, in the order of time (`placement`).
     """
 
     def __init__(
-        self, programs: Sequence[Program], times: StepTimes, fill: Filler | None = None
+        self, programs: Sequence[Program], times: StepTimes, fill: FillWait | None = None
     ) -> None:
         self.programs, self.times, self.fill = programs, times, fill
         self.spans: list[list[OpSpan]] = [[] for _ in programs]
@@ -133,18 +127,19 @@ class Clock:
         self.position = [0] * len(programs)
         scale = max(max(times.forward), max(times.backward), 1e-30)
         self.tie = TIE * scale
+        # By (sort key, second look, stage), with the time that it is.
         self.queue = [(0.0, False, stage, 0.0) for stage in range(len(programs))]
-        self.waiting: dict[tuple[str, int, int], tuple[int, float]] = {}
-        self.met: dict[int, float] = {}
-        self.posted: dict[int, list[float]] = {}
+        self.waiting: dict[tuple[str, int, int], tuple[int, float]] = {}  # channel: stage, since
+        self.before_update: dict[int, float] = {}  # stage: when it came there
+        self.hidden_ends: dict[int, list[float]] = {}  # piece: when it was sent, and received
 
-    def spans_of_all(self) -> list[list[OpSpan]]:
+    def run_programs(self) -> list[list[OpSpan]]:
         """Run every stage to its end."""
         heapq.heapify(self.queue)
         while self.queue:
-            _, late, stage, now = heapq.heappop(self.queue)
+            _, second_look, stage, now = heapq.heappop(self.queue)
             if self.position[stage] < len(self.programs[stage]):
-                self._next(stage, now, late)
+                self._next(stage, now, second_look)
         stuck = [s for s, place in enumerate(self.position) if place < len(self.programs[s])]
         if stuck:
             places = "; ".join(
@@ -156,22 +151,22 @@ class Clock:
         return self.spans
 
     def run(self) -> Timeline:
-        self.spans_of_all()
-        backward_end = max(self.met.values(), default=self._last_stop())
-        arrived = [max(ends) + self.times.hidden_transfer for ends in self.posted.values()]
-        single = [piece for piece, ends in self.posted.items() if len(ends) != 2]
+        self.run_programs()
+        backward_end = max(self.before_update.values(), default=self._last_stop())
+        arrived = [max(ends) + self.times.hidden_transfer for ends in self.hidden_ends.values()]
+        single = [piece for piece, ends in self.hidden_ends.items() if len(ends) != 2]
         if single:
             raise RuntimeError(f"hidden states of pieces {single} are sent or received alone")
+        # Hidden states hold up nobody, but the step ends only when all have arrived.
         step_time = max([backward_end + self.times.update, *arrived])
         return Timeline(spans=self.spans, backward_end=backward_end, step_time=step_time)
 
     def _last_stop(self) -> float:
         return max((spans[-1].stop for spans in self.spans if spans), default=0.0)
 
-    def _resume(self, stage: int, when: float, *, late: bool = False) -> None:
-        # A second look comes after everything that happens at the same moment.
-        key = when + self.tie if late else when
-        heapq.heappush(self.queue, (key, late, stage, when))
+    def _resume(self, stage: int, when: float, *, second_look: bool = False) -> None:
+        key = when + self.tie if second_look else when
+        heapq.heappush(self.queue, (key, second_look, stage, when))
 
     def _finish(self, stage: int, op: Op, start: float, stop: float) -> None:
         self.spans[stage].append(OpSpan(op, start, stop))
@@ -179,13 +174,14 @@ class Clock:
         self.position[stage] += 1
         self._resume(stage, stop)
 
-    def _next(self, stage: int, now: float, late: bool) -> None:
+    def _next(self, stage: int, now: float, second_look: bool) -> None:
         op = self.programs[stage][self.position[stage]]
         link = channel(op, stage)
         if link is None and op.kind != "reduce_tied":
             self._work(stage, op, now)
             return
         if link is not None and link in self.waiting:
+            # `dist.send` and `dist.recv` hold up both ends (on CUDA: streams) until they have met.
             peer, since = self.waiting.pop(link)
             start = max(now, since)
             for end in (stage, peer):
@@ -193,8 +189,9 @@ class Clock:
                              start + self.times.transfer)  # fmt: skip
             return
         if self.fill is not None:
-            if not late:
-                self._resume(stage, now, late=True)
+            # It waits only if the other end has not come after all that happens at this moment.
+            if not second_look:
+                self._resume(stage, now, second_look=True)
                 return
             filled = self.fill(stage, now, self.position[stage])
             if filled is not None:
@@ -203,9 +200,10 @@ class Clock:
         if link is not None:
             self.waiting[link] = (stage, now)
             return
-        self.met[stage] = now
-        if len(self.met) == len(self.programs):
-            together = max(self.met.values())
+        # "reduce_tied" is where all stages meet before the update.
+        self.before_update[stage] = now
+        if len(self.before_update) == len(self.programs):
+            together = max(self.before_update.values())
             for each in range(len(self.programs)):
                 here = self.programs[each][self.position[each]]
                 self._finish(each, here, together, together + self.times.update)
@@ -220,7 +218,7 @@ class Clock:
             case "teacher":
                 duration = self.times.teacher(op.number, op.chunk)
             case "send_hidden" | "recv_hidden":
-                self.posted.setdefault(op.number, []).append(now)
+                self.hidden_ends.setdefault(op.number, []).append(now)
         self._finish(stage, op, now, now + duration)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from bodies import BODIES, chosen, cuda_on_cpu, dtypes_of
+from loss_backends import BACKENDS, chosen, cuda_on_cpu, dtypes_of
 from loss_cases import (
     LossCase,
     LossResult,
@@ -111,15 +111,15 @@ CUTS = {
     "mse": Cut(divergence="mse", V=123, b=2.0),
 }
 RUNS = [
-    (body, name)
-    for body in BODIES
+    (backend, name)
+    for backend in BACKENDS
     for name, cut in CUTS.items()
-    if cut.dtype in dtypes_of(body)
-    if cut.divergence == "forward_kl" or body == "reference"
+    if cut.dtype in dtypes_of(backend)
+    if cut.divergence == "forward_kl" or backend == "reference"
 ]
 
 
-def run_cut(body: str, cut: Cut, group: dist.ProcessGroup) -> dict[str, Any]:
+def run_cut(backend: str, cut: Cut, group: dist.ProcessGroup) -> dict[str, Any]:
     """This rank's results, with the gradient put together from all ranks, and its collectives."""
     shards, W = cut.shards(dist.get_world_size(group))
     vocab = shards[dist.get_rank(group)]
@@ -135,7 +135,7 @@ def run_cut(body: str, cut: Cut, group: dist.ProcessGroup) -> dict[str, Any]:
 
     dist.all_reduce = counted
     try:
-        with chosen(body):
+        with chosen(backend):
             got = loss_result(arguments)
     finally:
         dist.all_reduce = original
@@ -176,10 +176,10 @@ def run_everything() -> dict[tuple[str | int, ...], Any]:
     groups = {2: pairs[dist.get_rank() // 2], 4: dist.group.WORLD}
     found: dict[tuple[str | int, ...], Any] = {}
     for size, group in groups.items():
-        for body, name in RUNS:
-            found[body, name, size] = run_cut(body, CUTS[name], group)
-        body = BODIES[dist.get_rank() % len(BODIES)]
-        found["mixed", size] = run_cut(body, CUTS["both temperatures"], group)
+        for backend, name in RUNS:
+            found[backend, name, size] = run_cut(backend, CUTS[name], group)
+        backend = BACKENDS[dist.get_rank() % len(BACKENDS)]
+        found["mixed", size] = run_cut(backend, CUTS["both temperatures"], group)
         found["argmax", size] = argmax_case(group)
     return found
 
@@ -215,30 +215,30 @@ def assert_exact(got: LossResult, cut: Cut, tp_size: int) -> None:
 
 
 @pytest.mark.parametrize("tp_size", TP_SIZES)
-@pytest.mark.parametrize(("body", "name"), RUNS)
+@pytest.mark.parametrize(("backend", "name"), RUNS)
 def test_values_and_gradients_match_fp64_alike_on_every_rank(
-    body: str, name: str, tp_size: int, by_rank: list[Any]
+    backend: str, name: str, tp_size: int, by_rank: list[Any]
 ) -> None:
     """Bit by bit: ranks that disagree would drift apart or scale their gradients differently."""
-    first = by_rank[0][body, name, tp_size]["values"]
+    first = by_rank[0][backend, name, tp_size]["values"]
     assert_exact(first, CUTS[name], tp_size)
     for found in by_rank[1:]:
-        got = found[body, name, tp_size]["values"]
+        got = found[backend, name, tp_size]["values"]
         for what, mine, theirs in zip(LossResult._fields, got, first, strict=True):
             assert torch.equal(mine, theirs), what
 
 
-@pytest.mark.parametrize(("body", "name"), RUNS)
+@pytest.mark.parametrize(("backend", "name"), RUNS)
 def test_cut_vocabulary_gives_what_one_process_gives(
-    body: str, name: str, by_rank: list[Any]
+    backend: str, name: str, by_rank: list[Any]
 ) -> None:
     cut = CUTS[name]
     _, W = cut.shards(1)
-    with chosen(body):
+    with chosen(backend):
         one = loss_result(loss_arguments(cut.case, cut.dtype, Placement(padding=W - cut.V)))
     assert_exact(one, cut, 1)
     for tp_size in TP_SIZES:
-        got = by_rank[0][body, name, tp_size]["values"]
+        got = by_rank[0][backend, name, tp_size]["values"]
         for what, a, b in zip(LossResult._fields, one, got, strict=True):
             # The order of summation differs; a gradient may then round to its other neighbour.
             unit = torch.finfo(cut.dtype).eps if what == "grad_TV" else 0.0
@@ -248,7 +248,7 @@ def test_cut_vocabulary_gives_what_one_process_gives(
 
 @pytest.mark.parametrize("tp_size", TP_SIZES)
 def test_ranks_may_run_different_bodies(tp_size: int, by_rank: list[Any]) -> None:
-    """What travels between ranks means the same in every body."""
+    """What travels between ranks means the same in every backend."""
     for found in by_rank:
         got = found["mixed", tp_size]["values"]
         for ours, wanted in zip(got, CUTS["both temperatures"].exact, strict=True):
@@ -256,9 +256,9 @@ def test_ranks_may_run_different_bodies(tp_size: int, by_rank: list[Any]) -> Non
 
 
 @pytest.mark.parametrize("tp_size", TP_SIZES)
-@pytest.mark.parametrize(("body", "name"), RUNS)
+@pytest.mark.parametrize(("backend", "name"), RUNS)
 def test_collectives_are_one_max_and_one_sum_in_forward_and_none_in_backward(
-    body: str, name: str, tp_size: int, by_rank: list[Any]
+    backend: str, name: str, tp_size: int, by_rank: list[Any]
 ) -> None:
     cut = CUTS[name]
     num_max, num_sum = (1, 2) if cut.kind == "no teacher" else (2, 4 if cut.b == 1.0 else 5)
@@ -267,7 +267,7 @@ def test_collectives_are_one_max_and_one_sum_in_forward_and_none_in_backward(
     if cut.divergence != "forward_kl":
         expected.append(("SUM", 2 * T, dtype))
     for found in by_rank:
-        assert found[body, name, tp_size]["calls"] == expected
+        assert found[backend, name, tp_size]["calls"] == expected
 
 
 def test_cases_cover_what_they_name(by_rank: list[Any]) -> None:

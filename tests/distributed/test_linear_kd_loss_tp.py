@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from bodies import BODIES, chosen, cuda_on_cpu
+from loss_backends import BACKENDS, chosen, cuda_on_cpu
 from loss_cases import (
     LinearCase,
     LinearResult,
@@ -68,10 +68,10 @@ CUTS = {
     for tp_size in (2, 4)
     for sequence_parallel in (False, True)
 }
-RUNS = [(body, name) for body in BODIES for name in CUTS]
+RUNS = [(backend, name) for backend in BACKENDS for name in CUTS]
 
 
-def run_cut(body: str, cut: Cut, group: dist.ProcessGroup) -> list[Any]:
+def run_cut(backend: str, cut: Cut, group: dist.ProcessGroup) -> list[Any]:
     """A `LinearResult`, put together from all ranks of the group."""
     tp_rank = dist.get_rank(group)
     size = padded_vocab_size(cut.V, 64, cut.tp_size)
@@ -88,7 +88,7 @@ def run_cut(body: str, cut: Cut, group: dist.ProcessGroup) -> list[Any]:
     chunking = Chunking(
         chunk_bytes=cut.chunk_bytes, tp_group=group, sequence_parallel=cut.sequence_parallel
     )
-    with chosen(body):
+    with chosen(backend):
         changes = {"student_hidden_TD": hidden, "chunking": chunking}
         result = linear_kd_loss(**(arguments | changes))
     result.loss.backward()
@@ -117,8 +117,8 @@ def run_everything() -> dict[tuple[str, str], list[Any]]:
     world = dist.group.WORLD
     assert world is not None
     groups = {2: pairs[dist.get_rank() // 2], 4: world}
-    return {(body, name): run_cut(body, CUTS[name], groups[CUTS[name].tp_size])
-            for body, name in RUNS}  # fmt: skip
+    return {(backend, name): run_cut(backend, CUTS[name], groups[CUTS[name].tp_size])
+            for backend, name in RUNS}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -130,27 +130,27 @@ def by_rank() -> list[dict[tuple[str, str], LinearResult]]:
     ]
 
 
-@pytest.mark.parametrize(("body", "name"), RUNS)
+@pytest.mark.parametrize(("backend", "name"), RUNS)
 def test_values_and_gradients_match_one_process_alike_on_every_rank(
-    body: str, name: str, by_rank: list[Any]
+    backend: str, name: str, by_rank: list[Any]
 ) -> None:
-    cut, got = CUTS[name], by_rank[0][body, name]
+    cut, got = CUTS[name], by_rank[0][backend, name]
     exact, plain = (autograd_linear_result(cut.case, x) for x in (torch.float64, cut.dtype))
     assert_as_exact_as_autograd(got, plain, exact, tolerance=1e-6, norm=2)
     for found in by_rank[1:]:
-        for what, mine, first in zip(LinearResult._fields, found[body, name], got, strict=True):
+        for what, mine, first in zip(LinearResult._fields, found[backend, name], got, strict=True):
             assert torch.equal(mine, first), what
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_chunks_do_not_change_values(
-    body: str, sequence_parallel: bool, by_rank: list[Any]
+    backend: str, sequence_parallel: bool, by_rank: list[Any]
 ) -> None:
     for tp_size in (2, 4):
         end = f", tp {tp_size}{', sequence parallel' * sequence_parallel}"
         one, many, single = (
-            by_rank[0][body, name + end] for name in ("one chunk", "chunks", "smallest chunks")
+            by_rank[0][backend, name + end] for name in ("one chunk", "chunks", "smallest chunks")
         )
         for cut in (many, single):
             for a, b in zip(one, cut, strict=True):

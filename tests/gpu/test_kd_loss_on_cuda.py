@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from bodies import chosen, cuda_on_cpu
 from commands import run_command
+from loss_backends import chosen, cuda_on_cpu
 from loss_cases import (
     OUTLIERS,
     PACKED,
@@ -219,9 +219,9 @@ def test_gradient_over_its_logits_touches_nothing_else(
 ) -> None:
     """Both passes in one launch, as `linear_kd_loss` uses them."""
     case = case_of(11, C)
-    body = cuda_on_cpu()
+    backend = cuda_on_cpu()
     if not ON_CPU:
-        body = choose_backend(IMPL, device=case.labels_T.device, dtypes=frozenset({dtype}))
+        backend = choose_backend(IMPL, device=case.labels_T.device, dtypes=frozenset({dtype}))
     options = LossOptions(vocab=arguments_of(case, dtype)["vocab"])
     weights = [weight_T.float() for weight_T in (case.ce_weight_T, case.kd_weight_T)]
     student, teacher = (place(x, dtype, where) for x in (case.student_TV, case.teacher))
@@ -229,12 +229,12 @@ def test_gradient_over_its_logits_touches_nothing_else(
     one = torch.ones((), device=DEVICE)
 
     expected = torch.empty(student.shape, dtype=dtype, device=DEVICE)
-    scores = body.scores(rows, options, None)
-    body.gradient_(rows, options, scores.saved, one, expected)
+    scores = backend.scores(rows, options, None)
+    backend.gradient_(rows, options, scores.saved, one, expected)
     memory = student._base
     assert memory is not None
     before = memory.clone()
-    got = body.scores_and_gradient_(rows, options, None, one, student)
+    got = backend.scores_and_gradient_(rows, options, None, one, student)
     assert torch.equal(student, expected)
     assert all(torch.equal(x, y) for x, y in zip(got[:3], scores[:3], strict=True))
     before.as_strided(student.shape, student.stride(), student.storage_offset()).copy_(student)

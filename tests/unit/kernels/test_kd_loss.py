@@ -1,4 +1,4 @@
-"""Every body of `kd_loss` on one rank against plain fp64 autograd: values, gradients, errors."""
+"""Every backend of `kd_loss` on one rank against plain fp64 autograd: values, gradients, errors."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from bodies import BODIES, BODIES_AND_DTYPES, chosen, dtypes_of, threads_backwards
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_backends import BACKENDS, BACKENDS_AND_DTYPES, chosen, dtypes_of, threads_backwards
 from loss_cases import (
     OUTLIERS,
     TEMPERATURES,
@@ -43,20 +43,20 @@ SIZES = [(252, 4), (507, 133), (123, 0), (252, 4)]
 
 
 def result_of(
-    body: str,
+    backend: str,
     case: LossCase,
     dtype: torch.dtype,
     padding: int = 5,
     teacher_dtype: torch.dtype | None = None,
 ) -> LossResult:
-    with chosen(body):
+    with chosen(backend):
         where = Placement(padding=padding)
         return loss_result(loss_arguments(case, dtype, where, teacher_dtype=teacher_dtype))
 
 
-def check(body: str, case: LossCase, dtype: torch.dtype, padding: int = 5) -> LossResult:
+def check(backend: str, case: LossCase, dtype: torch.dtype, padding: int = 5) -> LossResult:
     """The result, found to be as exact as plain autograd's."""
-    got = result_of(body, case, dtype, padding)
+    got = result_of(backend, case, dtype, padding)
     assert_as_exact_as_autograd(
         got, autograd_result(case, dtype), autograd_result(case),
         tolerance=1e-14 if dtype == torch.float64 else 5e-7,
@@ -67,91 +67,91 @@ def check(body: str, case: LossCase, dtype: torch.dtype, padding: int = 5) -> Lo
 @pytest.mark.parametrize(
     ("size", "temperatures"), list(zip(SIZES, TEMPERATURES, strict=True)), ids=str
 )
-@pytest.mark.parametrize(("body", "dtype"), BODIES_AND_DTYPES, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES, ids=str)
 def test_is_as_exact_as_plain_autograd(
-    body: str, dtype: torch.dtype, size: tuple[int, int], temperatures: tuple[float, float]
+    backend: str, dtype: torch.dtype, size: tuple[int, int], temperatures: tuple[float, float]
 ) -> None:
     (V, padding), (a, b) = size, temperatures
-    check(body, make_case(24, V, a=a, b=b), dtype, padding)
+    check(backend, make_case(24, V, a=a, b=b), dtype, padding)
 
 
 @pytest.mark.parametrize("dtype", dtypes_of("native"), ids=str)
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("kind", "temperatures"), list(zip(OUTLIERS, reversed(TEMPERATURES), strict=True)), ids=str
 )
 def test_large_logits_cost_no_digits(
-    kind: str, temperatures: tuple[float, float], body: str, dtype: torch.dtype
+    kind: str, temperatures: tuple[float, float], backend: str, dtype: torch.dtype
 ) -> None:
     a, b = temperatures
-    check(body, with_outliers(make_case(16, 123, a=a, b=b), kind), dtype)
+    check(backend, with_outliers(make_case(16, 123, a=a, b=b), kind), dtype)
 
 
-@pytest.mark.parametrize(("body", "dtype"), BODIES_AND_DTYPES, ids=str)
-def test_teacher_may_give_tokens_no_probability(body: str, dtype: torch.dtype) -> None:
-    got = check(body, with_truncated_teacher(make_case(16, 252, a=2.0), 5), dtype)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES, ids=str)
+def test_teacher_may_give_tokens_no_probability(backend: str, dtype: torch.dtype) -> None:
+    got = check(backend, with_truncated_teacher(make_case(16, 252, a=2.0), 5), dtype)
     assert got.kl_T.isfinite().all()
 
 
 @pytest.mark.parametrize("num_masked", [9, 3000])
 @pytest.mark.parametrize("dtype", dtypes_of("native"), ids=str)
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_logits_may_be_masked_with_the_smallest_number(
-    body: str, dtype: torch.dtype, num_masked: int
+    backend: str, dtype: torch.dtype, num_masked: int
 ) -> None:
     """From the first column on, so that whole blocks of columns have nothing else in them."""
-    check(body, with_masked_columns(make_case(6, 4096), num_masked, dtype), dtype, padding=0)
+    check(backend, with_masked_columns(make_case(6, 4096), num_masked, dtype), dtype, padding=0)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize(("body", "dtype"), BODIES_AND_DTYPES, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES, ids=str)
 def test_student_that_equals_its_teacher_is_at_rest(
-    body: str, dtype: torch.dtype, temperature: float
+    backend: str, dtype: torch.dtype, temperature: float
 ) -> None:
     case = without_ce(make_case(16, 507, a=temperature, b=temperature))
-    got = result_of(body, replace(case, teacher_TV=case.student_TV), dtype)
+    got = result_of(backend, replace(case, teacher_TV=case.student_TV), dtype)
     assert (got.kl_T == 0).all() and got.loss == 0
     assert (got.grad_TV == 0).all()
 
 
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
-def test_zero_weight_is_exactly_nothing(body: str, bad: float) -> None:
+def test_zero_weight_is_exactly_nothing(backend: str, bad: float) -> None:
     case = make_case(12, 123, b=2.0)
-    good = result_of(body, case, torch.float32)
+    good = result_of(backend, case, torch.float32)
     student, teacher = case.student_TV.clone(), case.teacher.clone()
     student[4, 7], teacher[4, 9] = bad, bad  # rows 4 and 5 weigh nothing
     student[5], teacher[5] = bad, bad
-    got = result_of(body, replace(case, student_TV=student, teacher_TV=teacher), torch.float32)
+    got = result_of(backend, replace(case, student_TV=student, teacher_TV=teacher), torch.float32)
     assert (got.grad_TV[4:6] == 0).all()
     assert torch.equal(got.grad_TV, good.grad_TV) and got.loss == good.loss
 
 
-@pytest.mark.parametrize("body", BODIES)
-def test_token_with_ce_alone_ignores_a_broken_teacher(body: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_token_with_ce_alone_ignores_a_broken_teacher(backend: str) -> None:
     case = make_case(12, 123)
     case = replace(case, ce_weight_T=torch.ones_like(case.ce_weight_T))
     exact = autograd_result(case)
     teacher = case.teacher.clone()
     teacher[3] = torch.nan  # row 3 has no KD weight
-    got = result_of(body, replace(case, teacher_TV=teacher), torch.float32)
+    got = result_of(backend, replace(case, teacher_TV=teacher), torch.float32)
     assert relative_error(got.grad_TV, exact.grad_TV) < 1e-6
     assert relative_error(got.loss, exact.loss) < 1e-6
 
 
-@pytest.mark.parametrize("body", BODIES)
-def test_ce_is_at_temperature_1_whatever_the_students(body: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ce_is_at_temperature_1_whatever_the_students(backend: str) -> None:
     case = make_case(12, 123)
-    cold = result_of(body, case, torch.float32, 0)
-    warm = result_of(body, replace(case, b=3.0), torch.float32, 0)
+    cold = result_of(backend, case, torch.float32, 0)
+    warm = result_of(backend, replace(case, b=3.0), torch.float32, 0)
     assert torch.allclose(warm.ce_T, cold.ce_T, atol=2e-6)
     assert not torch.allclose(warm.kl_T, cold.kl_T, atol=1e-3)
 
 
-@pytest.mark.parametrize(("body", "dtype"), BODIES_AND_DTYPES, ids=str)
-def test_without_teacher_it_is_cross_entropy(body: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES, ids=str)
+def test_without_teacher_it_is_cross_entropy(backend: str, dtype: torch.dtype) -> None:
     case = without_teacher(make_case(24, 252, b=2.0))
-    got = check(body, case, dtype)
+    got = check(backend, case, dtype)
     expected = torch.nn.functional.cross_entropy(
         case.student_TV.to(dtype).double(), case.labels_T, reduction="none"
     )
@@ -159,11 +159,11 @@ def test_without_teacher_it_is_cross_entropy(body: str, dtype: torch.dtype) -> N
     assert (got.kl_T == 0).all()
 
 
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("with_teacher", [True, False])
-def test_no_tokens(body: str, with_teacher: bool) -> None:
+def test_no_tokens(backend: str, with_teacher: bool) -> None:
     case = make_case(0, 123)
-    got = result_of(body, case if with_teacher else without_teacher(case), torch.bfloat16)
+    got = result_of(backend, case if with_teacher else without_teacher(case), torch.bfloat16)
     assert got.loss == 0 and got.ce_T.shape == got.kl_T.shape == (0,)
     assert got.grad_TV.shape == (0, 123)
 
@@ -202,12 +202,12 @@ def test_gradient_follows_what_is_upstream_and_nothing_is_changed_in_place() -> 
     assert result.loss.dtype == result.ce_T.dtype == result.kl_T.dtype == torch.float32
 
 
-@pytest.mark.parametrize("body", BODIES)
-def test_result_does_not_depend_on_how_tokens_are_cut(body: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_result_does_not_depend_on_how_tokens_are_cut(backend: str) -> None:
     """Weights carry the normaliser, so the loss of a batch is the sum over its pieces."""
     case = make_case(24, 123)
-    dtype = torch.float64 if body == "reference" else torch.float32
-    whole = result_of(body, case, dtype)
+    dtype = torch.float64 if backend == "reference" else torch.float32
+    whole = result_of(backend, case, dtype)
     pieces = []
     for rows in (slice(0, 5), slice(5, 6), slice(6, 24)):
         piece = replace(
@@ -215,54 +215,54 @@ def test_result_does_not_depend_on_how_tokens_are_cut(body: str) -> None:
             labels_T=case.labels_T[rows], ce_weight_T=case.ce_weight_T[rows],
             kd_weight_T=case.kd_weight_T[rows],
         )  # fmt: skip
-        pieces.append(result_of(body, piece, dtype))
+        pieces.append(result_of(backend, piece, dtype))
     total = float(sum(piece.loss for piece in pieces))
-    assert total == pytest.approx(float(whole.loss), rel=1e-13 if body == "reference" else 1e-6)
+    assert total == pytest.approx(float(whole.loss), rel=1e-13 if backend == "reference" else 1e-6)
     assert torch.equal(torch.cat([piece.grad_TV for piece in pieces]), whole.grad_TV)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("body", BODIES[1:])
-def test_gradients_are_rounded_to_nearest(body: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_gradients_are_rounded_to_nearest(backend: str, dtype: torch.dtype) -> None:
     """Truncated they would still have no more than twice the error of rounded ones."""
     case = make_case(24, 252)
     student, teacher = (x.to(dtype).double() for x in (case.student_TV, case.teacher))
     case = replace(case, student_TV=student, teacher_TV=teacher)
-    expected = result_of(body, case, torch.float32).grad_TV.to(dtype)
+    expected = result_of(backend, case, torch.float32).grad_TV.to(dtype)
     # Columns are grouped by dtype, so a sum's last bit may differ, and what lies half-way with it.
-    assert (result_of(body, case, dtype).grad_TV != expected).double().mean() < 0.01
+    assert (result_of(backend, case, dtype).grad_TV != expected).double().mean() < 0.01
 
 
 MIXED = [(x, y) for x in dtypes_of("native") for y in dtypes_of("native") if x != y]
 
 
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("dtype", "teacher_dtype"), MIXED, ids=str)
 def test_student_and_teacher_may_have_different_dtypes(
-    body: str, dtype: torch.dtype, teacher_dtype: torch.dtype
+    backend: str, dtype: torch.dtype, teacher_dtype: torch.dtype
 ) -> None:
     case = make_case(8, 123, a=2.0)
     # The oracle sees the teacher as it was rounded: the student's rounding is what is judged.
     exact = autograd_result(replace(case, teacher_TV=case.teacher.to(teacher_dtype).double()))
-    got = result_of(body, case, dtype, 2, teacher_dtype)
+    got = result_of(backend, case, dtype, 2, teacher_dtype)
     for name in ("ce_T", "kl_T", "grad_TV"):
         error = relative_error(getattr(got, name), getattr(exact, name))
         assert error < 4 * torch.finfo(dtype).eps, name
 
 
 @pytest.mark.parametrize("dtype", dtypes_of("native"), ids=str)
-@pytest.mark.parametrize("body", BODIES[1:])
-def test_rows_may_start_anywhere(body: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_rows_may_start_anywhere(backend: str, dtype: torch.dtype) -> None:
     """Views whose rows lie at every offset from a multiple of 16 bytes, alike and unalike."""
     case = make_case(5, 75)
-    expected = result_of(body, case, dtype, 0)
+    expected = result_of(backend, case, dtype, 0)
     unit = torch.finfo(dtype).eps
     for student_offset, teacher_offset, gap in [(0, 0, 0), (1, 1, 8), (3, 3, 21), (1, 4, 6)]:
         ways = [
             Placement(padding=0, gap=gap, offset=offset)
             for offset in (student_offset, teacher_offset)
         ]
-        with chosen(body):
+        with chosen(backend):
             got = loss_result(loss_arguments(case, dtype, ways[0], teacher_where=ways[1]))
         # The columns are grouped by their addresses, so sums may differ in their last bits.
         assert torch.allclose(got.kl_T, expected.kl_T, rtol=1e-5, atol=1e-6)
@@ -284,7 +284,7 @@ def test_cuda_kernels_need_no_barrier_that_is_missing(V: int) -> None:
 def test_cpu_and_cuda_code_compute_the_same(V: int) -> None:
     """Two loops over one header: block edges, odd sizes, more columns than a block has threads."""
     case = make_case(4, V)
-    native, cuda = (result_of(body, case, torch.float32, 0) for body in BODIES[1:])
+    native, cuda = (result_of(backend, case, torch.float32, 0) for backend in BACKENDS[1:])
     for name in ("ce_T", "kl_T", "grad_TV"):
         assert torch.allclose(getattr(native, name), getattr(cuda, name), rtol=1e-5, atol=1e-6)
 
@@ -335,13 +335,13 @@ def test_compiled_code_refuses_other_divergences_and_auto_says_that_it_falls_bac
 
 
 def test_auto_is_native_on_the_cpu() -> None:
-    body = choose_backend("auto", device=torch.device("cpu"), dtypes=frozenset({torch.bfloat16}))
-    assert body.name == "native"
+    backend = choose_backend("auto", device=torch.device("cpu"), dtypes=frozenset({torch.bfloat16}))
+    assert backend.name == "native"
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(
-    body_and_dtype=st.sampled_from(BODIES_AND_DTYPES),
+    body_and_dtype=st.sampled_from(BACKENDS_AND_DTYPES),
     T=st.integers(0, 9),
     V=st.integers(1, 70),
     padding=st.integers(0, 9),
@@ -354,11 +354,11 @@ def test_any_shape_and_option(
     body_and_dtype: tuple[str, torch.dtype], T: int, V: int, padding: int, a: float, b: float,
     teacher: bool, seed: int,
 ) -> None:  # fmt: skip
-    body, dtype = body_and_dtype
+    backend, dtype = body_and_dtype
     case = make_case(T, V, a=a, b=b, seed=seed)
     case = case if teacher else without_teacher(case)
     exact, reference = autograd_result(case), autograd_result(case, dtype)
-    got = result_of(body, case, dtype, padding)
+    got = result_of(backend, case, dtype, padding)
     for name in ("ce_T", "kl_T", "loss", "grad_TV"):
         ours, theirs, wanted = (getattr(x, name).double() for x in (got, reference, exact))
         # Absolute: with one or two columns the exact values are 0 or tiny.

@@ -12,9 +12,9 @@ from unittest import mock
 
 import pytest
 import torch
-from bodies import BODIES, BODIES_AND_DTYPES, chosen, threads_backwards
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_backends import BACKENDS, BACKENDS_AND_DTYPES, chosen, threads_backwards
 from loss_cases import (
     LinearCase,
     LinearResult,
@@ -52,10 +52,10 @@ def call(case: LinearCase, dtype: torch.dtype, **changes: Any) -> tuple[KdLoss, 
 
 
 def fused(
-    body: str, case: LinearCase, dtype: torch.dtype, *, scale: float = 1.0, **changes: Any
+    backend: str, case: LinearCase, dtype: torch.dtype, *, scale: float = 1.0, **changes: Any
 ) -> LinearResult:
     """`scale` is upstream of the loss, as a loss scale is."""
-    with chosen(body):
+    with chosen(backend):
         result, hidden, head = call(case, dtype, **changes)
     (result.loss * scale).backward()
     assert hidden.grad is not None and head.grad is not None
@@ -76,8 +76,8 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("body", "dtype"), BODIES_AND_DTYPES, ids=str)
-def test_is_as_exact_as_whole_logits(body: str, dtype: torch.dtype, way: str) -> None:
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES, ids=str)
+def test_is_as_exact_as_whole_logits(backend: str, dtype: torch.dtype, way: str) -> None:
     teacher, chunking = WAYS[way]
     case = make_case() if teacher else without_teacher(make_case())
     exact, plain = autograd_linear_result(case.rounded(dtype)), autograd_linear_result(case, dtype)
@@ -85,30 +85,30 @@ def test_is_as_exact_as_whole_logits(body: str, dtype: torch.dtype, way: str) ->
         assert error(plain.hidden_grad_TD, exact.hidden_grad_TD) > 1e-3, "rounding is being tested"
     # Hidden states' gradients are rounded once more than the plain version's.
     tolerance = 1e-14 if dtype == torch.float64 else 1e-6
-    got = fused(body, case, dtype, chunking=chunking)
+    got = fused(backend, case, dtype, chunking=chunking)
     assert_as_exact_as_autograd(got, plain, exact, tolerance=tolerance, norm=2)
 
 
-@pytest.mark.parametrize("body", BODIES)
-def test_chunks_change_nothing_per_token(body: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_chunks_change_nothing_per_token(backend: str) -> None:
     case = make_case()
-    whole = fused(body, case, torch.float32)
+    whole = fused(backend, case, torch.float32)
     for chunk_bytes in (3_000, 20_000, 100_000):
-        cut = fused(body, case, torch.float32, chunking=Chunking(chunk_bytes=chunk_bytes))
+        cut = fused(backend, case, torch.float32, chunking=Chunking(chunk_bytes=chunk_bytes))
         assert torch.allclose(cut.ce_T, whole.ce_T, rtol=1e-6, atol=1e-6)
         assert torch.allclose(cut.hidden_grad_TD, whole.hidden_grad_TD, rtol=1e-5, atol=1e-7)
         assert torch.allclose(cut.head_grad_VD, whole.head_grad_VD, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("body", BODIES)
-def test_teacher_may_be_in_16_bits_beside_an_fp32_student(body: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_teacher_may_be_in_16_bits_beside_an_fp32_student(backend: str) -> None:
     case = make_case()
     rounded = case.rounded(HALF)
     exact = autograd_linear_result(replace(rounded, hidden_TD=case.hidden_TD, head_VD=case.head_VD))
     teacher = {
         name: x for name, x in linear_arguments(case, HALF, W).items() if name.startswith("teacher")
     }
-    got = fused(body, case, torch.float32, **teacher)
+    got = fused(backend, case, torch.float32, **teacher)
     for name in ("loss", "kl_T", "hidden_grad_TD", "head_grad_VD"):
         assert error(getattr(got, name), getattr(exact, name)) < 2e-6, name
     precise = {name: x.float() for name, x in teacher.items() if isinstance(x, Tensor)}
@@ -133,15 +133,15 @@ def scaled(case: LinearCase, factor: float) -> LinearCase:
     )
 
 
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, HALF], ids=str)
 def test_weights_of_one_over_millions_of_tokens_do_not_vanish(
-    body: str, dtype: torch.dtype
+    backend: str, dtype: torch.dtype
 ) -> None:
     """fp16 ends at 6e-8; the loss scale multiplies what is upstream, after the logits' gradient."""
     case = make_case()
     exact = autograd_linear_result(case.rounded(dtype))
-    got = fused(body, scaled(case, 1 / 4e6), dtype, scale=4e6)
+    got = fused(backend, scaled(case, 1 / 4e6), dtype, scale=4e6)
     for name in ("hidden_grad_TD", "head_grad_VD"):
         assert error(getattr(got, name), getattr(exact, name)) < 4 * torch.finfo(dtype).eps, name
 

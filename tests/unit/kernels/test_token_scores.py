@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bodies import BODIES, chosen
+from loss_backends import BACKENDS, chosen
 from torch import Tensor
 
 from megatron_salt.kernels import Chunking, VocabShard, token_scores
@@ -34,12 +34,12 @@ def oracle(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tens
 @pytest.mark.parametrize(
     ("dtype", "chunk_bytes"), [(torch.float32, 1 << 30), (torch.bfloat16, 40_000)], ids=str
 )
-@pytest.mark.parametrize("body", BODIES)
-def test_scores_equal_fp64(body: str, dtype: torch.dtype, chunk_bytes: int) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_equal_fp64(backend: str, dtype: torch.dtype, chunk_bytes: int) -> None:
     hidden, weight, labels = make_case(dtype)
     # 5 columns of padding, larger than any logit
     padded = torch.cat([weight, torch.full((5, E), 50.0, dtype=dtype)])
-    with chosen(body):
+    with chosen(backend):
         scores = token_scores(
             hidden, padded, labels, vocab=VocabShard(size=V, start=0, stop=V),
             chunking=Chunking(chunk_bytes=chunk_bytes),

@@ -137,7 +137,7 @@ def random_step(rng: random.Random, stages: int, tp_size: int) -> Step:
         ),
     }[rng.choice(["as counted", "all at the same moment", *["by chance"] * 4])]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teaching, "WATER_LEVELS", (rng.choice(teaching.LEVELLING_STEPS),))
+        patch.setattr(teaching, "LEVELLING_STEPS", (rng.choice(teaching.LEVELLING_STEPS),))
         patch.setattr(placement, "DEADLINES", 2)
         plan = plan_teacher(shape, times, in_bubbles=True)
     assert plan.placement is not None

@@ -1,4 +1,4 @@
-"""The bodies of the loss that a machine without a GPU can run, for tests to go through.
+"""The backends of the loss that a machine without a GPU can run, for tests to go through.
 
 `reference` and `native` are what `impl` calls them. `cuda on cpu` is kernels/csrc/kd_loss.cu
 itself, compiled for the CPU with tests/cuda_on_cpu.h: the CUDA kernels, thread by thread.
@@ -22,22 +22,22 @@ from megatron_salt.kernels import build, kd_loss, linear_kd_loss  # noqa: F401
 from megatron_salt.kernels.choose import choose_backend
 from megatron_salt.kernels.compiled import CompiledBackend
 
-BODIES = ("reference", "native", "cuda on cpu")
+BACKENDS = ("reference", "native", "cuda on cpu")
 EMULATOR = Path(__file__).parent / "cuda_on_cpu.h"
 
 
-def dtypes_of(body: str) -> list[torch.dtype]:
+def dtypes_of(backend: str) -> list[torch.dtype]:
     """Only the reference computes in fp64."""
     compiled = [torch.float32, torch.bfloat16, torch.float16]
-    return [*compiled, torch.float64] if body == "reference" else compiled
+    return [*compiled, torch.float64] if backend == "reference" else compiled
 
 
-BODIES_AND_DTYPES = [(body, dtype) for body in BODIES for dtype in dtypes_of(body)]
+BACKENDS_AND_DTYPES = [(backend, dtype) for backend in BACKENDS for dtype in dtypes_of(backend)]
 
 
 @functools.cache
 def cuda_on_cpu() -> CompiledBackend:
-    """The CUDA kernels as a body for CPU tensors. Compiled once and kept beside `native`, for every
+    """The CUDA kernels as a backend for CPU tensors. Compiled once and kept beside `native`, for every
     session and process until a source, the compiler's flags or the processor change."""
     compiler = build.find_cxx()
     assert compiler is not None, "the tests need a C++ compiler"
@@ -73,13 +73,13 @@ def threads_backwards() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def chosen(body: str) -> Iterator[None]:
-    """Every call of the loss inside goes through this body."""
+def chosen(backend: str) -> Iterator[None]:
+    """Every call of the loss inside goes through this backend."""
 
     def choose(impl: str, **about: Any) -> Any:
-        if body == "cuda on cpu":
+        if backend == "cuda on cpu":
             return cuda_on_cpu()
-        return choose_backend(body, **about)  # type: ignore[arg-type]
+        return choose_backend(backend, **about)  # type: ignore[arg-type]
 
     with contextlib.ExitStack() as patches:
         for module in ("kd_loss", "linear_kd_loss"):
