@@ -9,12 +9,12 @@ from pathlib import Path
 import matplotlib
 
 from megatron_salt.report import plots
-from megatron_salt.report.runs import Run, find_teachers
+from megatron_salt.report.runs import RunLog, find_teachers
 from megatron_salt.report.tables import config_table, crossing_table, results_table, step_time_table
 
 
 def write_report(
-    runs: Sequence[Run], output: Path, *, title: str, teacher_run: Run | None = None
+    runs: Sequence[RunLog], output: Path, *, title: str, teacher_run: RunLog | None = None
 ) -> str:
     """Writes the Markdown report to `output` and its plots beside it; returns the two main tables.
 
@@ -81,7 +81,7 @@ def write_report(
     return f"{results}\n\n{crossings}"
 
 
-def _describe_heldout(runs: Sequence[Run]) -> str:
+def _describe_heldout(runs: Sequence[RunLog]) -> str:
     """How many held-out tokens were used; loud when the runs were not measured on equally many."""
     sizes = {run.label: sorted({e.num_tokens for e in run.evaluations}) for run in runs}
     if (

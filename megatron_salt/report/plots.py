@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from megatron_salt.report.runs import Run, find_crossing
+from megatron_salt.report.runs import RunLog, find_crossing
 
 # Okabe and Ito's colours, told apart with any kind of colour vision; the baseline is always grey.
 BASELINE_COLOUR = "#555555"
@@ -52,7 +52,7 @@ def _time_unit(longest_s: float) -> tuple[float, str]:
     return (60.0, "min") if longest_s <= 4 * 3600 else (3600.0, "h")
 
 
-def plot_heldout(runs: Sequence[Run], teachers: Mapping[str, float], *, by_time: bool) -> Figure:
+def plot_heldout(runs: Sequence[RunLog], teachers: Mapping[str, float], *, by_time: bool) -> Figure:
     """Held-out nats/token against steps or training time: the whole of it, and the end enlarged."""
     target = runs[0].final.ce_nats
     scale, unit = _time_unit(max(run.train_s[-1] for run in runs))
@@ -93,7 +93,7 @@ def plot_heldout(runs: Sequence[Run], teachers: Mapping[str, float], *, by_time:
 
 
 def _mark_phase_end(
-    ax: Axes, run: Run, index: int, train_s: NDArray[np.float64] | None = None
+    ax: Axes, run: RunLog, index: int, train_s: NDArray[np.float64] | None = None
 ) -> None:
     """A dotted line in the run's colour after its last KD step, on an axis of steps or seconds."""
     if 0 < run.num_kd_steps < run.num_steps:
@@ -102,7 +102,7 @@ def _mark_phase_end(
 
 
 def _enlarge_end(
-    ax: Axes, runs: Sequence[Run], time_scale: float | None, levels: Sequence[float]
+    ax: Axes, runs: Sequence[RunLog], time_scale: float | None, levels: Sequence[float]
 ) -> None:
     """Limits `ax` to where the runs come near their final losses, levels within reach included."""
     finals = [run.final.ce_nats for run in runs]
@@ -119,7 +119,7 @@ def _enlarge_end(
     ax.set_ylim(min(y) - y_margin, max(y) + y_margin)
 
 
-def _legend_below(figure: Figure, ax: Axes, runs: Sequence[Run], more: Sequence[Line2D]) -> None:
+def _legend_below(figure: Figure, ax: Axes, runs: Sequence[RunLog], more: Sequence[Line2D]) -> None:
     """One legend for all panels; phase ends share an entry, as their colour names the run."""
     handles = [*ax.get_legend_handles_labels()[0], *more]
     if any(0 < run.num_kd_steps < run.num_steps for run in runs):
@@ -131,7 +131,7 @@ def _legend_below(figure: Figure, ax: Axes, runs: Sequence[Run], more: Sequence[
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 
-def plot_kd_weight(runs: Sequence[Run]) -> Figure:
+def plot_kd_weight(runs: Sequence[RunLog]) -> Figure:
     """The weight of the KL term in every step; a dotted line where a KD phase ends."""
     figure = Figure(figsize=(8, 3.8))
     ax = figure.subplots()
@@ -150,7 +150,7 @@ def plot_kd_weight(runs: Sequence[Run]) -> Figure:
     return figure
 
 
-def plot_train_ce(runs: Sequence[Run]) -> Figure:
+def plot_train_ce(runs: Sequence[RunLog]) -> Figure:
     """Training cross-entropy, as a running mean over the last steps."""
     window = max(1, min(run.num_steps for run in runs) // 40)
     figure = Figure(figsize=(8, 4.4))
@@ -168,7 +168,7 @@ def plot_train_ce(runs: Sequence[Run]) -> Figure:
     return figure
 
 
-def plot_step_time(runs: Sequence[Run]) -> Figure:
+def plot_step_time(runs: Sequence[RunLog]) -> Figure:
     """Median step time of each run's phases, with the middle half of the steps as error bars."""
     names, bars = [], []
     for index, run in enumerate(runs):

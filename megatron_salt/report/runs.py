@@ -63,7 +63,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class RunLog:
     """A run as its `metrics.jsonl` tells it: one array element per training step, from step 1."""
 
     label: str
@@ -113,7 +113,7 @@ class Crossing:
     evaluation_step: int  # the first evaluation at or below the target, which is not interpolated
 
 
-def load_run(directory: Path, label: str | None = None) -> Run:
+def load_run(directory: Path, label: str | None = None) -> RunLog:
     """Reads and checks `metrics.jsonl` (and `config.json`, if it is there) of a run directory.
 
     Raises: ValueError with file, line and remedy when a line is torn, a key or a step is missing,
@@ -151,7 +151,7 @@ def load_run(directory: Path, label: str | None = None) -> Run:
             f"are these two runs in one file?"
         )
     teacher_time_s = [_number(row, "teacher_time_s", "", nullable=True) for row in steps]
-    return Run(
+    return RunLog(
         label=label if label is not None else directory.resolve().name,
         is_kd=is_kd,
         ce_nats=np.array([float(row["ce_nats"]) for row in steps]),
@@ -274,7 +274,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return values
 
 
-def find_crossing(run: Run, target_ce_nats: float) -> Crossing | None:
+def find_crossing(run: RunLog, target_ce_nats: float) -> Crossing | None:
     """Where `run` first has a held-out loss <= target; None when none of its evaluations has.
 
     The loss is taken as linear in the step between the two evaluations around the crossing; the
@@ -294,7 +294,7 @@ def find_crossing(run: Run, target_ce_nats: float) -> Crossing | None:
     return None
 
 
-def find_teachers(runs: Sequence[Run], teacher_run: Run | None) -> dict[str, float]:
+def find_teachers(runs: Sequence[RunLog], teacher_run: RunLog | None) -> dict[str, float]:
     """Held-out nats/token of the teachers, by label; runs that share a teacher share an entry.
 
     A measurement within a run is preferred to the end of the teacher's own run, because it is made

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_salt.report.runs import CONFIG_KEYS, Run, find_crossing
+from megatron_salt.report.runs import CONFIG_KEYS, RunLog, find_crossing
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -29,7 +29,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def results_table(
-    runs: Sequence[Run], teachers: Mapping[str, float], teacher_run: Run | None
+    runs: Sequence[RunLog], teachers: Mapping[str, float], teacher_run: RunLog | None
 ) -> str:
     """The main table: what each run reached and what it took. The baseline comes first."""
     rows = [
@@ -73,7 +73,7 @@ def results_table(
     return markdown_table(header, rows)
 
 
-def crossing_table(runs: Sequence[Run]) -> str:
+def crossing_table(runs: Sequence[RunLog]) -> str:
     """Steps and seconds until each run reaches the baseline's (the first's) final loss."""
     baseline = find_crossing(runs[0], runs[0].final.ce_nats)
     assert baseline is not None  # its last evaluation is there
@@ -109,7 +109,7 @@ def _saving(value: float, baseline: float) -> str:
     return f"{100 * (1 - value / baseline):.1f} %" if baseline > 0 else "undefined"
 
 
-def step_time_table(runs: Sequence[Run]) -> str:
+def step_time_table(runs: Sequence[RunLog]) -> str:
     """Mean step times by phase, and medians as ratios to the baseline's median."""
     baseline_median_s = float(np.median(runs[0].step_time_s))
 
@@ -145,7 +145,7 @@ def step_time_table(runs: Sequence[Run]) -> str:
     return markdown_table(header, rows)
 
 
-def config_table(runs: Sequence[Run]) -> str | None:
+def config_table(runs: Sequence[RunLog]) -> str | None:
     """Sizes, schedules and seeds as far as the runs' config.json tell them, else None."""
     keys = [key for key in CONFIG_KEYS if any(key in run.config for run in runs)]
     if not keys:
