@@ -46,7 +46,16 @@ def _named_runs(arms: Sequence[Arm]) -> Iterator[tuple[str, RunLog, RunLog]]:
 def results_table(
     arms: Sequence[Arm], teachers: Mapping[str, float], teacher_run: RunLog | None
 ) -> str:
-    """The main table: what each run reached and what it took. The baseline comes first."""
+    """The main table: what each run reached and what it took. The baseline comes first.
+
+    With a single teacher it says from which evaluation on a run is ahead of it.
+    """
+
+    def ahead(run: RunLog) -> str:
+        if len(teachers) != 1:
+            return ""
+        crossing = find_crossing(run, next(iter(teachers.values())))
+        return f"{crossing.evaluation_step}" if crossing is not None else "never"
 
     def row(name: str, run: RunLog) -> list[str]:
         done = f"{run.num_steps}"
@@ -55,6 +64,7 @@ def results_table(
             f"{run.final.ce_nats:.4f}",
             f"{100 * run.final.accuracy:.2f} %",
             f"{run.best.ce_nats:.4f} ({run.best.step})",
+            ahead(run) if run is not teacher_run else "",
             done if run.final.step == run.num_steps else f"{run.final.step} of {done}",
             f"{run.num_tokens:,}",
             f"{run.median_s[-1]:,.1f}",
@@ -63,7 +73,7 @@ def results_table(
 
     rows = [row(name, run) for name, run, _ in _named_runs(arms)]
     for label, ce_nats in teachers.items():
-        rows.append([f"*{label}*", f"{ce_nats:.4f}", *[""] * 6])
+        rows.append([f"*{label}*", f"{ce_nats:.4f}", *[""] * 7])
     if teacher_run is not None:
         rows.append(row(f"*{teacher_run.label}, its own run*", teacher_run))
     header = [
@@ -71,6 +81,7 @@ def results_table(
         "final nats/token",
         "final accuracy",
         "best nats/token (step)",
+        "ahead of the teacher from step",
         "steps",
         "tokens",
         "training s",

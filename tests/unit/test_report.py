@@ -197,8 +197,9 @@ def test_report_tables_are_as_computed_by_hand(baseline: Path, salt: Path, tmp_p
 
     results, crossings = stdout.split("\n\n")
     assert table_row(results, "plain") == [
-        *("3.0000", "25.00 %", "3.0000 (100)", "100", "6,400", "100.0", "100.0")
+        *("3.0000", "25.00 %", "3.0000 (100)", "100", "100", "6,400", "100.0", "100.0")
     ]
+    assert table_row(results, "slow")[3] == "200"  # the teacher's 3.75 lies after 4.0 of step 100
     assert table_row(results, "*teacher*")[0] == "3.7500"
     assert table_row(crossings, "plain") == ["100", "100.0", "", "100.0", "", "100.0", ""]
     salt_line = next(line for line in crossings.splitlines() if line.startswith(r"| SALT\|40"))
