@@ -9,8 +9,10 @@ PIP_ARGS  ?=
 # What pytest runs, and further arguments for it, e.g. TESTS=tests/unit TEST_ARGS="-k report".
 TESTS     ?= tests
 TEST_ARGS ?=
-# A text file to train the quick start on instead of its own.
+# Of the quick start: a text file instead of its own; weak or strong; runs of each setting.
 TEXT      ?=
+TEACHER   ?= weak
+SEEDS     ?= 3
 # The version range of torch, read from its only owner.
 TORCH     := $(shell sed -n 's/^ *"\(torch[<>=!~][^"]*\)".*/\1/p' pyproject.toml)
 
@@ -51,8 +53,9 @@ format: setup ## apply the formatter and the safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-quickstart: setup ## a small SALT run against its baseline on this machine (TEXT=my.jsonl to use your own text)
-	$(BIN)/python examples/quickstart/run.py --output runs/quickstart $(if $(TEXT),--text $(TEXT))
+quickstart: setup ## SALT and its baseline on this machine (TEXT=my.jsonl, TEACHER=strong, SEEDS=1)
+	$(BIN)/python examples/quickstart/run.py --output runs/quickstart --teacher $(TEACHER) \
+		--seeds $(SEEDS) $(if $(TEXT),--text $(TEXT))
 
 bench: setup ## benchmarks of the loss on this machine's CPU; writes benchmarks/results/
 	$(BIN)/python benchmarks/kd_loss_cpu.py
