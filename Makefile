@@ -15,8 +15,10 @@ TESTS     ?= tests
 TEST_ARGS ?=
 # Processes that share the tests; 0 runs them in pytest's own, as a debugger needs it.
 WORKERS   ?= 2
-# A text file to train the quick start on instead of its own.
+# Of the quick start: a text file instead of its own; weak or strong; runs of each setting.
 TEXT      ?=
+TEACHER   ?= weak
+SEEDS     ?= 3
 # The version range of torch, read from its only owner.
 TORCH     := $(shell sed -n 's/^ *"\(torch[<>=!~][^"]*\)".*/\1/p' pyproject.toml)
 
@@ -71,8 +73,9 @@ format: setup ## apply the formatter and the safe fixes
 golden: setup ## record tests/golden/losses.json anew and print what moved; say in the commit why it may
 	$(BIN)/python tests/golden_losses.py
 
-quickstart: setup ## a small SALT run against its baseline on this machine (TEXT=my.jsonl to use your own text)
-	$(BIN)/python examples/quickstart/run.py --output runs/quickstart $(if $(TEXT),--text $(TEXT))
+quickstart: setup ## SALT and its baseline on this machine (TEXT=my.jsonl, TEACHER=strong, SEEDS=1)
+	$(BIN)/python examples/quickstart/run.py --output runs/quickstart --teacher $(TEACHER) \
+		--seeds $(SEEDS) $(if $(TEXT),--text $(TEXT))
 
 bench: setup ## benchmarks of the loss on this machine's CPU; writes benchmarks/results/
 	$(BIN)/python benchmarks/kd_loss_cpu.py

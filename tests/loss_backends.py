@@ -37,8 +37,8 @@ BACKENDS_AND_DTYPES = [(backend, dtype) for backend in BACKENDS for dtype in dty
 
 @functools.cache
 def cuda_on_cpu() -> CompiledBackend:
-    """The CUDA kernels as a backend for CPU tensors. Compiled once and kept beside `native`, for every
-    session and process until a source, the compiler's flags or the processor change."""
+    """The CUDA kernels as a backend for CPU tensors. Compiled once and kept beside `native`, for
+    every session and process until a source, the compiler's flags or the processor change."""
     compiler = build.find_cxx()
     assert compiler is not None, "the tests need a C++ compiler"
     command = [

@@ -1,8 +1,9 @@
 """Cases of the loss, and what is right for them: plain formulas and autograd in fp64.
 
 The oracle sees un-rounded fp64 numbers; the loss, and the autograd version in its dtype that bounds
-its error, see them rounded. A case is the same on every rank and for every backend. Letters: T tokens,
-V real vocabulary, W columns with padding or of one shard, D and E widths of student and teacher.
+its error, see them rounded. A case is the same on every rank and for every backend. Letters:
+T tokens, V real vocabulary, W columns with padding or of one shard, D and E widths of student and
+teacher.
 """
 
 from __future__ import annotations

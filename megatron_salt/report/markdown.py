@@ -1,87 +1,140 @@
 """The report itself: its text, and where tables and plots stand in it."""
 
+import io
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
 import matplotlib
+from matplotlib.figure import Figure
+from PIL import Image
 
 from megatron_salt.report import plots
-from megatron_salt.report.runs import Run, find_teachers
-from megatron_salt.report.tables import config_table, crossing_table, results_table, step_time_table
+from megatron_salt.report.runs import Arm, RunLog, find_teachers, group_by_label
+from megatron_salt.report.tables import (
+    crossing_table,
+    results_table,
+    seeds_table,
+    settings_table,
+    step_time_table,
+)
 
 
 def write_report(
-    runs: Sequence[Run], output: Path, *, title: str, teacher_run: Run | None = None
+    runs: Sequence[RunLog], output: Path, *, title: str, teacher_run: RunLog | None = None
 ) -> str:
-    """Writes the Markdown report to `output` and its plots beside it; returns the two main tables.
+    """Writes the Markdown report to `output` and its plots beside it; returns the main tables.
 
-    The first of `runs` is the baseline. The plots are named after the report, so that several
+    The first of `runs` is the baseline. Runs with the same label are seeds of one arm; each is
+    compared with the baseline of its seed. The plots are named after the report, so that several
     reports fit into one directory.
     """
-    labels = [run.label for run in runs]
-    if len(set(labels)) < len(labels):
-        raise ValueError(
-            f"labels must differ, got {', '.join(labels)}. Name the runs with --label."
-        )
+    arms = group_by_label(runs)
     output.parent.mkdir(parents=True, exist_ok=True)
     teachers = find_teachers(runs, teacher_run)
-    results = results_table(runs, teachers, teacher_run)
-    crossings = crossing_table(runs)
-    with matplotlib.rc_context(plots.PLOT_STYLE):
-        figures = {
-            "heldout-steps": plots.plot_heldout(runs, teachers, by_time=False),
-            "heldout-time": plots.plot_heldout(runs, teachers, by_time=True),
-            "kd-weight": plots.plot_kd_weight(runs),
-            "train-ce": plots.plot_train_ce(runs),
-            "step-time": plots.plot_step_time(runs),
-        }
-        images = {}
-        for name, figure in figures.items():
-            images[name] = f"{output.stem}-{name}.png"
-            figure.savefig(output.parent / images[name], metadata={"Software": None})
-
-    baseline = runs[0]
-    settings = config_table(runs)
+    seeds = seeds_table(arms)
+    results = results_table(arms, teachers, teacher_run)
+    crossings = crossing_table(arms)
+    images = _write_plots(arms, teachers, output)
+    settings = settings_table(arms)
     sections = [
         f"# {title}",
-        f"The baseline is *{baseline.label}*. Losses are held-out nats per token, measured on "
-        f"{_describe_heldout(runs)}. Training seconds are the sum of the step times: the "
-        f"teacher's forwards are in them; evaluations, checkpoints and the teacher's own training "
-        f"are not. *KD* is the first phase, with the teacher (or, at "
-        f"`salt.kd_weight` 0, with its selection of the data alone), *LM* the rest.",
-        "**Read with caution.** Every row is one run with one seed, so small differences may be "
-        "chance; on a shared machine seconds vary, so trust ratios before absolute times.",
+        _what_is_compared(arms, runs),
+        _caution(arms),
         "## Results",
+        *([seeds] if seeds is not None else []),
         results,
         f"![Held-out loss against steps]({images['heldout-steps']})",
         "## Steps and seconds to the baseline's final loss",
-        f"The baseline ends at **{baseline.final.ce_nats:.4f}** nats/token (step "
-        f"{baseline.final.step}). A run is there at its first evaluation at or below this loss; "
-        f"steps are *interpolated*, linearly in the loss between that evaluation and the one "
-        f"before, and seconds are the training seconds at that step. Savings are relative to the "
-        f"baseline, to which the same rule applies; a negative saving is a loss.",
+        _how_crossings_are_found(arms[0]),
         crossings,
         f"![Held-out loss against training time]({images['heldout-time']})",
         "## Step times",
-        "Means, in milliseconds; ratios are medians, divided by the median of all steps of the "
-        "baseline.",
-        step_time_table(runs),
+        "In milliseconds. Ratios are medians, divided by the median of all steps of the baseline.",
+        step_time_table(arms),
         f"![Step times]({images['step-time']})",
         "## Schedule and training loss",
         f"![Weight of the KL term]({images['kd-weight']})",
         f"![Training cross-entropy]({images['train-ce']})",
-        *(["## Settings", settings] if settings is not None else []),
+        *(["## Settings that differ", settings] if settings is not None else []),
         "## Machine",
         f"This report was written on: {describe_machine()}.",
     ]
     output.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
-    return f"{results}\n\n{crossings}"
+    return "\n\n".join([*([seeds] if seeds is not None else []), results, crossings])
 
 
-def _describe_heldout(runs: Sequence[Run]) -> str:
+def _write_plots(
+    arms: Sequence[Arm], teachers: Mapping[str, float], output: Path
+) -> dict[str, str]:
+    """Draws the plots beside `output`; returns their file names."""
+    with matplotlib.rc_context(plots.PLOT_STYLE):
+        figures = {
+            "heldout-steps": plots.plot_heldout(arms, teachers, by_time=False),
+            "heldout-time": plots.plot_heldout(arms, teachers, by_time=True),
+            "kd-weight": plots.plot_kd_weight(arms),
+            "train-ce": plots.plot_train_ce(arms),
+            "step-time": plots.plot_step_time(arms),
+        }
+        images = {}
+        for name, figure in figures.items():
+            images[name] = f"{output.stem}-{name}.png"
+            _save(figure, output.parent / images[name])
+    return images
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """A PNG with a palette: a third of the size, and reports are committed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    with Image.open(buffer) as image:
+        small = image.convert("RGB").quantize(255, dither=Image.Dither.NONE)
+    small.save(path, optimize=True)
+
+
+def _what_is_compared(arms: Sequence[Arm], runs: Sequence[RunLog]) -> str:
+    return (
+        f"The baseline is *{arms[0].label}*. Losses are held-out nats per token, measured on "
+        f"{_describe_heldout(runs)}. Training seconds are those of the steps: the teacher's "
+        f"forwards are in them; evaluations, checkpoints and the teacher's own training are not. "
+        f"Each phase is counted as its number of steps times its median step time. The plain sum "
+        f"of the step times stands beside it: on a shared machine a few slow steps change it. "
+        f"*KD* is the first phase, with the teacher (or, at `salt.kd_weight` 0, with its selection "
+        f"of the data alone), *LM* the rest."
+    )
+
+
+def _caution(arms: Sequence[Arm]) -> str:
+    fewest = min(len(arm.runs) for arm in arms)
+    rows = (
+        "Every row is one run with one seed, so small differences may be chance"
+        if fewest == 1
+        else f"{fewest} seeds give a spread, not a significance; one teacher serves all of them"
+    )
+    return (
+        f"**Read with caution.** {rows}. On a shared machine seconds vary, so trust ratios before "
+        f"absolute times."
+    )
+
+
+def _how_crossings_are_found(baseline: Arm) -> str:
+    finals = ", ".join(
+        f"**{run.final.ce_nats:.4f}** (step {run.final.step}"
+        + (f", seed {run.seed})" if len(baseline.runs) > 1 else ")")
+        for run in baseline.runs
+    )
+    whose = "the baseline of the same seed" if len(baseline.runs) > 1 else "the baseline"
+    return (
+        f"The baseline ends at {finals} nats/token. A run is there at its first evaluation at or "
+        f"below this loss. Steps are *interpolated*, linearly in the loss between that evaluation "
+        f"and the one before; seconds are the training seconds at that step. Savings are relative "
+        f"to {whose}, to which the same rule applies; a negative saving is a loss."
+    )
+
+
+def _describe_heldout(runs: Sequence[RunLog]) -> str:
     """How many held-out tokens were used; loud when the runs were not measured on equally many."""
     sizes = {run.label: sorted({e.num_tokens for e in run.evaluations}) for run in runs}
     if (

@@ -1,9 +1,9 @@
-"""The report's plots. A run has the same colour, line and marker in all of them.
+"""The report's plots. A label has the same colour, line and marker in all of them.
 
 Figures are made without pyplot: nothing global changes, and saving uses the Agg backend.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from megatron_salt.report.runs import Run, find_crossing
+from megatron_salt.report.runs import Arm, RunLog, baseline_of, find_crossing
 
 # Okabe and Ito's colours, told apart with any kind of colour vision; the baseline is always grey.
 BASELINE_COLOUR = "#555555"
@@ -25,7 +25,7 @@ PLOT_STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.titlesize": "medium",
     "figure.constrained_layout.use": True,
-    "figure.dpi": 150,
+    "figure.dpi": 110,
     "font.size": 10,
     "grid.alpha": 0.25,
     "legend.frameon": False,
@@ -34,8 +34,17 @@ PLOT_STYLE: dict[Any, Any] = {
 }
 
 
+def _styled(arms: Sequence[Arm]) -> Iterator[tuple[RunLog, dict[str, Any]]]:
+    """Every run with its style; of an arm's seeds the first has the label, for the legend."""
+    for index, arm in enumerate(arms):
+        for number, run in enumerate(arm.runs):
+            label = arm.label if number == 0 else "_nolegend_"
+            width = {} if len(arm.runs) == 1 else {"linewidth": 1.1}
+            yield run, _style(index) | width | {"label": label}
+
+
 def _style(index: int) -> dict[str, Any]:
-    """Colour, line and marker of the run at `index`, the same in all plots; 0 is the baseline."""
+    """Colour, line and marker of the arm at `index`, the same in all plots; 0 is the baseline."""
     if index == 0:
         return {"color": BASELINE_COLOUR, "linestyle": "-", "marker": MARKERS[0]}
     lap, place = divmod(index - 1, len(COLOURS))
@@ -52,29 +61,31 @@ def _time_unit(longest_s: float) -> tuple[float, str]:
     return (60.0, "min") if longest_s <= 4 * 3600 else (3600.0, "h")
 
 
-def plot_heldout(runs: Sequence[Run], teachers: Mapping[str, float], *, by_time: bool) -> Figure:
+def plot_heldout(arms: Sequence[Arm], teachers: Mapping[str, float], *, by_time: bool) -> Figure:
     """Held-out nats/token against steps or training time: the whole of it, and the end enlarged."""
-    target = runs[0].final.ce_nats
-    scale, unit = _time_unit(max(run.train_s[-1] for run in runs))
+    runs = [run for arm in arms for run in arm.runs]
+    targets = [run.final.ce_nats for run in arms[0].runs]
+    scale, unit = _time_unit(max(run.median_s[-1] for run in runs))
     figure = Figure(figsize=(10, 4.6))
     axes = figure.subplots(1, 2)
-    for index, run in enumerate(runs):
-        style = _style(index)
-        x = [e.train_s / scale if by_time else e.step for e in run.evaluations]
+    for run, style in _styled(arms):
+        x = [run.median_s[e.step] / scale if by_time else e.step for e in run.evaluations]
         y = [e.ce_nats for e in run.evaluations]
-        crossing = find_crossing(run, target)
+        baseline = baseline_of(run, arms[0])
+        crossing = find_crossing(run, baseline.final.ce_nats)
         for ax in axes:
-            ax.plot(x, y, label=run.label, **style)
-            _mark_phase_end(ax, run, index, run.train_s / scale if by_time else None)
-        if crossing is not None and index > 0:
-            at = crossing.train_s / scale if by_time else crossing.step
+            ax.plot(x, y, **style)
+            _mark_phase_end(ax, run, style, run.median_s / scale if by_time else None)
+        if crossing is not None and run is not baseline:
+            at = crossing.median_s / scale if by_time else crossing.step
             axes[1].scatter(
-                at, target, s=170, marker="*", color=style["color"], edgecolor="white", zorder=5
-            )
+                at, baseline.final.ce_nats, s=170 if len(targets) == 1 else 90, marker="*",
+                color=style["color"], edgecolor="white", zorder=5,
+            )  # fmt: skip
     for ax in axes:
-        ax.axhline(
-            target, color=BASELINE_COLOUR, linewidth=0.9, label="baseline's final loss", zorder=1
-        )
+        for number, target in enumerate(targets):
+            label = "baseline's final loss" if number == 0 else "_nolegend_"
+            ax.axhline(target, color=BASELINE_COLOUR, linewidth=0.9, label=label, zorder=1)
         for index, (label, ce_nats) in enumerate(teachers.items()):
             dashes = (0, (5, 2 + 2 * index))
             ax.axhline(
@@ -84,7 +95,7 @@ def plot_heldout(runs: Sequence[Run], teachers: Mapping[str, float], *, by_time:
         ax.set_ylabel("held-out loss (nats/token)")
     axes[0].set_title("whole run")
     axes[1].set_title("the end enlarged")
-    _enlarge_end(axes[1], runs, scale if by_time else None, [target, *teachers.values()])
+    _enlarge_end(axes[1], runs, scale if by_time else None, [*targets, *teachers.values()])
     star = Line2D([], [], marker="*", markersize=11, color="black", linestyle="none")
     star.set_label("baseline's final loss reached (interpolated)")
     crossed = len(axes[1].collections) > 0
@@ -93,25 +104,25 @@ def plot_heldout(runs: Sequence[Run], teachers: Mapping[str, float], *, by_time:
 
 
 def _mark_phase_end(
-    ax: Axes, run: Run, index: int, train_s: NDArray[np.float64] | None = None
+    ax: Axes, run: RunLog, style: Mapping[str, Any], seconds: NDArray[np.float64] | None = None
 ) -> None:
     """A dotted line in the run's colour after its last KD step, on an axis of steps or seconds."""
     if 0 < run.num_kd_steps < run.num_steps:
-        end = run.num_kd_steps if train_s is None else train_s[run.num_kd_steps]
-        ax.axvline(end, color=_style(index)["color"], linestyle=":", linewidth=1.2)
+        end = run.num_kd_steps if seconds is None else seconds[run.num_kd_steps]
+        ax.axvline(end, color=style["color"], linestyle=":", linewidth=1.2)
 
 
 def _enlarge_end(
-    ax: Axes, runs: Sequence[Run], time_scale: float | None, levels: Sequence[float]
+    ax: Axes, runs: Sequence[RunLog], time_scale: float | None, levels: Sequence[float]
 ) -> None:
     """Limits `ax` to where the runs come near their final losses, levels within reach included."""
     finals = [run.final.ce_nats for run in runs]
     lowest = min(run.best.ce_nats for run in runs)
     highest = max(run.evaluations[0].ce_nats for run in runs)
     top = max(finals) + 0.07 * max(highest - lowest, 1e-3)
-    near = [e for run in runs for e in run.evaluations if e.ce_nats <= top]
-    x = [e.train_s / time_scale if time_scale is not None else e.step for e in near]
-    y = [e.ce_nats for e in near]
+    near = [(run, e) for run in runs for e in run.evaluations if e.ce_nats <= top]
+    x = [run.median_s[e.step] / time_scale if time_scale is not None else e.step for run, e in near]
+    y = [e.ce_nats for _, e in near]
     y += [level for level in levels if lowest - (top - lowest) <= level <= top]
     x_margin = 0.04 * (max(x) - min(x)) or 1.0
     y_margin = 0.06 * (max(y) - min(y)) or 0.01
@@ -119,7 +130,7 @@ def _enlarge_end(
     ax.set_ylim(min(y) - y_margin, max(y) + y_margin)
 
 
-def _legend_below(figure: Figure, ax: Axes, runs: Sequence[Run], more: Sequence[Line2D]) -> None:
+def _legend_below(figure: Figure, ax: Axes, runs: Sequence[RunLog], more: Sequence[Line2D]) -> None:
     """One legend for all panels; phase ends share an entry, as their colour names the run."""
     handles = [*ax.get_legend_handles_labels()[0], *more]
     if any(0 < run.num_kd_steps < run.num_steps for run in runs):
@@ -131,51 +142,52 @@ def _legend_below(figure: Figure, ax: Axes, runs: Sequence[Run], more: Sequence[
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 
-def plot_kd_weight(runs: Sequence[Run]) -> Figure:
+def plot_kd_weight(arms: Sequence[Arm]) -> Figure:
     """The weight of the KL term in every step; a dotted line where a KD phase ends."""
     figure = Figure(figsize=(8, 3.8))
     ax = figure.subplots()
-    for index, run in enumerate(runs):
-        # Schedules often coincide: earlier runs are wider, so that they show beneath later ones.
-        width = 1.5 + 1.0 * (len(runs) - 1 - index)
-        style = _style(index) | {"marker": "", "linewidth": min(width, 5.0)}
+    for run, style in _styled(arms):
+        # Schedules often coincide: earlier arms are wider, so that they show beneath later ones.
+        above = next(index for index, arm in enumerate(reversed(arms)) if run in arm.runs)
         x = np.arange(1, run.num_steps + 1)
-        ax.plot(x, run.kd_weight, label=run.label, **style)
-        _mark_phase_end(ax, run, index)
+        ax.plot(x, run.kd_weight, **style | {"marker": "", "linewidth": min(1.5 + above, 5.0)})
+        _mark_phase_end(ax, run, style)
     ax.set_xlabel("training step")
     ax.set_ylabel("kd_weight (share of the KL term)")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_ylim(bottom=-0.02 * max(1.0, ax.get_ylim()[1]))
-    _legend_below(figure, ax, runs, [])
+    _legend_below(figure, ax, [run for arm in arms for run in arm.runs], [])
     return figure
 
 
-def plot_train_ce(runs: Sequence[Run]) -> Figure:
+def plot_train_ce(arms: Sequence[Arm]) -> Figure:
     """Training cross-entropy, as a running mean over the last steps."""
-    window = max(1, min(run.num_steps for run in runs) // 40)
+    window = max(1, min(run.num_steps for arm in arms for run in arm.runs) // 40)
     figure = Figure(figsize=(8, 4.4))
     ax = figure.subplots()
-    for index, run in enumerate(runs):
-        style = _style(index) | {"marker": "", "linewidth": 1.2}
+    for run, style in _styled(arms):
         y = np.convolve(run.ce_nats, np.full(window, 1 / window), mode="valid")
-        ax.plot(np.arange(window, run.num_steps + 1), y, label=run.label, **style)
-        _mark_phase_end(ax, run, index)
+        x = np.arange(window, run.num_steps + 1)
+        ax.plot(x, y, **style | {"marker": "", "linewidth": 1.0})
+        _mark_phase_end(ax, run, style)
     ax.set_xlabel("training step")
     mean = f"mean of the last {window} steps, " if window > 1 else ""
     ax.set_ylabel(f"training cross-entropy\n({mean}nats/token)")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend_below(figure, ax, runs, [])
+    _legend_below(figure, ax, [run for arm in arms for run in arm.runs], [])
     return figure
 
 
-def plot_step_time(runs: Sequence[Run]) -> Figure:
-    """Median step time of each run's phases, with the middle half of the steps as error bars."""
+def plot_step_time(arms: Sequence[Arm]) -> Figure:
+    """Median step time of each arm's phases, with the middle half of the steps as error bars."""
     names, bars = [], []
-    for index, run in enumerate(runs):
-        for phase, mask in (("KD", run.is_kd), ("LM", ~run.is_kd)):
+    for index, arm in enumerate(arms):
+        is_kd = np.concatenate([run.is_kd for run in arm.runs])
+        times_ms = 1000 * np.concatenate([run.step_time_s for run in arm.runs])
+        for phase, mask in (("KD", is_kd), ("LM", ~is_kd)):
             if mask.any():
-                names.append(f"{run.label}, {phase}")
-                bars.append((_style(index)["color"], phase, 1000 * run.step_time_s[mask]))
+                names.append(f"{arm.label}, {phase}")
+                bars.append((_style(index)["color"], phase, times_ms[mask]))
     figure = Figure(figsize=(8, 1.2 + 0.42 * len(bars)))
     ax = figure.subplots()
     for place, (colour, phase, times_ms) in enumerate(bars):

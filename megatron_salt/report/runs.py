@@ -1,12 +1,14 @@
 """Runs as their `metrics.jsonl` tells them: read, checked, and measured against a target loss.
 
-Training seconds are the running sum of `step_time_s`: the teacher's forwards count, evaluations and
-checkpoints do not. Evaluations describe the model after their step; step 0 is the initial model.
+Training seconds come from `step_time_s`: the teacher's forwards count, evaluations and checkpoints
+do not. Compared are the seconds of a run whose every step takes its phase's median, because a
+single step that waits for another process changes a sum, and nothing else. The sum is kept beside.
+Evaluations describe the model after their step; step 0 is the initial model.
 """
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,39 +33,23 @@ STEP_KEYS = (
 )
 VALID_KEYS = ("valid_ce_nats", "valid_accuracy", "valid_tokens")
 
-# The table of settings shows those that a run's config.json has: numbers and names, never paths,
-# of which it shows how many there are.
-CONFIG_KEYS = (
-    "model.num_layers",
-    "model.hidden_size",
-    "model.num_attention_heads",
-    "data.seq_length",
-    "salt.kd_steps",
-    "salt.switch",
-    "salt.kd_weight",
-    "salt.selection",
-    "salt.kd_tokens",
-    "salt.ce_tokens",
-    "train.seed",
-)
-
-NAMES = ("salt.switch", "salt.kd_tokens", "salt.ce_tokens")
+# Where a run keeps its own files: it differs between all runs and says nothing about them.
+OWN_FOLDERS = ("train.output_dir", "data.cache_path")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """What an evaluation of the model after `step` measured, `train_s` seconds into training."""
+class HeldOutPoint:
+    """What an evaluation of the model after `step` measured."""
 
     step: int
-    train_s: float
     ce_nats: float
     accuracy: float
     num_tokens: int
     teacher_ce_nats: float | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RunLog:
     """A run as its `metrics.jsonl` tells it: one array element per training step, from step 1."""
 
     label: str
@@ -73,8 +59,9 @@ class Run:
     step_time_s: NDArray[np.float64]
     teacher_time_s: NDArray[np.float64]  # NaN where the file says null
     num_tokens: int
-    evaluations: tuple[Evaluation, ...]
-    config: Mapping[str, Any]
+    evaluations: tuple[HeldOutPoint, ...]
+    settings: Mapping[str, Any]
+    """Of config.json, and of deepspeed.json under `deepspeed.`; empty where neither file is."""
 
     @property
     def num_steps(self) -> int:
@@ -85,17 +72,32 @@ class Run:
         return int(self.is_kd.sum())
 
     @property
-    def final(self) -> Evaluation:
+    def final(self) -> HeldOutPoint:
         return self.evaluations[-1]
 
     @property
-    def best(self) -> Evaluation:
+    def best(self) -> HeldOutPoint:
         return min(self.evaluations, key=lambda evaluation: evaluation.ce_nats)
 
     @cached_property
-    def train_s(self) -> NDArray[np.float64]:
-        """Training seconds after 0, 1, 2, ... steps."""
+    def summed_s(self) -> NDArray[np.float64]:
+        """Training seconds after 0, 1, 2, ... steps, as they were."""
         return np.concatenate([[0.0], np.cumsum(self.step_time_s)])
+
+    @cached_property
+    def median_s(self) -> NDArray[np.float64]:
+        """Training seconds after 0, 1, 2, ... steps that each take the median of their phase."""
+        steady_s = np.empty_like(self.step_time_s)
+        for phase in (self.is_kd, ~self.is_kd):
+            if phase.any():
+                steady_s[phase] = np.median(self.step_time_s[phase])
+        return np.concatenate([[0.0], np.cumsum(steady_s)])
+
+    @property
+    def seed(self) -> int | None:
+        """The run's train.seed; None without its config.json."""
+        seed = self.settings.get("train.seed")
+        return seed if isinstance(seed, int) else None
 
     @property
     def teacher_ce_nats(self) -> float | None:
@@ -109,12 +111,24 @@ class Crossing:
     """Where a run's held-out loss first is at or below a target."""
 
     step: float
-    train_s: float
+    median_s: float
+    summed_s: float
     evaluation_step: int  # the first evaluation at or below the target, which is not interpolated
 
 
-def load_run(directory: Path, label: str | None = None) -> Run:
-    """Reads and checks `metrics.jsonl` (and `config.json`, if it is there) of a run directory.
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """The runs of one label: a single one, or several that differ in their seeds."""
+
+    label: str
+    runs: tuple[RunLog, ...]
+
+    def name_of(self, run: RunLog) -> str:
+        return self.label if len(self.runs) == 1 else f"{self.label}, seed {run.seed}"
+
+
+def load_run(directory: Path, label: str | None = None) -> RunLog:
+    """Reads and checks `metrics.jsonl` (and the settings, if they are there) of a run directory.
 
     Raises: ValueError with file, line and remedy when a line is torn, a key or a step is missing,
     a step occurs twice, or no evaluation ran.
@@ -131,11 +145,9 @@ def load_run(directory: Path, label: str | None = None) -> Run:
     for step, row in enumerate(steps, start=1):
         _check_step(row, step, f"{path}:{step + first_line - 1}")
 
-    step_time_s = np.array([float(row["step_time_s"]) for row in steps])
-    train_s = np.concatenate([[0.0], np.cumsum(step_time_s)])
     evaluations = []
     for line, row in enumerate(rows, start=1):
-        found = _read_evaluation(row, float(train_s[int(row["step"])]), f"{path}:{line}")
+        found = _read_evaluation(row, f"{path}:{line}")
         if found is not None:
             evaluations.append(found)
     if not evaluations or evaluations[-1].step == 0:
@@ -151,16 +163,19 @@ def load_run(directory: Path, label: str | None = None) -> Run:
             f"are these two runs in one file?"
         )
     teacher_time_s = [_number(row, "teacher_time_s", "", nullable=True) for row in steps]
-    return Run(
+    return RunLog(
         label=label if label is not None else directory.resolve().name,
         is_kd=is_kd,
         ce_nats=np.array([float(row["ce_nats"]) for row in steps]),
         kd_weight=np.array([float(row["kd_weight"]) for row in steps]),
-        step_time_s=step_time_s,
+        step_time_s=np.array([float(row["step_time_s"]) for row in steps]),
         teacher_time_s=np.array([math.nan if t is None else t for t in teacher_time_s]),
         num_tokens=int(steps[-1]["tokens"]),
         evaluations=tuple(evaluations),
-        config=_read_config(directory / "config.json"),
+        settings={
+            **_read_settings(directory / "config.json"),
+            **_read_settings(directory / "deepspeed.json", "deepspeed."),
+        },
     )
 
 
@@ -234,7 +249,7 @@ def _number(
     return value
 
 
-def _read_evaluation(row: Mapping[str, Any], train_s: float, where: str) -> Evaluation | None:
+def _read_evaluation(row: Mapping[str, Any], where: str) -> HeldOutPoint | None:
     present = [key for key in VALID_KEYS if key in row]
     if not present:
         if row["step"] == 0:
@@ -242,9 +257,8 @@ def _read_evaluation(row: Mapping[str, Any], train_s: float, where: str) -> Eval
         return None
     ce_nats, accuracy, num_tokens = (_number(row, key, where) for key in VALID_KEYS)
     assert ce_nats is not None and accuracy is not None and num_tokens is not None
-    return Evaluation(
+    return HeldOutPoint(
         step=int(row["step"]),
-        train_s=train_s,
         ce_nats=ce_nats,
         accuracy=accuracy,
         num_tokens=int(num_tokens),
@@ -252,49 +266,100 @@ def _read_evaluation(row: Mapping[str, Any], train_s: float, where: str) -> Eval
     )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """The values of CONFIG_KEYS in a run's resolved configuration, as far as they are there."""
+def _read_settings(path: Path, prefix: str = "") -> dict[str, Any]:
+    """A JSON file's values by dotted names; nothing where there is no file."""
     if not path.is_file():
         return {}
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}:{error.lineno}: not JSON ({error}). Restore or delete it."
         ) from None
-    values: dict[str, Any] = {}
-    for key in CONFIG_KEYS:
-        value = config
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if isinstance(value, list):
-            values[key] = len(value)
-        elif isinstance(value, int | float) or (key in NAMES and isinstance(value, str)):
-            values[key] = value
-    return values
+    return dict(_flattened(values, prefix)) if isinstance(values, dict) else {}
 
 
-def find_crossing(run: Run, target_ce_nats: float) -> Crossing | None:
+def _flattened(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flattened(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def different_settings(runs: Sequence[RunLog]) -> list[str]:
+    """Names of the settings that are not the same in all runs that have their settings."""
+    known = [run.settings for run in runs if run.settings]
+    names = dict.fromkeys(name for settings in known for name in settings)
+    return [
+        name
+        for name in names
+        if name not in OWN_FOLDERS
+        and any(settings.get(name) != known[0].get(name) for settings in known[1:])
+    ]
+
+
+def group_by_label(runs: Sequence[RunLog]) -> list[Arm]:
+    """The runs by their labels, in the order in which these first occur.
+
+    Raises: ValueError where runs share a label without having different seeds.
+    """
+    arms = []
+    for label in dict.fromkeys(run.label for run in runs):
+        same = tuple(run for run in runs if run.label == label)
+        seeds = {run.seed for run in same}
+        if len(same) > 1 and (None in seeds or len(seeds) < len(same)):
+            raise ValueError(
+                f"{len(same)} runs are called {label}: labels must differ, except those of runs "
+                f"that differ in train.seed. Name the runs with --label."
+            )
+        arms.append(Arm(label=label, runs=same))
+    return arms
+
+
+def baseline_of(run: RunLog, baseline: Arm) -> RunLog:
+    """What `run` is compared with: the only baseline there is, or the one with the same seed.
+
+    Raises: ValueError where none of several baselines has the run's seed.
+    """
+    if len(baseline.runs) == 1:
+        return baseline.runs[0]
+    for candidate in baseline.runs:
+        if candidate.seed == run.seed:
+            return candidate
+    seeds = ", ".join(str(candidate.seed) for candidate in baseline.runs)
+    raise ValueError(
+        f"{run.label} has train.seed {run.seed}, the baselines have {seeds}. Give a baseline of "
+        f"the same seed, or a single one for all runs."
+    )
+
+
+def find_crossing(run: RunLog, target_ce_nats: float) -> Crossing | None:
     """Where `run` first has a held-out loss <= target; None when none of its evaluations has.
 
     The loss is taken as linear in the step between the two evaluations around the crossing; the
     seconds are the training seconds at that (fractional) step. A first evaluation that is already
     there is given as it is: nothing before it is known.
     """
-    previous: Evaluation | None = None
+    previous: HeldOutPoint | None = None
     for evaluation in run.evaluations:
         if evaluation.ce_nats <= target_ce_nats:
             step = float(evaluation.step)
             if previous is not None:
                 part = (previous.ce_nats - target_ce_nats) / (previous.ce_nats - evaluation.ce_nats)
                 step = previous.step + part * (evaluation.step - previous.step)
-            train_s = float(np.interp(step, np.arange(run.num_steps + 1), run.train_s))
-            return Crossing(step=step, train_s=train_s, evaluation_step=evaluation.step)
+            steps = np.arange(run.num_steps + 1)
+            return Crossing(
+                step=step,
+                median_s=float(np.interp(step, steps, run.median_s)),
+                summed_s=float(np.interp(step, steps, run.summed_s)),
+                evaluation_step=evaluation.step,
+            )
         previous = evaluation
     return None
 
 
-def find_teachers(runs: Sequence[Run], teacher_run: Run | None) -> dict[str, float]:
+def find_teachers(runs: Sequence[RunLog], teacher_run: RunLog | None) -> dict[str, float]:
     """Held-out nats/token of the teachers, by label; runs that share a teacher share an entry.
 
     A measurement within a run is preferred to the end of the teacher's own run, because it is made

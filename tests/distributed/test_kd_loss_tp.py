@@ -247,7 +247,7 @@ def test_cut_vocabulary_gives_what_one_process_gives(
 
 
 @pytest.mark.parametrize("tp_size", TP_SIZES)
-def test_ranks_may_run_different_bodies(tp_size: int, by_rank: list[Any]) -> None:
+def test_ranks_may_run_different_backends(tp_size: int, by_rank: list[Any]) -> None:
     """What travels between ranks means the same in every backend."""
     for found in by_rank:
         got = found["mixed", tp_size]["values"]

@@ -103,7 +103,8 @@ def test_load_run_reads_arrays_evaluations_and_phases(salt: Path) -> None:
     assert run.label == "salt"
     assert (run.num_steps, run.num_kd_steps, run.num_tokens) == (100, 40, 6400)
     assert [e.step for e in run.evaluations] == [0, 50, 100]
-    assert [e.train_s for e in run.evaluations] == [0.0, 70.0, 120.0]
+    for seconds in (run.median_s, run.summed_s):
+        assert [seconds[e.step] for e in run.evaluations] == [0.0, 70.0, 120.0]
     assert run.teacher_ce_nats == 3.75
     assert math.isnan(run.teacher_time_s[-1])
     assert run.best.step == 100
@@ -116,7 +117,7 @@ def test_a_run_may_start_without_step_0(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "step", "train_s", "evaluation_step"),
+    ("target", "step", "seconds", "evaluation_step"),
     [
         (3.0, 75.0, 95.0, 100),  # half-way between 3.5 and 2.5; 40 · 1.5 s + 35 · 1 s
         (3.5, 50.0, 70.0, 50),  # exactly at an evaluation: nothing to interpolate
@@ -125,12 +126,13 @@ def test_a_run_may_start_without_step_0(tmp_path: Path) -> None:
     ],
 )
 def test_crossing_is_interpolated_between_evaluations(
-    salt: Path, target: float, step: float, train_s: float, evaluation_step: int
+    salt: Path, target: float, step: float, seconds: float, evaluation_step: int
 ) -> None:
     crossing = find_crossing(load_run(salt), target)
     assert crossing is not None
     assert crossing.step == pytest.approx(step)
-    assert crossing.train_s == pytest.approx(train_s)
+    assert crossing.median_s == pytest.approx(seconds)
+    assert crossing.summed_s == pytest.approx(seconds)
     assert crossing.evaluation_step == evaluation_step
 
 
@@ -140,6 +142,27 @@ def test_crossing_is_the_first_one_and_may_not_exist(tmp_path: Path) -> None:
     crossing = find_crossing(run, 3.0)
     assert crossing is not None and crossing.step == pytest.approx(30.0)
     assert find_crossing(run, 1.999) is None
+
+
+def test_one_slow_step_changes_the_sum_but_not_the_saving(
+    baseline: Path, salt: Path, tmp_path: Path
+) -> None:
+    """As on a shared machine: the tenth step of the KD phase waits 500 s for somebody else."""
+
+    def seconds(step: int) -> float:
+        return 501.5 if step == 10 else 1.5 if step <= 40 else 1.0
+
+    heldout = {0: 6.0, 50: 3.5, 100: 2.5}
+    rows = make_rows(heldout, kd_steps=40, step_time_s=seconds, teacher_ce=3.75)
+    runs = [
+        load_run(baseline),
+        load_run(salt),
+        load_run(write_run(tmp_path / "disturbed", rows)),
+    ]
+    _, crossings = write_report(runs, tmp_path / "report.md", title="T").split("\n\n")
+    quiet, disturbed = table_row(crossings, "salt"), table_row(crossings, "disturbed")
+    assert quiet == ["100", "75.0", "25.0 %", "95.0", "5.0 %", "95.0", "5.0 %"]
+    assert disturbed == ["100", "75.0", "25.0 %", "95.0", "5.0 %", "595.0", "-495.0 %"]
 
 
 def test_teachers_that_are_the_same_share_a_line(tmp_path: Path) -> None:
@@ -175,38 +198,120 @@ def test_report_tables_are_as_computed_by_hand(baseline: Path, salt: Path, tmp_p
 
     results, crossings = stdout.split("\n\n")
     assert table_row(results, "plain") == [
-        *("3.0000", "25.00 %", "3.0000 (100)", "100", "6,400", "100.0")
+        *("3.0000", "25.00 %", "3.0000 (100)", "100", "100", "6,400", "100.0", "100.0")
     ]
+    assert table_row(results, "slow")[3] == "200"  # the teacher's 3.75 lies after 4.0 of step 100
     assert table_row(results, "*teacher*")[0] == "3.7500"
-    assert table_row(crossings, "plain") == ["100", "100.0", "", "100.0", ""]
+    assert table_row(crossings, "plain") == ["100", "100.0", "", "100.0", "", "100.0", ""]
     salt_line = next(line for line in crossings.splitlines() if line.startswith(r"| SALT\|40"))
     assert "| 100 |" in " ".join(salt_line.split())
-    assert "75.0 | 25.0 % | 95.0 | 5.0 %" in " ".join(salt_line.split())
-    assert table_row(crossings, "slow") == ["200", "150.0", "-50.0 %", "300.0", "-200.0 %"]
-    assert table_row(crossings, "never") == ["not reached", "not reached", "", "not reached", ""]
+    assert "75.0 | 25.0 % | 95.0 | 5.0 % | 95.0 | 5.0 %" in " ".join(salt_line.split())
+    assert table_row(crossings, "slow") == [
+        *("200", "150.0", "-50.0 %", "300.0", "-200.0 %", "300.0", "-200.0 %")
+    ]
+    assert table_row(crossings, "never") == [
+        *("not reached", "not reached", "", "not reached", "", "", "")
+    ]
 
     step_times = text[text.index("## Step times") :]
-    assert r"SALT\|40 |       40 |    1,500.0 |    1.500 |            250.0" in step_times
-    assert table_row(step_times, "slow") == ["0", "", "", "", "200", "2,000.0", "2.000"]
+    salt_line = next(line for line in step_times.splitlines() if line.startswith(r"| SALT\|40"))
+    assert " ".join(salt_line.split()) == (
+        r"| SALT\|40 | 40 | 1,500.0 | 1,500.0 | 1.500 | 250.0 |"
+        r" 60 | 1,000.0 | 1,000.0 | 1.000 |"
+    )
+    assert table_row(step_times, "slow") == [
+        *("0", "", "", "", "", "200", "2,000.0", "2,000.0", "2.000")
+    ]
 
 
 def test_report_names_machine_and_versions_but_no_paths(
     baseline: Path, salt: Path, tmp_path: Path
 ) -> None:
-    config = {
-        "model": {"num_layers": 4, "hidden_size": 96},
-        "train": {"save_dir": str(tmp_path), "seed": str(tmp_path)},
-    }
-    (salt / "config.json").write_text(json.dumps(config))
+    for run, layers, teacher in ((baseline, 4, None), (salt, 6, f"{tmp_path}/slm")):
+        config = {
+            "model": {"num_layers": layers, "hidden_size": 96},
+            "teacher": {"checkpoint": teacher},
+            "salt": {"selection": [f"{tmp_path}/hard.parquet"] if teacher else []},
+            "train": {"output_dir": str(run)},
+        }
+        (run / "config.json").write_text(json.dumps(config))
+        (run / "deepspeed.json").write_text(json.dumps({"optimizer": {"params": {"lr": layers}}}))
     output = tmp_path / "report.md"
     write_report([load_run(baseline), load_run(salt)], output, title="T")
     text = output.read_text()
-    assert table_row(text[text.index("## Settings") :], "salt") == ["4", "96"]
+    settings = text[text.index("## Settings that differ") :]
+    assert table_row(settings, "run") == [
+        *("`model.num_layers`", "`teacher.checkpoint`", "`salt.selection`"),
+        "`deepspeed.optimizer.params.lr`",
+    ]
+    assert table_row(settings, "plain") == ["4", "none", "none", "4"]
+    assert table_row(settings, "salt") == ["6", "slm", "hard.parquet", "6"]
     for needed in ("torch ", "megatron-core ", "deepspeed ", "Python ", "one seed", "shared"):
         assert needed in text
     assert describe_machine() in text
     assert str(tmp_path) not in text
     assert "1,000 tokens" in text
+
+
+def test_settings_that_are_alike_make_no_table(baseline: Path, salt: Path, tmp_path: Path) -> None:
+    output = tmp_path / "report.md"
+    for run in (baseline, salt):
+        (run / "config.json").write_text(json.dumps({"train": {"output_dir": str(run), "seed": 1}}))
+    write_report([load_run(baseline), load_run(salt)], output, title="T")
+    assert "## Settings" not in output.read_text()
+
+
+def write_seed(directory: Path, seed: int, heldout: dict[int, float], **options: Any) -> Path:
+    write_run(directory, make_rows(heldout, **options))
+    (directory / "config.json").write_text(json.dumps({"train": {"seed": seed}}))
+    return directory
+
+
+@pytest.fixture
+def seeds(tmp_path: Path) -> list[Path]:
+    """Two baselines, then two runs that end 0.5 and 0.1 nats below the baseline of their seed."""
+    return [
+        write_seed(tmp_path / "plain-1", 1, {0: 6.0, 100: 3.0}),
+        write_seed(tmp_path / "plain-2", 2, {0: 6.0, 100: 3.2}),
+        write_seed(tmp_path / "salt-1", 1, {0: 6.0, 50: 3.5, 100: 2.5}, kd_steps=40),
+        write_seed(tmp_path / "salt-2", 2, {0: 6.0, 50: 3.3, 100: 3.1}, kd_steps=40),
+    ]
+
+
+def test_seeds_of_a_label_are_averaged_and_paired(seeds: list[Path], tmp_path: Path) -> None:
+    labels = ("plain", "plain", "SALT", "SALT")
+    runs = [load_run(*pair) for pair in zip(seeds, labels, strict=True)]
+    text = write_report(runs, tmp_path / "report.md", title="T")
+    means, results, crossings = text.split("\n\n")
+    assert table_row(means, "plain") == ["2", "3.1000 (3.0000 to 3.2000)", "", "", ""]
+    assert table_row(means, "SALT") == [
+        "2",
+        "2.8000 (2.5000 to 3.1000)",
+        "-0.3000 (-0.5000 to -0.1000)",
+        "25.0 % (25.0 % to 25.0 %)",
+        "25.0 % (25.0 % to 25.0 %)",
+    ]
+    assert table_row(results, "plain, seed 2")[0] == "3.2000"
+    assert table_row(crossings, "SALT, seed 2")[1:3] == ["75.0", "25.0 %"]
+    settings = (tmp_path / "report.md").read_text()
+    assert table_row(settings[settings.index("## Settings that differ") :], "SALT") == ["1, 2"]
+
+
+def test_a_seed_that_does_not_get_there_is_not_averaged_away(
+    seeds: list[Path], tmp_path: Path
+) -> None:
+    seeds[3] = write_seed(tmp_path / "salt-2", 2, {0: 6.0, 100: 3.3}, kd_steps=40)
+    labels = ("plain", "plain", "SALT", "SALT")
+    runs = [load_run(*pair) for pair in zip(seeds, labels, strict=True)]
+    means, _, _ = write_report(runs, tmp_path / "report.md", title="T").split("\n\n")
+    assert table_row(means, "SALT")[2:] == ["-0.2000 (-0.5000 to +0.1000)", "1 of 2 there", ""]
+
+
+def test_seeds_without_a_baseline_of_theirs_are_refused(seeds: list[Path], tmp_path: Path) -> None:
+    other = write_seed(tmp_path / "salt-3", 3, {0: 6.0, 100: 3.0})
+    runs = [load_run(seeds[0], "plain"), load_run(seeds[1], "plain"), load_run(other)]
+    with pytest.raises(ValueError, match=r"salt-3 has train\.seed 3, the baselines have 1, 2"):
+        write_report(runs, tmp_path / "report.md", title="T")
 
 
 def test_unequal_heldout_sets_are_said_loudly(baseline: Path, tmp_path: Path) -> None:
@@ -327,6 +432,19 @@ def test_tool_prints_the_tables_and_writes_the_report(
     assert table_row(printed, "B")[0] == "2.5000"
     assert table_row(printed, "*slm, its own run*")[0] == "3.8000"
     assert output.is_file()
+
+
+def test_tool_takes_seeds_of_baseline_and_runs(
+    run_tool: Callable[..., None],
+    seeds: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    args = ["--baseline", *seeds[:2], "--run", *seeds[2:], "--output", tmp_path / "report.md"]
+    run_tool(*args, "--label", "A", "A", "B", "B")
+    means = capsys.readouterr().out
+    assert table_row(means, "A")[1] == "3.1000 (3.0000 to 3.2000)"
+    assert table_row(means, "B")[1] == "2.8000 (2.5000 to 3.1000)"
 
 
 def test_tool_reports_errors_without_a_traceback(
