@@ -41,8 +41,8 @@ SHARED_IMPORTS = (
     "megatron.core.datasets.helpers",
     "megatron.core.transformer.moe.experts",
     "deepspeed.runtime.zero.muon.muon_optimizer",
-    "megatron_salt.trainer",
-    "megatron_salt.tagging",
+    "megatron_salt.training.run",
+    "megatron_salt.scoring.tagging",
 )
 CAN_FORK = sys.platform == "linux"
 

@@ -60,8 +60,7 @@ def linear_kd_loss(
         loss = (ce_weight * ce + kd_weight * kl).sum()
 
     Differentiable in the student's hidden states and head; the teacher gets no gradient.
-    Masked tokens, temperatures: as in `kd_loss`; but masked hidden states must be finite, or the
-        head's gradient is nan.
+    Masked tokens, temperatures: as `kd_loss`; but masked hidden states must be finite (nan * 0).
     Shapes: student hidden [T, D], or [T / tp, D] with `chunking.sequence_parallel`: then rank r
         holds tokens [r T / tp, (r + 1) T / tp). Weights [W, D] and [W, E]: this rank's columns of
         the vocabulary, padding last. Teacher hidden [T, E], labels and loss weights [T]: all
