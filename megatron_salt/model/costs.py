@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 
 from megatron_salt.config.fields import ModelConfig
 
 
-def layer_costs(model: ModelConfig, vocab_size: int, seq_length: int) -> list[float]:
+def layer_costs(model: ModelConfig, vocab_size: int, seq_length: int) -> tuple[float, ...]:
     """Multiply-adds per token and layer of the pipeline's parts: embedding, L layers, head.
 
     Linear layers cost their weights; attention S * H * C per token for scores and values together
@@ -19,10 +18,11 @@ def layer_costs(model: ModelConfig, vocab_size: int, seq_length: int) -> list[fl
     qkv = d * (query_size + 2 * model.query_groups * head)
     mlp = d * model.ffn_size * (3 if model.activation == "swiglu" else 2)
     layer = qkv + query_size * d + mlp + seq_length * query_size
-    return [0.0, *[float(layer)] * model.num_layers, float(d * vocab_size)]
+    return (0.0, *[float(layer)] * model.num_layers, float(d * vocab_size))
 
 
-def balanced_stages(costs: Sequence[float], num_stages: int) -> list[int]:
+@cache  # the planner asks for the same ones at many sizes of the other axes
+def balanced_stages(costs: tuple[float, ...], num_stages: int) -> tuple[int, ...]:
     """Stage bounds over transformer layers, minimising the slowest stage's cost, then the next.
 
     `costs` is `layer_costs`: the embedding stays on the first stage, the head on the last, every
@@ -56,4 +56,4 @@ def balanced_stages(costs: Sequence[float], num_stages: int) -> list[int]:
     bounds = [0]
     for stage in range(num_stages):
         bounds.append(best(stage, bounds[-1])[1])
-    return bounds
+    return tuple(bounds)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT
+from evaluation_keys import STUDENT_KEYS, TEACHER_KEYS
 
 from megatron_salt.checkpoint.manifest import CheckpointManifest
 from megatron_salt.config.deepspeed import KNOWN_KEYS, REFUSED_KEYS
 from megatron_salt.config.fields import KEYS
-from megatron_salt.evaluation.held_out import STUDENT_KEYS, TEACHER_KEYS
 from megatron_salt.report.runs import STEP_KEYS, VALID_KEYS
 
 DOCS = ROOT / "docs"
