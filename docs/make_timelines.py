@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_salt.files.markdown import markdown_table
-from megatron_salt.planner.output import timeline_rows
+from megatron_salt.planner.output import idle_shares
 from megatron_salt.report.timeline import draw_timelines
 from megatron_salt.teacher.placement import place, with_teacher, work_bound
 from megatron_salt.teacher.schedule import plain_programs
@@ -50,6 +50,15 @@ def text(found: dict[str, Timeline], bound: float) -> str:
     """The page: what is drawn, and the figures."""
     header = ["", "step", "against LM", *(f"idle, stage {stage}" for stage in range(STAGES))]
     plain = list(found.values())[-1].step_time
+    rows = [
+        [
+            name,
+            f"{timeline.step_time:.4g}",
+            f"{timeline.step_time / plain - 1:+.1%}",
+            *(f"{share:.1%}" for share in idle_shares(timeline)),
+        ]
+        for name, timeline in found.items()
+    ]
     return f"""# Where the pipeline waits
 
 Made by [docs/make_timelines.py](../make_timelines.py). The case has {STAGES} equal stages,
@@ -60,7 +69,7 @@ about sizes and seconds of real models.
 
 ![The teacher before the step, the teacher in the bubbles, and no teacher](p4_m16_all.png)
 
-{markdown_table(header, timeline_rows(found))}
+{markdown_table(header, rows)}
 
 Idle is the share of the step in which a stage neither computes nor exchanges anything. No placement
 with these shares of the rows can take less than {bound / plain - 1:+.1%}.

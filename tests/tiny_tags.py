@@ -122,6 +122,6 @@ def write_manifest(prefix: Path, origin: TagOrigin, kept_tokens: int) -> TagMani
 
 def _write(prefix: Path, table: SequenceTable) -> None:
     rule = Rule()
-    scores = table.score(rule.score, rule.masked, prefix)
+    scores = table.score(rule.score, rule.masked)
     chosen = select([scores], rule)[0]
     write_table(table_path(prefix), table.with_selection(scores, chosen, dataclasses.asdict(rule)))

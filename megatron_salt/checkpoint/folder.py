@@ -16,7 +16,6 @@ after every file has been flushed, read back and hashed.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,6 +24,7 @@ from typing import Any
 
 from megatron_salt.checkpoint.manifest import MANIFEST, CheckpointManifest, read_checkpoint_manifest
 from megatron_salt.checkpoint.weights import weights_file
+from megatron_salt.files.atomic import atomic_path, fsync_path
 from megatron_salt.files.hashes import sha256_of
 
 
@@ -85,16 +85,9 @@ def hash_files(partial: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]
     records = {}
     for name in names:
         path = partial / name
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
+        fsync_path(path)
         records[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     return records
-
-
-def fsync_directories(root: Path) -> None:
-    """Flush the directory entries below `root`, so that a rename after this implies the files."""
-    for path in [root, *(path for path in root.rglob("*") if path.is_dir())]:
-        _fsync_directory(path)
 
 
 def publish(partial: Path, manifest: CheckpointManifest, output_dir: str | Path) -> Path:
@@ -106,12 +99,11 @@ def publish(partial: Path, manifest: CheckpointManifest, output_dir: str | Path)
         for tp_rank in range(manifest.model.tp_size):
             if weights_file(pp_rank, tp_rank) not in manifest.files:
                 raise RuntimeError(f"{partial}: no {weights_file(pp_rank, tp_rank)}; not published")
-    values = asdict(manifest)
-    with (partial / MANIFEST).open("w", encoding="utf-8") as stream:
-        json.dump(values, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    fsync_directories(partial)
+    with atomic_path(partial / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(asdict(manifest), indent=1), encoding="utf-8")
+    # Directory entries, so that the rename after this implies the files.
+    for directory in [partial, *(path for path in partial.rglob("*") if path.is_dir())]:
+        fsync_path(directory)
     final = checkpoints_dir(output_dir) / step_name(manifest.model.step)
     if final.exists():
         # A run resumed from an older checkpoint reaches this step again.
@@ -122,16 +114,8 @@ def publish(partial: Path, manifest: CheckpointManifest, output_dir: str | Path)
         shutil.rmtree(replaced)
     else:
         partial.rename(final)
-    _fsync_directory(final.parent)
+    fsync_path(final.parent)
     return final
-
-
-def _fsync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove_old(output_dir: str | Path, keep: int) -> list[str]:

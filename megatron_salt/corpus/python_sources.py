@@ -11,8 +11,10 @@ import json
 import os
 import random
 import sysconfig
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from megatron_salt.files.atomic import atomic_path
@@ -80,7 +82,8 @@ def make_corpus(
             record = json.dumps({"text": text, "source": name}, ensure_ascii=False)
             lines.append(record.encode("utf-8") + b"\n")
     random.Random(seed).shuffle(lines)
-    kept = _within(lines, max_bytes)
+    ends = list(accumulate(map(len, lines)))
+    kept = lines if max_bytes is None else lines[: bisect_right(ends, max_bytes)]
     if not kept:
         raise ValueError(
             f"no document to write: {len(lines)} usable files in the sources and"
@@ -90,7 +93,7 @@ def make_corpus(
         temporary.write_bytes(b"".join(kept))
     return CorpusReport(
         documents=len(kept),
-        output_bytes=sum(map(len, kept)),
+        output_bytes=ends[len(kept) - 1],
         short=short,
         duplicate=duplicate,
         not_utf8=not_utf8,
@@ -108,15 +111,3 @@ def _iter_text_files(roots: Sequence[Path]) -> Iterator[tuple[str, Path]]:
                 if path.suffix in SUFFIXES and path.is_file():
                     name = path.relative_to(root).as_posix()
                     yield (f"{root.name}/{name}" if len(roots) > 1 else name), path
-
-
-def _within(lines: list[bytes], max_bytes: int | None) -> list[bytes]:
-    """The longest prefix of `lines` of at most `max_bytes`."""
-    if max_bytes is None:
-        return lines
-    total = 0
-    for count, line in enumerate(lines):
-        total += len(line)
-        if total > max_bytes:
-            return lines[:count]
-    return lines

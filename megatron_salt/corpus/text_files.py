@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 BLOCK_BYTES = 1 << 20
 # Compressed text grows 4 to 10 times, so a smaller read keeps blocks near BLOCK_BYTES.
@@ -68,8 +68,7 @@ def iter_line_blocks(
         first_line += data.count(b"\n")
         pending = [chunk[cut:]]
         pending_bytes = len(pending[0])
-    data = b"".join(pending)
-    if data:
+    if data := b"".join(pending):
         yield LineBlock(path, first_line, data)
 
 
@@ -79,21 +78,15 @@ def _iter_decompressed(
     new_decompressor = _decompressor_factory(path)
     if new_decompressor is not None:
         read_bytes = min(read_bytes, COMPRESSED_READ_BYTES)
-    with open(path, "rb") as file:
-        chunks = _iter_raw(file, read_bytes, on_read)
-        if new_decompressor is None:
-            yield from chunks
-        else:
-            yield from _decompress(path, chunks, new_decompressor)
 
+    def chunks() -> Iterator[bytes]:
+        with open(path, "rb") as file:
+            while chunk := file.read(read_bytes):
+                if on_read is not None:
+                    on_read(chunk)
+                yield chunk
 
-def _iter_raw(
-    file: BinaryIO, read_bytes: int, on_read: Callable[[bytes], None] | None
-) -> Iterator[bytes]:
-    while chunk := file.read(read_bytes):
-        if on_read is not None:
-            on_read(chunk)
-        yield chunk
+    return chunks() if new_decompressor is None else _decompress(path, chunks(), new_decompressor)
 
 
 def _decompressor_factory(path: str) -> Callable[[], Any] | None:
@@ -125,17 +118,15 @@ def _decompress(
                     if not chunk:
                         break
                 started = True
-                text = decompressor.decompress(chunk)
-                if text:
+                if text := decompressor.decompress(chunk):
                     yield text
                 chunk = b""
                 if decompressor.eof:
                     chunk = decompressor.unused_data
                     decompressor, started = new_decompressor(), False
-    except Exception as error:
-        # zlib.error and zstandard.ZstdError share no base class; errors of the reader pass as is.
-        if isinstance(error, OSError):
-            raise
+    except OSError:  # of the reader
+        raise
+    except Exception as error:  # zlib.error and zstandard.ZstdError share no base class
         raise ValueError(
             f"{path}: corrupt compressed data ({error}); copy the file again"
         ) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import random
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,8 +18,6 @@ from megatron_salt.data.tokenizer import SENTINEL
 from megatron_salt.files.atomic import atomic_path
 
 END_OF_TEXT = "<|endoftext|>"
-# Whitespace that sentencepiece does not carry inside a piece: each is a piece of its own.
-LINE_SYMBOLS = ("\n", "\t")
 
 
 def sample_documents(
@@ -93,7 +92,10 @@ def _train_sentencepiece(
         try:
             with open(temporary, "wb") as file:
                 sentencepiece.SentencePieceTrainer.train(
-                    sentence_iterator=_iter_lines(texts),
+                    # Lines, without the symbols that are pieces of their own.
+                    sentence_iterator=(
+                        part for text in texts for part in re.split("[\n\t]", text) if part
+                    ),
                     model_writer=file,
                     model_type=model_type,
                     vocab_size=vocab_size,
@@ -105,7 +107,8 @@ def _train_sentencepiece(
                     byte_fallback=True,
                     # Runs of spaces (indentation) become single pieces.
                     allow_whitespace_only_pieces=True,
-                    user_defined_symbols=list(LINE_SYMBOLS),
+                    # White space that sentencepiece does not carry inside a piece.
+                    user_defined_symbols=["\n", "\t"],
                     # Control symbols, unlike user-defined ones, are never found in text.
                     control_symbols=sentinels,
                     split_digits=True,
@@ -120,13 +123,6 @@ def _train_sentencepiece(
                 f"sentencepiece could not train a vocabulary of {vocab_size}: {error};"
                 " give more text or another --vocab-size"
             ) from error
-
-
-def _iter_lines(texts: Sequence[str]) -> Iterator[str]:
-    """Training sentences: lines without the symbols that are pieces of their own."""
-    for text in texts:
-        for line in text.split("\n"):
-            yield from (part for part in line.split("\t") if part)
 
 
 def _train_hugging_face(

@@ -29,7 +29,7 @@ from torch import Tensor
 from megatron_salt.config.fields import DataConfig, RunConfig
 from megatron_salt.config.values import check_split, parse_blend
 from megatron_salt.data.epochs import Epoch, EpochedDataset, TaggedDataset, Tags, WindowDataset
-from megatron_salt.data.manifest import read_dataset_manifest, verify_dataset
+from megatron_salt.data.manifest import read_dataset_manifest, tokenizer_directory, verify_dataset
 from megatron_salt.data.objective import Mixture, make_mixture
 from megatron_salt.data.order import epoch_seed, evaluation_rows
 from megatron_salt.data.selection import Selection, check_same_origin, load_selection, rule_text
@@ -60,12 +60,8 @@ class Batch:
     it decides which attention runs. None where every row is causal."""
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        moved: dict[str, Any] = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            stays = value is None or field.name == "prefix_R"
-            moved[field.name] = value if stays else change(value)
-        return Batch(**moved)
+        moving = {k: v for k, v in vars(self).items() if v is not None and k != "prefix_R"}
+        return dataclasses.replace(self, **{name: change(v) for name, v in moving.items()})
 
     def pinned(self) -> Batch:
         """In page-locked memory, from which `to` copies beside the computation."""
@@ -83,7 +79,7 @@ def find_tokenizer(data: DataConfig) -> Tokenizer:
     if data.tokenizer is not None:
         return load_tokenizer(data.tokenizer)
     prefix = parse_blend(data.train_data_path, "data.train_data_path")[0][0]
-    beside = Path(prefix + ".tokenizer")
+    beside = tokenizer_directory(prefix)
     if not beside.exists():
         raise ValueError(
             f"data.tokenizer is not set and {beside} does not exist: name the tokenizer that "
@@ -116,14 +112,12 @@ class TagInputs:
     def describe(self) -> list[str]:
         """Who tagged and by which rule was selected, as lines for people."""
         lines = []
-        for manifest in self.tags:
-            model = manifest.origin.model
-            lines.append(f"tags of {manifest.origin.data.name} by {model.name}, step {model.step}")
-        for selection in self.selections:
-            model = selection.origin.model
-            lines.append(
-                f"selection {selection.path}: {rule_text(selection.rule)}, by {model.name}"
-            )
+        for tags in self.tags:
+            data, model = tags.origin.data, tags.origin.model
+            lines.append(f"tags of {data.name} by {model.name}, step {model.step}")
+        for chosen in self.selections:
+            by = chosen.origin.model.name
+            lines.append(f"selection {chosen.path}: {rule_text(chosen.rule)}, by {by}")
         return lines
 
 
@@ -164,9 +158,8 @@ def reads_reference_loss(config: RunConfig) -> bool:
 
 def reads_tags(config: RunConfig) -> bool:
     """Whether any route goes by data.tags."""
-    by_mask = ("tagged", "untagged")
-    salt = config.salt
-    return salt.kd_tokens in by_mask or salt.ce_tokens in by_mask or reads_reference_loss(config)
+    routes = {config.salt.kd_tokens, config.salt.ce_tokens}
+    return not routes.isdisjoint({"tagged", "untagged"}) or reads_reference_loss(config)
 
 
 class DataSource:
@@ -241,16 +234,11 @@ class DataSource:
             return parts[0]
         config = self._config(self.prefixes[0], self.seed, held_out=False)
         config.path_to_cache = str(self.cache_path / "blend")
-        return self._blend(parts, num_samples, config)
-
-    def _blend(
-        self, parts: Sequence[EpochedDataset], num_samples: int, config: GPTDatasetConfig
-    ) -> BlendedDataset:
-        """The blend's index; rank 0 writes it before the others map it."""
+        # Rank 0 writes the blend's index before the others map it.
         first = not dist.is_initialized() or dist.get_rank() == 0
         if not first:
             dist.barrier()
-        blended = BlendedDataset(list(parts), list(self.shares), num_samples, config)
+        blended = BlendedDataset(parts, self.shares, num_samples, config)
         if first and dist.is_initialized():
             dist.barrier()
         return blended
@@ -285,8 +273,7 @@ class DataSource:
 
     def _build(self, config: GPTDatasetConfig) -> list[GPTDataset | None]:
         """One epoch of the part asked for; collective (rank 0 writes the index files first)."""
-        sizes = [None, None, None]
-        builder = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config)
+        builder = BlendedMegatronDatasetBuilder(GPTDataset, [None] * 3, lambda: True, config)
         with self._naming_the_cache():
             return builder.build()
 
@@ -472,15 +459,15 @@ def dataset_fingerprint(prefix: str) -> str:
 def _stack(samples: Sequence[dict[str, Tensor]]) -> Batch:
     """torch.stack copies, so nobody can write into the dataset's cached masks."""
 
-    def stacked(name: str) -> Tensor | None:
-        return torch.stack([x[name] for x in samples]) if name in samples[0] else None
+    def stacked(name: str) -> Tensor:
+        return torch.stack([sample[name] for sample in samples])
 
     return Batch(
-        tokens_RS=torch.stack([sample["tokens"] for sample in samples]),
-        labels_RS=torch.stack([sample["labels"] for sample in samples]),
-        mask_RS=torch.stack([sample["loss_mask"] for sample in samples]).float(),
-        tag_RS=stacked("tag"),
-        reference_loss_RS=stacked("reference_loss"),
+        tokens_RS=stacked("tokens"),
+        labels_RS=stacked("labels"),
+        mask_RS=stacked("loss_mask").float(),
+        tag_RS=stacked("tag") if "tag" in samples[0] else None,
+        reference_loss_RS=stacked("reference_loss") if "reference_loss" in samples[0] else None,
     )
 
 

@@ -18,7 +18,6 @@ from megatron.core.datasets.utils import Split
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_salt.data.order import epoch_and_offset
 from megatron_salt.data.tags import as_fp16, open_indexed, read_stream, tag_prefix
 
 SampleFields = dict[str, Tensor]
@@ -156,5 +155,5 @@ class EpochedDataset(torch.utils.data.Dataset):
         return self.samples_per_epoch * len(self.epochs)
 
     def __getitem__(self, row: int) -> SampleFields:
-        epoch, offset = epoch_and_offset(int(row), self.samples_per_epoch)
+        epoch, offset = divmod(int(row), self.samples_per_epoch)
         return self.epochs[epoch][offset]

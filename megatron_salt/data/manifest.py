@@ -14,7 +14,7 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -67,9 +67,7 @@ class DatasetManifest:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
 
 
-@dataclass(frozen=True)
-class _IndexSummary:
-    sequences: int
+class _IndexSummary(NamedTuple):
     documents: int
     tokens: int
     bin_bytes: int
@@ -184,12 +182,7 @@ def _check_index(path: Path) -> _IndexSummary:
             f"{path} contradicts itself: documents do not end at its end; {PREPROCESS_AGAIN}"
         )
     tokens = int(lengths.sum(dtype=np.int64))
-    return _IndexSummary(
-        sequences=sequences,
-        documents=boundaries - 1,
-        tokens=tokens,
-        bin_bytes=tokens * _IDX_ITEM_BYTES[dtype_code],
-    )
+    return _IndexSummary(boundaries - 1, tokens, tokens * _IDX_ITEM_BYTES[dtype_code])
 
 
 def _check_size(path: Path, expected_bytes: int, authority: str) -> None:

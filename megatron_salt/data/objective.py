@@ -7,10 +7,8 @@ would have drawn. Letters: S positions of a row, N tokens of its text that span 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 
@@ -77,12 +75,15 @@ def fit_spans(num_places: int, rate: float, mean_length: float) -> SpanCounts:
     return count_spans(num_tokens, rate, mean_length)
 
 
+def spans_of_rows(data: DataConfig) -> SpanCounts:
+    return fit_spans(data.seq_length + 1, data.span_corruption_rate, data.span_mean_length)
+
+
 def sentinels_needed(data: DataConfig) -> int:
     """Sentinels of a span-corrupted row; 0 without span_corruption. Shorter texts need no more."""
     if "span_corruption" not in parse_objective(data.objective):
         return 0
-    counts = fit_spans(data.seq_length + 1, data.span_corruption_rate, data.span_mean_length)
-    return counts.num_spans + 1
+    return spans_of_rows(data).num_spans + 1
 
 
 def check_sentinels(data: DataConfig, tokenizer: Tokenizer) -> list[int]:
@@ -139,16 +140,13 @@ class Mixture:
     seed: int
     shares: dict[str, float]
     """Of the rows, in the order of `OBJECTIVES`; they sum to 1."""
-    seq_length: int
-    rate: float
-    mean_length: float
+    data: DataConfig
     eod: int
-    eod_mask_loss: bool
     sentinels: tuple[int, ...]
 
     @cached_property
     def counts(self) -> SpanCounts:
-        return fit_spans(self.seq_length + 1, self.rate, self.mean_length)
+        return spans_of_rows(self.data)
 
     def sample(self, text: np.ndarray, row: int) -> ObjectiveRow:
         """What is made of the S + 1 consecutive tokens of a row.
@@ -157,14 +155,14 @@ class Mixture:
             row: its place in the endless order (of the blend, where there is one). No run reads the
                 same row of two orders, so the row alone tells draws apart.
         """
-        assert text.shape == (self.seq_length + 1,)
+        assert text.shape == (self.data.seq_length + 1,)
         draws = Draws(self.seed, row)
         objective = self._objective(draws.uniform())
         if objective == "span_corruption":
             return self._corrupted(text, draws)
         prefix = 0
         if objective == "prefix":
-            prefix = 1 + int(draws.uniform() * self.seq_length)
+            prefix = 1 + int(draws.uniform() * self.data.seq_length)
         return self._framed(objective, text, prefix, len(text))
 
     def _objective(self, uniform: float) -> str:
@@ -180,7 +178,7 @@ class Mixture:
         tokens_S, labels_S = places[:-1], places[1:]
         mask_S = np.zeros(len(tokens_S), dtype=np.float32)
         mask_S[max(prefix - 1, 0) : stop - 1] = 1.0
-        if self.eod_mask_loss:
+        if self.data.eod_mask_loss:
             mask_S[tokens_S == self.eod] = 0.0
         return ObjectiveRow(
             objective=objective, tokens_S=tokens_S, labels_S=labels_S, mask_S=mask_S, prefix=prefix
@@ -214,32 +212,5 @@ def make_mixture(data: DataConfig, tokenizer: Tokenizer, seed: int) -> Mixture |
     shares = parse_objective(data.objective)
     if list(shares) == ["causal"]:
         return None
-    return Mixture(
-        seed=seed,
-        shares=shares,
-        seq_length=data.seq_length,
-        rate=data.span_corruption_rate,
-        mean_length=data.span_mean_length,
-        eod=tokenizer.eod,
-        eod_mask_loss=data.eod_mask_loss,
-        sentinels=tuple(check_sentinels(data, tokenizer)),
-    )
-
-
-def original_text(sample: ObjectiveRow, sentinels: Sequence[int]) -> np.ndarray:
-    """The tokens of text that a sample was made of: all S + 1, or span corruption's N."""
-    places = np.append(sample.tokens_S, sample.labels_S[-1])
-    if sample.objective != "span_corruption":
-        return places
-    inputs, target = places[: sample.prefix], places[sample.prefix :]
-    pieces: list[np.ndarray] = []
-    read = answered = 0
-    for sentinel, following in pairwise(sentinels):
-        gap = np.flatnonzero(inputs[read:] == sentinel)
-        if not len(gap):
-            break
-        start = answered + 1
-        stop = start + int(np.flatnonzero(target[start:] == following)[0])
-        pieces += [inputs[read : read + gap[0]], target[start:stop]]
-        read, answered = read + int(gap[0]) + 1, stop
-    return np.concatenate([*pieces, inputs[read:]])
+    sentinels = tuple(check_sentinels(data, tokenizer))
+    return Mixture(seed=seed, shares=shares, data=data, eod=tokenizer.eod, sentinels=sentinels)

@@ -35,11 +35,6 @@ def evaluation_rows(
     return micro_batches
 
 
-def epoch_and_offset(row: int, rows_per_epoch: int) -> tuple[int, int]:
-    """Where a row of an endless order lies: which pass over the data, which sample of the pass."""
-    return divmod(row, rows_per_epoch)
-
-
 def epoch_seed(seed: int, epoch: int) -> int:
     """Shuffling seed of one pass."""
     # Mixed and not added, so that (seed 1, epoch 1) is not (seed 2, epoch 0).

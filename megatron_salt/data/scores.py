@@ -29,10 +29,7 @@ def column(score: str, masked: str) -> str:
 
 
 def sequence_scores(
-    loss: Floats,
-    kept: NDArray[np.bool_],
-    entropy: Floats | None,
-    lengths: NDArray[np.int64],
+    loss: Floats, kept: NDArray[np.bool_], entropy: Floats | None, lengths: NDArray[np.int64]
 ) -> dict[str, Floats]:
     """Every score of consecutive sequences, by column name, fp32; nan where no token counts.
 

@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,17 +84,19 @@ class SequenceTable:
     rule: dict[str, Any]
     """Of the selection in the `selected` column: the fields of `Rule`, with `reference` where
     another model's scores were subtracted and `sources` where several tables competed."""
+    path: Path = field(default=Path(), compare=False)
+    """Where it was read."""
 
     def __len__(self) -> int:
         return len(self.columns["sequence"])
 
-    def score(self, score: str, masked: str, source: str | Path) -> NDArray[np.float32]:
+    def score(self, score: str, masked: str) -> NDArray[np.float32]:
         """Raises: ValueError naming the file and the column that it lacks."""
         name = column(score, masked)
         if name not in self.columns:
             raise ValueError(
-                f"{source} has no scores {name}: entropies are there if tag_data.py was run with "
-                "--store entropy"
+                f"{self.path} has no scores {name}: entropies are there if tag_data.py was run "
+                "with --store entropy"
             )
         return self.columns[name]
 
@@ -153,7 +155,7 @@ def write_table(path: Path, table: SequenceTable) -> None:
 
     metadata = {
         "format_version": TABLE_FORMAT,
-        "origin": table.origin.to_dict(),
+        "origin": dataclasses.asdict(table.origin),
         "rule": table.rule,
     }
     arrow = pyarrow.table(table.columns)
@@ -186,7 +188,8 @@ def read_table(path: str | Path) -> SequenceTable:
             raise ValueError(f"format {metadata['format_version']}, expected {TABLE_FORMAT}")
         origin = TagOrigin.from_dict(metadata["origin"])
         columns = {name: arrow[name].to_numpy() for name in arrow.column_names}
-        return SequenceTable(origin=origin, columns=columns, rule=metadata["rule"])
+        rule = metadata["rule"]
+        return SequenceTable(origin=origin, columns=columns, rule=rule, path=Path(path))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; {again}") from None
     except (OSError, KeyError, TypeError, ValueError, pyarrow.ArrowException) as error:
@@ -240,7 +243,7 @@ def load_selection(path: str | Path, data_prefix: str | Path, tokenizer: str) ->
     about = f"{origin.data.bin_sampled_sha256} {origin.settings.window}"
     digest = hashlib.sha256(about.encode() + numbers.tobytes())
     return Selection(
-        path=Path(path),
+        path=table.path,
         origin=origin,
         rule=table.rule,
         sequences=numbers,
@@ -254,12 +257,11 @@ def check_same_origin(selection: Selection, tags: TagOrigin, tags_path: Path) ->
 
     They tell one story about the data; two models', or two k's, are more likely a mix-up.
     """
-    mine, theirs = selection.origin, tags
-    pairs = {
-        "model": (mine.model.fingerprint, theirs.model.fingerprint),
-        "top_k": (mine.settings.top_k, theirs.settings.top_k),
-    }
-    for what, (one, other) in pairs.items():
+    mine = selection.origin
+    for what, one, other in (
+        ("model", mine.model.fingerprint, tags.model.fingerprint),
+        ("top_k", mine.settings.top_k, tags.settings.top_k),
+    ):
         if one != other:
             raise ValueError(
                 f"{selection.path} and {tags_path} do not belong together: {what} {one} and "

@@ -112,9 +112,6 @@ class TagOrigin:
     model: ModelIdentity
     settings: TagSettings
 
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> TagOrigin:
         """Raises: KeyError or TypeError for fields that are missing or unknown."""
@@ -137,11 +134,8 @@ class FileRecord:
 
     @classmethod
     def of(cls, path: Path) -> FileRecord:
-        return cls(
-            num_bytes=path.stat().st_size,
-            sha256=sha256_of(path),
-            sampled_sha256=sampled_sha256(path),
-        )
+        size, sampled = path.stat().st_size, sampled_sha256(path)
+        return cls(num_bytes=size, sha256=sha256_of(path), sampled_sha256=sampled)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +157,7 @@ class TagManifest:
     def fingerprint(self) -> str:
         """Identity of these tags: their content and how it came about."""
         hashes = {name: record.sha256 for name, record in sorted(self.files.items())}
-        text = json.dumps([self.origin.to_dict(), hashes])
+        text = json.dumps([dataclasses.asdict(self.origin), hashes])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
@@ -277,12 +271,6 @@ def read_stream(dataset: Any, start: int, stop: int) -> NDArray[Any]:
 def as_fp16(bits: NDArray[Any]) -> NDArray[np.float16]:
     """Losses or entropies from what an indexed dataset holds of them."""
     return bits.astype(np.uint16).view(np.float16)
-
-
-def data_tokenizer_fingerprint(prefix: str | Path) -> str | None:
-    """What the dataset's manifest says, if it has one."""
-    manifest = read_dataset_manifest(prefix)
-    return None if manifest is None else manifest.tokenizer_fingerprint
 
 
 def sampled_sha256(path: str | Path) -> str:

@@ -24,23 +24,11 @@ from megatron_salt.config.deepspeed import DeepSpeedSettings
 from megatron_salt.config.fields import RunConfig
 from megatron_salt.data.dataset import Batch, DataSource
 from megatron_salt.data.order import evaluation_rows
-from megatron_salt.evaluation.score_sums import THIRDS, ScoreSums, ThirdCuts, by_sample
+from megatron_salt.evaluation.score_sums import THIRDS, ScoreSums, ThirdCuts
 from megatron_salt.kernels import TokenScores
-from megatron_salt.model.loss import LossFunction, in_order_of_tokens
+from megatron_salt.model.loss import LossFunction, by_sample, in_order_of_tokens
 from megatron_salt.parallel.groups import Groups
 from megatron_salt.teacher.teacher import Teacher
-
-# What an evaluation adds to its step's line: always, and where the teacher's scores are known.
-STUDENT_KEYS = ("valid_ce_nats", "valid_accuracy", "valid_tokens", "valid_ece")
-TEACHER_KEYS = (
-    "teacher_valid_ce_nats",
-    "teacher_lead_nats",
-    "teacher_better_share",
-    *(f"valid_ce_{third}_nats" for third in THIRDS),
-    *(f"teacher_valid_ce_{third}_nats" for third in THIRDS),
-    "teacher_valid_ece",
-    "teacher_tv_bound",
-)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -207,10 +195,7 @@ class HeldOut:
         return ScoreSums.unpack(packed)
 
     def evaluate(self) -> dict[str, float]:
-        """Score the student as it is: `STUDENT_KEYS`, and `TEACHER_KEYS` as far as they are known.
-
-        Units: docs/metrics.md.
-        """
+        """Score the student as it is, beside the teacher as far as it is known; docs/metrics.md."""
         sums, teacher = self.score_student(), self.teacher
         values = {
             "valid_ce_nats": sums.ce_nats / sums.tokens,

@@ -6,7 +6,6 @@ B samples, S sequence, C thirds, K bins of confidence.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -19,11 +18,6 @@ from megatron_salt.model.loss import counted_sum
 
 THIRDS = ("easy", "medium", "hard")
 CALIBRATION_BINS = 15
-
-
-def by_sample(values_T: Tensor, num_samples: int) -> Tensor:
-    """[T], sequence positions outermost, back to [B, S]."""
-    return values_T.view(-1, num_samples).transpose(0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +55,7 @@ class ThirdCuts:
         return torch.stack([~above_first, above_first & ~above_second, above_second]).float()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ScoreSums:
     """Sums over counted held-out tokens; without a teacher's losses some are zeros."""
 
@@ -124,12 +118,8 @@ class ScoreSums:
         values = iter(packed.tolist())
         sizes = [1] * 4 + [len(THIRDS)] * 2 + [CALIBRATION_BINS] * 3
         parts = [tuple(next(values) for _ in range(size)) for size in sizes]
-        names = [field.name for field in dataclasses.fields(cls)]
-        given = {
-            name: part[0] if size == 1 else part
-            for name, part, size in zip(names, parts, sizes, strict=True)
-        }
-        return cls(**given)  # type: ignore[arg-type]
+        given = (part[0] if size == 1 else part for part, size in zip(parts, sizes, strict=True))
+        return cls(*given)  # type: ignore[arg-type]
 
     @property
     def calibration_error(self) -> float:

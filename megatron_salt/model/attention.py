@@ -91,17 +91,13 @@ class SdpaCoreAttention(nn.Module):
             repeats = query.shape[1] // key.shape[1]
             key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
             grouped = False
-        with self._order():
+        backends = self.backends
+        with sdpa_kernel(backends, set_priority=True) if backends else contextlib.nullcontext():
             context = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=attention_mask, is_causal=attention_mask is None,
                 enable_gqa=grouped,
             )  # fmt: skip
         return context.permute(2, 0, 1, 3).flatten(2)
-
-    def _order(self) -> contextlib.AbstractContextManager[Any]:
-        if self.backends is None:
-            return contextlib.nullcontext()
-        return sdpa_kernel(self.backends, set_priority=True)
 
 
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, ...]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 
 from megatron_salt.config.fields import ModelConfig
 
 
-def layer_costs(model: ModelConfig, vocab_size: int, seq_length: int) -> list[float]:
+def layer_costs(model: ModelConfig, vocab_size: int, seq_length: int) -> tuple[float, ...]:
     """Multiply-adds per token of the pipeline's parts: embedding, L layers, head."""
     d, head = model.hidden_size, model.head_size
     query_size = model.num_attention_heads * head
@@ -17,10 +16,11 @@ def layer_costs(model: ModelConfig, vocab_size: int, seq_length: int) -> list[fl
     # Linear layers cost their weights. Scores and values look at half the sequence each (causal).
     layer = qkv + query_size * d + mlp + seq_length * query_size
     # The embedding is a look-up.
-    return [0.0, *[float(layer)] * model.num_layers, float(d * vocab_size)]
+    return (0.0, *[float(layer)] * model.num_layers, float(d * vocab_size))
 
 
-def balanced_stages(costs: Sequence[float], num_stages: int) -> list[int]:
+@cache  # the planner asks for the same ones at many sizes of the other axes
+def balanced_stages(costs: tuple[float, ...], num_stages: int) -> tuple[int, ...]:
     """Stage bounds over transformer layers, minimising the slowest stage's cost, then the next.
 
     Args:
@@ -54,4 +54,4 @@ def balanced_stages(costs: Sequence[float], num_stages: int) -> list[int]:
     bounds = [0]
     for stage in range(num_stages):
         bounds.append(best(stage, bounds[-1])[1])
-    return bounds
+    return tuple(bounds)

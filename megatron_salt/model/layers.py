@@ -9,17 +9,14 @@ refuses sequence parallelism, its attention wants Transformer Engine.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-)
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -32,12 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_salt.config.fields import ModelConfig
 from megatron_salt.kernels.vocab import VocabShard
-from megatron_salt.model.attention import (
-    PrefixMasks,
-    RotaryTable,
-    SdpaCoreAttention,
-    device_attention_backends,
-)
+from megatron_salt.model import attention
 from megatron_salt.model.weights import padded_vocab
 from megatron_salt.parallel.machine import fuses_operations
 
@@ -95,7 +87,7 @@ class Norm(nn.Module):
     """Factory with megatron-core's signature for torch's fused RMSNorm or LayerNorm.
 
     Under sequence parallelism each tensor-parallel rank normalises its own tokens, so its weight
-    gradient is partial; by the mark `parallel/gradients.py` or a hook adds them up.
+    gradient is partial; by the mark `training/gradients.py` or a hook adds them up.
     """
 
     def __new__(  # type: ignore[misc]
@@ -110,28 +102,32 @@ class Norm(nn.Module):
 
 def layer_submodules(parts: ModelParts) -> TransformerLayerSubmodules:
     """megatron-core's local layer spec with our core attention and norm."""
+    column, row = tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear
+    backends = attention.device_attention_backends()
+    linears = MLPSubmodules(linear_fc1=column, linear_fc2=row)
+    if hasattr(MLP, "as_mlp_submodule"):  # megatron-core with it warns of a spec, at every layer
+        mlp = partial(MLP.as_mlp_submodule, submodules=linears)
+    else:
+        mlp = ModuleSpec(module=MLP, submodules=linears)
     return TransformerLayerSubmodules(
         input_layernorm=Norm,
         self_attention=ModuleSpec(
             module=SelfAttention,
             params={"attn_mask_type": AttnMaskType.causal},
             submodules=SelfAttentionSubmodules(
-                linear_qkv=ColumnParallelLinear,
+                linear_qkv=column,
                 core_attention=ModuleSpec(
-                    module=SdpaCoreAttention,
-                    params={"rotary": parts.rotary, "backends": device_attention_backends()},
+                    module=attention.SdpaCoreAttention,
+                    params={"rotary": parts.rotary, "backends": backends},
                 ),
-                linear_proj=RowParallelLinear,
+                linear_proj=row,
                 q_layernorm=IdentityOp,
                 k_layernorm=IdentityOp,
             ),
         ),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=Norm,
-        mlp=ModuleSpec(
-            module=MLP,
-            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-        ),
+        mlp=mlp,
         mlp_bda=get_bias_dropout_add,
     )
 
@@ -173,13 +169,11 @@ class ModelParts:
         self.vocab_size = vocab_size
         self.padded_vocab = padded_vocab(model, vocab_size, self.tp_size)
         self.num_positions = num_positions
-        uses_rope = model.position_embedding_type == "rope"
-        self.rotary = (
-            RotaryTable(model, seq_length, groups.cp, dtype, fuse=self.config.bias_dropout_fusion)
-            if uses_rope
-            else None
-        )
-        self.prefix_masks = PrefixMasks(seq_length, dtype)
+        self.rotary: attention.RotaryTable | None = None
+        if model.position_embedding_type == "rope":
+            fuse = self.config.bias_dropout_fusion
+            self.rotary = attention.RotaryTable(model, seq_length, groups.cp, dtype, fuse=fuse)
+        self.prefix_masks = attention.PrefixMasks(seq_length, dtype)
 
     @property
     def vocab(self) -> VocabShard:
@@ -199,7 +193,7 @@ class Embedding(nn.Module):
     def __init__(self, parts: ModelParts) -> None:
         super().__init__()
         self.sequence_parallel = parts.sequence_parallel
-        self.word_embeddings = VocabParallelEmbedding(
+        self.word_embeddings = tensor_parallel.VocabParallelEmbedding(
             parts.padded_vocab,
             parts.model.hidden_size,
             init_method=lambda weight: None,

@@ -7,9 +7,8 @@ W vocabulary columns on this rank.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,6 +70,11 @@ def in_order_of_tokens(values_BS: Tensor) -> Tensor:
     return values_BS.transpose(0, 1).reshape(-1)
 
 
+def by_sample(values_T: Tensor, num_samples: int) -> Tensor:
+    """The way back: [T], sequence positions outermost, to [B, S]."""
+    return values_T.view(-1, num_samples).transpose(0, 1)
+
+
 class Tokens(NamedTuple):
     """A micro-batch as the loss takes it: T = S * B tokens in that order."""
 
@@ -86,7 +90,6 @@ class Tokens(NamedTuple):
 
 
 NUM_SUMS = len(dataclasses.fields(LossSums))
-CE_ALONE: tuple[WantedScores, ...] = ("ce",)
 HELD_OUT_SCORES: tuple[WantedScores, ...] = ("ce", "confidence", "correct")
 LOGITS_DTYPES = {"fp32": torch.float32, "model": None}
 
@@ -123,8 +126,7 @@ class LossFunction:
         sequence_parallel: bool,
         device: torch.device,
     ) -> None:
-        self.vocab = vocab
-        self.salt = salt
+        self.vocab, self.salt = vocab, salt
         self.chunking = Chunking(
             chunk_bytes=salt.loss_chunk_mib << 20,
             logits_dtype=LOGITS_DTYPES[salt.logits_dtype],
@@ -152,24 +154,22 @@ class LossFunction:
             in_order_of_tokens(reference_BS) if has_reference else None,
         )  # fmt: skip
         if self.scored is not None:
-            scores = self._student_scores(tokens, HELD_OUT_SCORES)
+            scores = self._student_scores(tokens, *HELD_OUT_SCORES)
             self.scored.append(scores)
             assert scores.ce_T is not None
             return counted_sum(scores.ce_T, mask_T)
         # In the LM phase there is neither a teacher nor a reference, and nothing is routed.
         if self._routes_by_model and (tokens.teacher_hidden_TE is not None or has_reference):
-            tokens = self._routed(tokens, targets.labels_BS.shape)
+            tokens = self._routed(tokens, len(targets.labels_BS))
+        salt, teacher_TE = self.salt, tokens.teacher_hidden_TE
         result = linear_kd_loss(
-            tokens.hidden_TD,
-            tokens.head_WD,
-            tokens.teacher_hidden_TE,
-            None if tokens.teacher_hidden_TE is None else self.teacher_head_WE,
-            tokens.labels_T,
-            ce_weight_T=tokens.ce_weight_T,
-            kd_weight_T=tokens.kd_weight_T,
-            chunking=self.chunking,
-            **self._options,
-        )
+            tokens.hidden_TD, tokens.head_WD, teacher_TE,
+            None if teacher_TE is None else self.teacher_head_WE, tokens.labels_T,
+            vocab=self.vocab, ce_weight_T=tokens.ce_weight_T, kd_weight_T=tokens.kd_weight_T,
+            teacher_temperature=salt.teacher_temperature,
+            student_temperature=salt.student_temperature, divergence=salt.divergence,
+            chunking=self.chunking, impl=salt.loss_impl,
+        )  # fmt: skip
         self._add(tokens, result)
         return result.loss
 
@@ -181,31 +181,32 @@ class LossFunction:
         return salt.kd_tokens in by_model or salt.ce_tokens == "excess_loss"
 
     @torch.no_grad()
-    def _routed(self, tokens: Tokens, shape_BS: torch.Size) -> Tokens:
+    def _routed(self, tokens: Tokens, num_rows: int) -> Tokens:
         """The weights after the routes that need losses or entropies (see `routing`).
 
         A token's weight must be known before its gradient is made, so the heads that are asked are
         evaluated once more.
         Collectives: those of `token_scores` over tp.
         """
-        salt, (num_rows, length) = self.salt, shape_BS
-
-        def by_row(values_T: Tensor) -> Tensor:
-            return values_T.view(length, num_rows).transpose(0, 1)
-
-        counted_BS = by_row(tokens.mask_T)
-        ce_weight_BS, kd_weight_BS = by_row(tokens.ce_weight_T), by_row(tokens.kd_weight_T)
+        salt = self.salt
+        counted_BS, ce_weight_BS, kd_weight_BS = (
+            by_sample(x_T, num_rows)
+            for x_T in (tokens.mask_T, tokens.ce_weight_T, tokens.kd_weight_T)
+        )
         better = salt.kd_tokens == "teacher_better"
         gap_BS = None  # student loss - teacher's
         if better or salt.ce_tokens == "excess_loss":
-            gap_BS = by_row(self._student_ce(tokens) - self._teacher_ce(tokens))
+            gap_BS = by_sample(self._loss_gap(tokens), num_rows)
         taught_BS = None
         if better:
             assert gap_BS is not None
             taught_BS = (gap_BS > 0).float()
         elif salt.kd_tokens in ("low_entropy", "high_entropy"):
+            assert tokens.teacher_hidden_TE is not None
+            scores = self._teacher_scores(tokens.teacher_hidden_TE, tokens.labels_T, "entropy")
+            assert scores.entropy_T is not None
             sign = 1.0 if salt.kd_tokens == "high_entropy" else -1.0
-            entropy_BS = by_row(self._teacher_score(tokens, "entropy")) * sign
+            entropy_BS = by_sample(scores.entropy_T, num_rows) * sign
             taught_BS = share_of_sequences(entropy_BS, counted_BS, salt.kd_token_share)
         if taught_BS is not None:
             ce_weight_BS, kd_weight_BS = keep_taught(
@@ -217,38 +218,28 @@ class LossFunction:
                 gap_BS, counted_BS, salt.ce_token_share
             )
         return tokens._replace(
-            ce_weight_T=ce_weight_BS.transpose(0, 1).reshape(-1),
-            kd_weight_T=kd_weight_BS.transpose(0, 1).reshape(-1),
+            ce_weight_T=in_order_of_tokens(ce_weight_BS),
+            kd_weight_T=in_order_of_tokens(kd_weight_BS),
         )
 
-    def _student_ce(self, tokens: Tokens) -> Tensor:
-        scores = self._student_scores(tokens, CE_ALONE)
-        assert scores.ce_T is not None
-        return scores.ce_T
+    def _loss_gap(self, tokens: Tokens) -> Tensor:
+        """Student loss - that of the teacher in memory, or else of the model that tagged the data,
+        [T]."""
+        student_ce_T = self._student_scores(tokens, "ce").ce_T
+        teacher_ce_T, hidden_TE = tokens.reference_loss_T, tokens.teacher_hidden_TE
+        if hidden_TE is not None:
+            teacher_ce_T = self._teacher_scores(hidden_TE, tokens.labels_T, "ce").ce_T
+        assert student_ce_T is not None and teacher_ce_T is not None
+        return student_ce_T - teacher_ce_T
 
-    def _student_scores(self, tokens: Tokens, want: Collection[WantedScores]) -> TokenScores:
+    def _student_scores(self, tokens: Tokens, *want: WantedScores) -> TokenScores:
         return token_scores(
             tokens.hidden_TD, tokens.head_WD, tokens.labels_T, vocab=self.vocab,
             chunking=self.chunking, want=want, impl=self.salt.loss_impl,
         )  # fmt: skip
 
-    def _teacher_ce(self, tokens: Tokens) -> Tensor:
-        """Of the teacher in memory, else of the model that tagged the data."""
-        if tokens.teacher_hidden_TE is not None:
-            return self._teacher_score(tokens, "ce")
-        assert tokens.reference_loss_T is not None  # `_route`
-        return tokens.reference_loss_T
-
-    def _teacher_score(self, tokens: Tokens, want: WantedScores) -> Tensor:
-        """ce or entropy."""
-        assert tokens.teacher_hidden_TE is not None
-        scores = self._teacher_scores(tokens.teacher_hidden_TE, tokens.labels_T, (want,))
-        found = scores.ce_T if want == "ce" else scores.entropy_T
-        assert found is not None
-        return found
-
     def _teacher_scores(
-        self, hidden_TE: Tensor, labels_T: Tensor, want: Collection[WantedScores]
+        self, hidden_TE: Tensor, labels_T: Tensor, *want: WantedScores
     ) -> TokenScores:
         """The teacher's states are whole on every rank, whatever the student's."""
         assert self.teacher_head_WE is not None
@@ -266,18 +257,7 @@ class LossFunction:
         """
         hidden_TE = self._teacher_hidden(hidden_BSE)
         assert hidden_TE is not None
-        return self._teacher_scores(hidden_TE, in_order_of_tokens(labels_BS), HELD_OUT_SCORES)
-
-    @property
-    def _options(self) -> dict[str, Any]:
-        salt = self.salt
-        return {
-            "vocab": self.vocab,
-            "teacher_temperature": salt.teacher_temperature,
-            "student_temperature": salt.student_temperature,
-            "divergence": salt.divergence,
-            "impl": salt.loss_impl,
-        }
+        return self._teacher_scores(hidden_TE, in_order_of_tokens(labels_BS), *HELD_OUT_SCORES)
 
     def _teacher_hidden(self, hidden_BSE: Tensor | None) -> Tensor | None:
         """The teacher's states in the student's order of tokens, [T, E]."""

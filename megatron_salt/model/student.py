@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import deepspeed
@@ -18,12 +18,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
-from megatron_salt.model.layers import (
-    Embedding,
-    ModelParts,
-    canonical_parameters,
-    transformer_layers,
-)
+from megatron_salt.model import layers
 from megatron_salt.model.loss import LossFunction, Targets
 from megatron_salt.model.weights import WeightSpec, initial_weight, shard, weight_table
 from megatron_salt.parallel.layout import Layout
@@ -39,7 +34,7 @@ class OutputLayer(nn.Module):
 
     canonical_name = "output_layer"
 
-    def __init__(self, parts: ModelParts, tied: bool = False) -> None:
+    def __init__(self, parts: layers.ModelParts, tied: bool = False) -> None:
         super().__init__()
         self.weight: nn.Parameter | None = None
         if not tied:
@@ -63,11 +58,11 @@ class OutputLayer(nn.Module):
 class SingleStageStudent(nn.Module):
     """The whole student on each tensor-parallel group: pp = 1, any ZeRO stage."""
 
-    def __init__(self, parts: ModelParts, loss_function: LossFunction) -> None:
+    def __init__(self, parts: layers.ModelParts, loss_function: LossFunction) -> None:
         super().__init__()
         tied = not parts.model.untie_embeddings_and_output_weights
-        self.embedding = Embedding(parts)
-        self.body = nn.ModuleList([kind(*args) for kind, args in transformer_layers(parts)])
+        self.embedding = layers.Embedding(parts)
+        self.body = nn.ModuleList([kind(*args) for kind, args in layers.transformer_layers(parts)])
         self.output_layer = OutputLayer(parts, tied=tied)
         self.tied = tied
         self.loss_function = loss_function
@@ -96,29 +91,30 @@ class PipelineStudent(PipelineModule):
     got by then went with them.
 
     Args:
-        stage_bounds: over the transformer layers, from `layout.balanced_stages`.
+        stage_bounds: over the transformer layers, from `costs.balanced_stages`.
     """
 
     def __init__(
         self,
-        parts: ModelParts,
+        parts: layers.ModelParts,
         loss_function: LossFunction,
         layout: Layout,
-        stage_bounds: list[int],
+        stage_bounds: Sequence[int],
     ) -> None:
         self.tied = not parts.model.untie_embeddings_and_output_weights
         self.student_loss = loss_function
         self.prefix_masks = parts.prefix_masks
         self._targets: deque[Targets] = deque()
-        body = [LayerSpec(kind, *args) for kind, args in transformer_layers(parts)]
+        body = [LayerSpec(kind, *args) for kind, args in layers.transformer_layers(parts)]
         if self.tied:
             attribute = ["word_embeddings.weight"]
-            first = TiedLayerSpec("embedding", Embedding, parts, tied_weight_attr=attribute)
-            last = TiedLayerSpec(
-                "embedding", Embedding, parts, forward_fn=_pass_on, tied_weight_attr=attribute
-            )
+            first = TiedLayerSpec("embedding", layers.Embedding, parts, tied_weight_attr=attribute)
+            last = TiedLayerSpec(  # it passes the hidden state on; the loss reads its weight
+                "embedding", layers.Embedding, parts, forward_fn=lambda _, hidden_SBD: hidden_SBD,
+                tied_weight_attr=attribute,
+            )  # fmt: skip
         else:
-            first, last = LayerSpec(Embedding, parts), LayerSpec(OutputLayer, parts)
+            first, last = LayerSpec(layers.Embedding, parts), LayerSpec(OutputLayer, parts)
         # Layers before the first transformer layer: embedding and, if any, the position table.
         before = len(body) - parts.model.num_layers
         inner = [bound + before for bound in stage_bounds[1:-1]]
@@ -156,16 +152,9 @@ class PipelineStudent(PipelineModule):
         hidden_SBD = super().forward(forward_input)
         if self.stage_id < self.num_stages - 1:
             return hidden_SBD
-        if self.tied:
-            weight = self.tied_modules["embedding"].word_embeddings.weight
-        else:
-            weight = self.forward_funcs[-1].weight
-        return self.student_loss(hidden_SBD, weight, self._targets.popleft())
-
-
-def _pass_on(module: nn.Module, hidden_SBD: Tensor) -> Tensor:
-    """What the tied head does as a pipeline layer; the loss reads its weight."""
-    return hidden_SBD
+        tied = self.tied_modules["embedding"].word_embeddings if self.tied else None
+        head = self.forward_funcs[-1] if tied is None else tied
+        return self.student_loss(hidden_SBD, head.weight, self._targets.popleft())
 
 
 @contextlib.contextmanager
@@ -178,7 +167,9 @@ def gathered(parameter: nn.Parameter, *, write: bool = False) -> Iterator[None]:
         yield
 
 
-def initialize_weights(student: nn.Module, parts: ModelParts, seed: int) -> dict[str, WeightSpec]:
+def initialize_weights(
+    student: nn.Module, parts: layers.ModelParts, seed: int
+) -> dict[str, WeightSpec]:
     """Fill this rank's parameters: the same model from the same seed at every layout.
 
     Returns: the table of the whole model's weights.
@@ -186,7 +177,7 @@ def initialize_weights(student: nn.Module, parts: ModelParts, seed: int) -> dict
     Raises: RuntimeError for a parameter that the weight table lacks.
     """
     table = weight_table(parts.model, parts.vocab_size, parts.num_positions)
-    for name, parameter in canonical_parameters(student).items():
+    for name, parameter in layers.canonical_parameters(student).items():
         if name not in table:
             raise RuntimeError(f"parameter {name} is missing from the weight table")
         # megatron-core sets this mark in the initialisation that ours replaces. By it gradient
@@ -221,7 +212,7 @@ def sum_sequence_parallel_gradients(student: nn.Module, group: dist.ProcessGroup
 
 def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Optimiser groups: matrices decay, norms and biases do not."""
-    named = canonical_parameters(student)
+    named = layers.canonical_parameters(student)
     sizes = {name: len(getattr(p, "ds_shape", p.shape)) for name, p in named.items()}
     groups = [
         {"params": [p for n, p in named.items() if sizes[n] >= 2], "weight_decay": weight_decay},

@@ -24,6 +24,7 @@ Init = Literal["normal", "scaled_normal", "ones", "zeros"]
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,25 +68,20 @@ def weight_table(
 
     d, f, head = model.hidden_size, model.ffn_size, model.head_size
     query_size = model.num_attention_heads * head
-    gated = model.activation == "swiglu"
+    qkv_size = query_size + 2 * model.query_groups * head
     add(EMBEDDING, (vocab_size, d), "vocab_rows", "normal")
     if model.position_embedding_type == "learned_absolute":
-        shape = (max_position_embeddings, d)
-        add("position_embedding.weight", shape, "replicated", "normal")
-    for layer in range(model.num_layers):
-        prefix = f"layers.{layer}"
-        qkv_size = query_size + 2 * model.query_groups * head
-        add_norm(f"{prefix}.input_layernorm")
-        add_linear(f"{prefix}.self_attention.linear_qkv", qkv_size, d, "rows", "normal")
-        add_linear(
-            f"{prefix}.self_attention.linear_proj", d, query_size, "columns", "scaled_normal"
-        )
-        add_norm(f"{prefix}.pre_mlp_layernorm")
-        if gated:
-            add_linear(f"{prefix}.mlp.linear_fc1", 2 * f, d, "gated_rows", "normal")
+        add("position_embedding.weight", (max_position_embeddings, d), "replicated", "normal")
+    for layer in (f"layers.{index}" for index in range(model.num_layers)):
+        add_norm(f"{layer}.input_layernorm")
+        add_linear(f"{layer}.self_attention.linear_qkv", qkv_size, d, "rows", "normal")
+        add_linear(f"{layer}.self_attention.linear_proj", d, query_size, "columns", "scaled_normal")
+        add_norm(f"{layer}.pre_mlp_layernorm")
+        if model.activation == "swiglu":
+            add_linear(f"{layer}.mlp.linear_fc1", 2 * f, d, "gated_rows", "normal")
         else:
-            add_linear(f"{prefix}.mlp.linear_fc1", f, d, "rows", "normal")
-        add_linear(f"{prefix}.mlp.linear_fc2", d, f, "columns", "scaled_normal")
+            add_linear(f"{layer}.mlp.linear_fc1", f, d, "rows", "normal")
+        add_linear(f"{layer}.mlp.linear_fc2", d, f, "columns", "scaled_normal")
     add_norm("final_layernorm")
     if model.untie_embeddings_and_output_weights:
         add(OUTPUT_LAYER, (vocab_size, d), "vocab_rows", "normal")
@@ -173,6 +169,3 @@ def initial_weight(spec: WeightSpec, model: ModelConfig, seed: int) -> Tensor:
 def padded_vocab(model: ModelConfig, vocab_size: int, tp_size: int) -> int:
     """Vocabulary rows of the student's embedding and head over all tensor-parallel ranks."""
     return padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by, tp_size)
-
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

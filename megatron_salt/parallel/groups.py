@@ -40,10 +40,6 @@ class Groups:
     device: torch.device
 
     @property
-    def is_first_stage(self) -> bool:
-        return self.pp_rank == 0
-
-    @property
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.layout.pp_size - 1
 
@@ -154,18 +150,12 @@ def initialize(tp_size: int, pp_size: int, timeout_minutes: float) -> Groups:
     ]
     hidden, _ = dist.new_subgroups_by_enumeration(columns, timeout=timeout)
     return Groups(
-        layout=layout,
-        rank=rank,
-        tp_rank=tp_rank,
-        dp_rank=dp_rank,
-        pp_rank=pp_rank,
+        layout=layout, rank=rank, tp_rank=tp_rank, dp_rank=dp_rank, pp_rank=pp_rank,
         tp=parallel_state.get_tensor_model_parallel_group(),
         dp=parallel_state.get_data_parallel_group(),
         pp=parallel_state.get_pipeline_model_parallel_group(),
-        hidden=hidden,
-        alone=alone,
-        device=device,
-    )
+        hidden=hidden, alone=alone, device=device,
+    )  # fmt: skip
 
 
 class FailedElsewhere(RuntimeError):

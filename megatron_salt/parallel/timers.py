@@ -9,66 +9,63 @@ from collections.abc import Iterator
 import psutil
 import torch
 
+Moment = float | torch.cuda.Event
+"""On this rank: `perf_counter`'s seconds, or an event on the stream."""
+
+
+def moment_now(device: torch.device) -> Moment:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start: Moment, stop: Moment) -> float:
+    """Host sync: waits for `stop` on CUDA."""
+    if isinstance(start, torch.cuda.Event) and isinstance(stop, torch.cuda.Event):
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1000.0
+    assert isinstance(start, float) and isinstance(stop, float)
+    return stop - start
+
 
 class Stopwatch:
-    """Seconds between start and stop; on CUDA by events, so that measuring does not synchronise."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
-        if device.type == "cuda":
-            self._events = (
-                torch.cuda.Event(enable_timing=True),
-                torch.cuda.Event(enable_timing=True),
-            )
-        self._started = self._stopped = 0.0
-
-    def start(self) -> None:
-        if self._events:
-            self._events[0].record()
-        self._started = time.perf_counter()
-
-    def stop(self) -> None:
-        if self._events:
-            self._events[1].record()
-        self._stopped = time.perf_counter()
-
-    def seconds(self) -> float:
-        """The last interval. Host sync: waits for the stop event on CUDA."""
-        if self._events:
-            self._events[1].synchronize()
-            return self._events[0].elapsed_time(self._events[1]) / 1000.0
-        return self._stopped - self._started
-
-
-class LapTimer:
-    """Adds up what lies between `start` and `stop`; on CUDA by events, without synchronising."""
+    """Seconds between start and stop."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._laps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._seconds = 0.0
+        self._started: Moment = 0.0
+        self._stopped: Moment = 0.0
+
+    def start(self) -> None:
+        self._started = moment_now(self._device)
+
+    def stop(self) -> None:
+        self._stopped = moment_now(self._device)
+
+    def seconds(self) -> float:
+        """The last interval. Host sync: waits for the stop event on CUDA."""
+        return seconds_between(self._started, self._stopped)
+
+
+class LapTimer:
+    """Adds up the seconds of laps."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._laps: list[tuple[Moment, Moment]] = []
 
     @contextlib.contextmanager
     def lap(self) -> Iterator[None]:
-        if self._device.type != "cuda":
-            started = time.perf_counter()
-            yield
-            self._seconds += time.perf_counter() - started
-            return
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
+        start = moment_now(self._device)
         yield
-        last.record()
-        self._laps.append((first, last))
+        self._laps.append((start, moment_now(self._device)))
 
     def take_s(self) -> float:
         """Seconds since the last call. Host sync: waits for the last lap on CUDA."""
-        seconds, self._seconds = self._seconds, 0.0
-        for first, last in self._laps:
-            last.synchronize()
-            seconds += first.elapsed_time(last) / 1000.0
-        self._laps.clear()
-        return seconds
+        laps, self._laps = self._laps, []
+        return sum((seconds_between(*lap) for lap in laps), 0.0)
 
 
 def allocated_bytes(device: torch.device) -> int:

@@ -26,12 +26,9 @@ def make_plan(options: argparse.Namespace, run_options: list[str]) -> PlanReport
     if options.top < 1:
         raise ValueError(f"--top {options.top}: must be at least 1")
     inputs = read_inputs(
-        command.config,
-        command.deepspeed_config,
-        options.gpus,
-        vocab_size=options.vocab_size,
+        command.config, command.deepspeed_config, options.gpus, vocab_size=options.vocab_size,
         teacher_config=options.teacher_config,
-    )
+    )  # fmt: skip
     return plan_run(
         inputs, machine, measured=measured, steps_saved=options.steps_saved, top=options.top
     )
@@ -39,8 +36,8 @@ def make_plan(options: argparse.Namespace, run_options: list[str]) -> PlanReport
 
 def make_machine(options: argparse.Namespace) -> Machine:
     gpu = find_gpu(options.gpu)
-    for name in ("efficiency", "link_efficiency", "usable"):
-        value = getattr(options, name)
+    shares = {name: getattr(options, name) for name in ("efficiency", "link_efficiency", "usable")}
+    for name, value in shares.items():
         if not 0 < value <= 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: a share, above 0 and at most 1")
     if options.gpus_per_node < 1:
@@ -49,9 +46,7 @@ def make_machine(options: argparse.Namespace) -> Machine:
         gpu=gpu,
         network_gb_s=find_network(options.interconnect or gpu.network),
         gpus_per_node=options.gpus_per_node,
-        efficiency=options.efficiency,
-        link_efficiency=options.link_efficiency,
-        usable=options.usable,
+        **shares,
     )
 
 
@@ -84,11 +79,6 @@ def plan_run(
             raise
         problem = str(error)
     return PlanReport(
-        inputs=inputs,
-        machine=machine,
-        own=own,
-        overheads=by_number,
-        ranking=ranking,
-        problem=problem,
-        steps_saved=steps_saved,
-    )
+        inputs=inputs, machine=machine, own=own, overheads=by_number, ranking=ranking,
+        problem=problem, steps_saved=steps_saved,
+    )  # fmt: skip

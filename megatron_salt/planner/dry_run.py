@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from megatron_salt.checkpoint.folder import find_resume
-from megatron_salt.checkpoint.manifest import CheckpointManifest, read_checkpoint_manifest
+from megatron_salt.checkpoint.manifest import read_checkpoint_manifest
 from megatron_salt.config.deepspeed import (
     DeepSpeedSettings,
     check_against_run,
@@ -21,7 +21,7 @@ from megatron_salt.config.fields import RunConfig
 from megatron_salt.config.values import parse_blend, parse_objective
 from megatron_salt.data.dataset import TagInputs, find_tokenizer, load_tag_inputs, verify_datasets
 from megatron_salt.data.manifest import read_dataset_manifest
-from megatron_salt.data.objective import check_sentinels, fit_spans
+from megatron_salt.data.objective import check_sentinels, spans_of_rows
 from megatron_salt.method.switch import carried_over, effective
 from megatron_salt.model.costs import layer_costs
 from megatron_salt.model.weights import num_parameters
@@ -42,24 +42,10 @@ def world_size_for(config: RunConfig, deepspeed_config: str) -> int:
     parallel = config.parallel
     model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     values = read_json(deepspeed_config)
-    total, micro, steps = (
-        positive_int(values, key, deepspeed_config)
-        for key in (
-            "train_batch_size",
-            "train_micro_batch_size_per_gpu",
-            "gradient_accumulation_steps",
-        )
-    )
+    keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    total, micro, steps = (positive_int(values, key, deepspeed_config) for key in keys)
     dp_size = total // (micro * steps) if total and micro and steps else 1
     return model_ranks * max(1, dp_size)
-
-
-def teacher_size(manifest: CheckpointManifest) -> TeacherSize:
-    return TeacherSize(
-        model=manifest.model.config,
-        vocab_size=manifest.model.vocab_size,
-        num_positions=manifest.model.num_positions,
-    )
 
 
 def describe_run(config: RunConfig, deepspeed_config: str) -> str:
@@ -97,20 +83,20 @@ def describe_run(config: RunConfig, deepspeed_config: str) -> str:
         settings=settings,
         layout=layout,
         vocab_size=tokenizer.vocab_size,
-        teacher=None if teacher is None else teacher_size(teacher),
+        teacher=None if teacher is None else TeacherSize.of(teacher),
     )
     lines = [
         *(f"WARNING {warning}" for warning in warnings),
-        *_layout_lines(layout, settings, config),
+        *_layout_lines(layout, settings),
         *_token_lines(config, settings, tag_inputs),
         f"start: {'new run' if resume is None else f'resume {resume}'}",
-        *_teacher_lines(teacher, config, settings, layout),
+        *_teacher_lines(sizes),
         *_stage_lines(sizes),
     ]
     return "\n".join(lines)
 
 
-def _layout_lines(layout: Layout, settings: DeepSpeedSettings, config: RunConfig) -> list[str]:
+def _layout_lines(layout: Layout, settings: DeepSpeedSettings) -> list[str]:
     lines = [
         f"ranks: {layout.world_size} = tensor {layout.tp_size} x pipeline {layout.pp_size} x data "
         f"{layout.dp_size} (tensor fastest, then data, then pipeline)",
@@ -163,36 +149,30 @@ def _token_lines(
         mixture = ", ".join(f"{share:.1%} {name}" for name, share in shares.items())
         lines.append(f"objective: {mixture}")
     if "span_corruption" in shares:
-        length, rate = config.data.seq_length, config.data.span_corruption_rate
-        counts = fit_spans(length + 1, rate, config.data.span_mean_length)
+        counts = spans_of_rows(config.data)
         lines.append(
-            f"  a row of span_corruption reads {counts.num_tokens} of its {length + 1} tokens and "
-            f"predicts {counts.num_noise} of them in {counts.num_spans} spans"
+            f"  a row of span_corruption reads {counts.num_tokens} of its "
+            f"{config.data.seq_length + 1} tokens and predicts {counts.num_noise} of them in "
+            f"{counts.num_spans} spans"
         )
     return lines
 
 
-def _teacher_lines(
-    teacher: CheckpointManifest | None,
-    config: RunConfig,
-    settings: DeepSpeedSettings,
-    layout: Layout,
-) -> list[str]:
+def _teacher_lines(sizes: Sizes) -> list[str]:
+    config, layout, teacher = sizes.config, sizes.layout, sizes.teacher
     if teacher is None:
         return ["teacher: none"]
-    count = num_parameters(
-        teacher.model.config, teacher.model.vocab_size, teacher.model.num_positions
-    )
-    rows = settings.micro_batch_size * settings.num_micro_batches
+    count = num_parameters(teacher.model, teacher.vocab_size, teacher.num_positions)
+    rows = sizes.shape.num_rows
     parts = split_evenly(rows, layout.tp_size * layout.pp_size)
-    sizes = sorted({stop - start for start, stop in parts})
+    counts = sorted({stop - start for start, stop in parts})
     most = "at most " if config.salt.switch == "adaptive" else ""
-    share = " or ".join(str(size) for size in sizes)
+    share = " or ".join(map(str, counts))
     return [
         f"teacher: {count:,} parameters, a replica on each of "
         f"{layout.world_size} ranks for {most}{config.salt.kd_steps:,} steps",
         f"  its work: the {rows} sequences of a replica's step over {len(parts)} ranks, {share} "
-        f"each, {max(sizes) * config.data.seq_length:,} tokens at most",
+        f"each, {max(counts) * config.data.seq_length:,} tokens at most",
     ]
 
 
@@ -209,20 +189,13 @@ def _stage_lines(sizes: Sizes) -> list[str]:
         start, stop = sizes.bounds[stage], sizes.bounds[stage + 1]
         cost = sum(costs[1 + start : 1 + stop]) + (costs[-1] if stage == len(memory) - 1 else 0)
         bytes_of = {
-            "weights": part.weights,
-            "gradients": part.gradients,
-            "optimizer": part.optimizer,
-            "teacher": part.teacher,
-            "its head": part.teacher_head,
-            "its hidden states": part.hidden_states,
-            "inputs": part.inputs,
-            "pipeline buffers": part.pipeline,
-            "prefix masks": part.masks,
-            "activations": part.activations,
-            "gradient buckets": part.buckets,
-            "loss or teacher at work": part.loss,
-            "update": part.update,
-        }
+            "weights": part.weights, "gradients": part.gradients, "optimizer": part.optimizer,
+            "teacher": part.teacher, "its head": part.teacher_head,
+            "its hidden states": part.hidden_states, "inputs": part.inputs,
+            "pipeline buffers": part.pipeline, "prefix masks": part.masks,
+            "activations": part.activations, "gradient buckets": part.buckets,
+            "loss or teacher at work": part.loss, "update": part.update,
+        }  # fmt: skip
         shown = ", ".join(f"{name} {size / gib:.2f}" for name, size in bytes_of.items() if size)
         lines.append(
             f"  stage {stage}: layers [{start}, {stop}), {part.parameters:,} parameters a rank, "
@@ -232,7 +205,7 @@ def _stage_lines(sizes: Sizes) -> list[str]:
 
 
 def teaching_plan(sizes: Sizes) -> TeacherPlan | None:
-    """Who will teach which rows; as `trainer.Run` decides it."""
+    """Who will teach which rows; as `Teaching.bring` decides it."""
     if sizes.teacher is None:
         return None
     ahead = teaches_ahead(sizes.config.teacher.placement, sizes.layout)

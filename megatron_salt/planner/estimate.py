@@ -8,16 +8,14 @@ from dataclasses import dataclass, replace
 from megatron_salt.planner.hardware import Machine
 from megatron_salt.planner.memory import StageMemory, stage_memory
 from megatron_salt.planner.sizes import Sizes
-from megatron_salt.planner.times import (
-    MeasuredTimes,
-    hidden_exchange_s,
-    hidden_row_bytes,
-    step_times,
-)
+from megatron_salt.planner.times import MeasuredTimes, hidden_exchange_s, step_times
 from megatron_salt.teacher.placement import with_teacher, work_bound
 from megatron_salt.teacher.plan import TeacherPlan, plan_teacher, teaches_ahead
 from megatron_salt.teacher.schedule import plain_programs
 from megatron_salt.teacher.simulator import Op, Program, StepTimes, Timeline, simulate
+
+# p times M up to which the search for the teacher's places takes about a second.
+SIMULATED_UP_TO = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +96,7 @@ def _arrival(sizes: Sizes, machine: Machine, times: StepTimes) -> float:
         return 0.0
     rows = sizes.shape.num_rows / sizes.layout.tp_size * (pp - 1) / pp
     rate = machine.link_bytes_s(sizes.layout.world_size)
-    received = rows * hidden_row_bytes(sizes) / rate
+    received = rows * sizes.hidden_row_bytes / rate
     plan = plan_teacher(sizes.shape, times, in_bubbles=False)
     return max(times.hidden_transfer, received - teacher_work(plan, times)[-1])
 
@@ -209,21 +207,18 @@ class Overheads:
     bound: float
 
 
-def overheads(
-    sizes: Sizes, machine: Machine, own_steps: Steps | None = None, limit: int = 512
-) -> list[Overheads]:
+def overheads(sizes: Sizes, machine: Machine, own_steps: Steps | None = None) -> list[Overheads]:
     """At p, 2 p, 4 p, 8 p micro-batches and the run's own, with everything else as it is.
 
     Args:
         own_steps: those of the run's own number, if they are known.
-        limit: of p times M, beyond which the search for places takes too long.
     """
     if sizes.teacher is None or sizes.layout.pp_size == 1:
         return []
     p, own = sizes.layout.pp_size, sizes.settings.num_micro_batches
     found = []
     for num in sorted({own, *(p * k for k in (1, 2, 4, 8))}):
-        if p * num > limit and num != own:
+        if p * num > SIMULATED_UP_TO and num != own:
             continue
         if num == own and own_steps is not None:
             steps = own_steps

@@ -138,14 +138,9 @@ def _teacher(config: RunConfig, teacher_config: str | None, vocab_size: int) -> 
         return None
     try:
         folder = resolve(config.teacher.checkpoint, what="teacher.checkpoint")
-        manifest = read_checkpoint_manifest(folder)
+        return TeacherSize.of(read_checkpoint_manifest(folder))
     except (OSError, ValueError) as error:
         raise ValueError(f"no teacher yet ({error}): give its YAML by --teacher-config") from error
-    return TeacherSize(
-        model=manifest.model.config,
-        vocab_size=manifest.model.vocab_size,
-        num_positions=manifest.model.num_positions,
-    )
 
 
 def _teacher_of_yaml(path: str, vocab_size: int, seq_length: int) -> TeacherSize:

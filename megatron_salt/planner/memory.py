@@ -10,17 +10,12 @@ element in the model's precision.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_salt.config.deepspeed import DeepSpeedSettings
 from megatron_salt.config.fields import RunConfig
-from megatron_salt.model.weights import (
-    WeightSpec,
-    output_weight_name,
-    padded_vocab,
-    shard_shape,
-    weight_table,
-)
+from megatron_salt.model.weights import output_weight_name, padded_vocab, shard_shape, weight_table
 from megatron_salt.parallel.layout import Layout, split_evenly
 from megatron_salt.planner.sizes import BYTES, Sizes
 from megatron_salt.teacher.plan import TeacherPlan, teaches_ahead
@@ -80,7 +75,7 @@ class StageMemory:
         return self.lasting + max(passing, self.update)
 
 
-def stage_parameters(config: RunConfig, vocab_size: int, bounds: list[int]) -> list[int]:
+def stage_parameters(config: RunConfig, vocab_size: int, bounds: Sequence[int]) -> list[int]:
     """Parameters on one tensor-parallel rank of every stage; vocabulary padding included.
 
     Source: `weight_table`, from which the weights themselves are made. Layers are alike, so the
@@ -88,21 +83,18 @@ def stage_parameters(config: RunConfig, vocab_size: int, bounds: list[int]) -> l
     """
     model, tp = config.model, config.parallel.tensor_model_parallel_size
     padded = padded_vocab(model, vocab_size, tp)
-    counts = [0] * (len(bounds) - 1)
-
-    def size(spec: WeightSpec) -> int:
-        return math.prod(shard_shape(spec, tp, padded))
-
     table = weight_table(model, vocab_size, config.num_positions)
-    layer = sum(size(spec) for name, spec in table.items() if name.startswith("layers.0."))
-    for name, spec in table.items():
+    numel = {name: math.prod(shard_shape(spec, tp, padded)) for name, spec in table.items()}
+    layer = sum(size for name, size in numel.items() if name.startswith("layers.0."))
+    counts = [0] * (len(bounds) - 1)
+    for name, size in numel.items():
         if not name.startswith("layers."):
             first = name.startswith(("embedding", "position_embedding"))
-            counts[0 if first else -1] += size(spec)
+            counts[0 if first else -1] += size
     for stage in range(len(counts)):
         counts[stage] += layer * (bounds[stage + 1] - bounds[stage])
     if not model.untie_embeddings_and_output_weights and len(counts) > 1:
-        counts[-1] += size(table[output_weight_name(model)])  # the last stage's copy
+        counts[-1] += numel[output_weight_name(model)]  # the last stage's copy
     return counts
 
 
@@ -116,19 +108,8 @@ def communication_bytes(settings: DeepSpeedSettings) -> int:
     return BYTES[wanted or settings.precision]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelStates:
-    """Bytes of weights, gradients and optimiser on one rank."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-    buckets: float
-    update: float
-
-
-def model_states(parameters: int, settings: DeepSpeedSettings, layout: Layout) -> ModelStates:
-    """Weights, gradients and optimiser states of `parameters` parameters under the ZeRO stage.
+def model_states(parameters: int, settings: DeepSpeedSettings, layout: Layout) -> dict[str, float]:
+    """Fields of `StageMemory` that follow from `parameters` parameters and the ZeRO stage.
 
     With P parameters, d data-parallel ranks, a bytes of an accumulated gradient:
       weights    w P; stage 3: w P / d, and of what is gathered at most stage3_max_live_parameters
@@ -153,42 +134,38 @@ def model_states(parameters: int, settings: DeepSpeedSettings, layout: Layout) -
     unfused = bool(adam.get("torch_adam")) and not adam.get("fused")
     scratch = 8.0 * parameters / d if unfused and stage > 0 else 0.0
     bucket = float(zero.get("reduce_bucket_size", REDUCED_TOGETHER)) * w
-    if stage == 0:  # fp32 alone; 16 bits need ZeRO
-        flat = float(w * min(parameters, REDUCED_TOGETHER) if d > 1 else 0)
-        return _states(parameters, w, w, state, 0.0, flat)
+    weights: float = w  # of one parameter, as the next two
+    gradients: float = w
     optimizer = (4 + state) / d
-    if settings.uses_bf16_optimizer:
+    buckets, gathered = 0.0, 0
+    if stage == 0:  # fp32 alone; 16 bits need ZeRO
+        optimizer = state
+        update = float(w * min(parameters, REDUCED_TOGETHER) if d > 1 else 0)
+    elif settings.uses_bf16_optimizer:
         # Sums are reduced in one piece: copied together unless that is too much, and in the
         # precision that travels.
-        kept = 4 if settings.values["bf16"].get("immediate_grad_update", True) else 6
+        gradients = 4 if settings.values["bf16"].get("immediate_grad_update", True) else 6
         flat = 4.0 * parameters if parameters <= REDUCED_TOGETHER else 0.0
         sent = communication_bytes(settings)
-        flat += sent * parameters if sent != 4 else 0
-        return _states(parameters, w, kept, optimizer, 0.0, max(flat, scratch))
-    if stage == 3:
-        live = min(parameters, int(zero.get("stage3_max_live_parameters", 1e9)))
-        states = _states(parameters, w / d, a / d, optimizer, bucket, scratch)
-        whole = states.weights + w * live
-        return ModelStates(**{**vars(states), "weights": whole})
-    buckets = bucket * (2 if zero.get("overlap_comm") else 1)
-    gradients = a / d if stage == 2 else w + (a if a != w else 0.0)
-    # This rank's part of the gradient, flattened, in fp32 for the optimizer.
-    flat = parameters * (4 + (a if stage == 1 else 0)) / d
-    if layout.pp_size > 1:  # the pipeline reduces at the end, and makes another bucket for that
-        flat += bucket + buckets
-    return _states(parameters, w, gradients, optimizer, buckets, flat + scratch)
-
-
-def _states(
-    count: int, weights: float, gradients: float, optimizer: float, buckets: float, update: float
-) -> ModelStates:
-    return ModelStates(
-        weights=count * weights,
-        gradients=count * gradients,
-        optimizer=count * optimizer,
-        buckets=buckets,
-        update=update,
-    )
+        update = max(flat + (sent * parameters if sent != 4 else 0), scratch)
+    elif stage == 3:
+        weights, gradients, buckets, update = w / d, a / d, bucket, scratch
+        gathered = w * min(parameters, int(zero.get("stage3_max_live_parameters", 1e9)))
+    else:
+        gradients = a / d if stage == 2 else w + (a if a != w else 0.0)
+        buckets = bucket * (2 if zero.get("overlap_comm") else 1)
+        # This rank's part of the gradient, flattened, in fp32 for the optimizer.
+        update = parameters * (4 + (a if stage == 1 else 0)) / d
+        if layout.pp_size > 1:  # the pipeline reduces at the end, and makes another bucket for that
+            update += bucket + buckets
+        update += scratch
+    return {
+        "weights": parameters * weights + gathered,
+        "gradients": parameters * gradients,
+        "optimizer": parameters * optimizer,
+        "buckets": buckets,
+        "update": update,
+    }
 
 
 def _norm_bytes(sizes: Sizes) -> int:
@@ -282,7 +259,7 @@ def teacher_forward_bytes(sizes: Sizes) -> float:
     """A piece of rows in a layer of the teacher, no gradients: its input, the normalised one and
     the larger of attention (the product, and rotated queries in three parts) and MLP.
 
-    Source: `Lesson.run`, `layers.DecoderLayer`; the replica is whole on every rank.
+    Source: `TeacherPass.run`, `layers.DecoderLayer`; the replica is whole on every rank.
     """
     if sizes.teacher is None:
         return 0.0
@@ -352,18 +329,17 @@ def hidden_state_bytes(sizes: Sizes, stage: int, plan: TeacherPlan | None) -> fl
     """
     if sizes.teacher is None:
         return 0.0
-    row = sizes.config.data.seq_length * sizes.teacher.model.hidden_size * sizes.width
     layout, num_rows = sizes.layout, sizes.shape.num_rows
     if stage == layout.pp_size - 1:
-        placement = sizes.config.teacher.placement
-        ahead = teaches_ahead(placement, layout)
-        return float(row * num_rows * (2 if ahead else 1))
+        ahead = teaches_ahead(sizes.config.teacher.placement, layout)
+        return float(sizes.hidden_row_bytes * num_rows * (2 if ahead else 1))
     if plan is None:
         pieces = sizes.shape.pieces
-        first, stop = split_evenly(len(pieces), layout.tp_size * layout.pp_size)[0]
-        return float(row * (pieces[stop - 1][1] - pieces[first][0]))
-    start, stop = plan.rows(stage, 0)
-    return float(row * (stop - start))
+        first, last = split_evenly(len(pieces), layout.tp_size * layout.pp_size)[0]
+        start, stop = pieces[first][0], pieces[last - 1][1]
+    else:
+        start, stop = plan.rows(stage, 0)
+    return float(sizes.hidden_row_bytes * (stop - start))
 
 
 def stage_memory(sizes: Sizes, plan: TeacherPlan | None = None) -> list[StageMemory]:
@@ -376,7 +352,6 @@ def stage_memory(sizes: Sizes, plan: TeacherPlan | None = None) -> list[StageMem
     result = []
     for stage, count in enumerate(stage_parameters(config, sizes.vocab_size, sizes.bounds)):
         last = stage == layout.pp_size - 1
-        states = model_states(count, sizes.settings, layout)
         moment = max(backward_bytes(sizes), teacher_forward_bytes(sizes))
         if last:  # the head's gradient has been added to the others when the layers' turn comes
             moment = max(loss_bytes(sizes), moment)
@@ -384,7 +359,7 @@ def stage_memory(sizes: Sizes, plan: TeacherPlan | None = None) -> list[StageMem
         result.append(
             StageMemory(
                 parameters=count,
-                **vars(states),
+                **model_states(count, sizes.settings, layout),
                 teacher=float(teacher.numel * sizes.width) if teacher else 0.0,
                 teacher_head=float(head * sizes.width),
                 hidden_states=hidden_state_bytes(sizes, stage, plan),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,12 @@ from megatron_salt.teacher.plan import TeacherPlan
 from megatron_salt.teacher.simulator import Timeline
 
 GIB = 2.0**30
+MEMORY_COLUMNS = {
+    "weights": "weights", "gradients": "gradients", "optimizer": "optimizer", "teacher": "teacher",
+    "teacher_head": "its head", "hidden_states": "hidden states", "inputs": "inputs",
+    "pipeline": "pipeline", "masks": "masks", "activations": "activations", "buckets": "buckets",
+    "loss": "loss", "update": "update", "total": "in all",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +72,7 @@ def _estimate_dict(plan: PlanReport, one: Estimate) -> dict[str, Any]:
         **dataclasses.asdict(sizes.layout),
         "micro_batch_size": sizes.settings.micro_batch_size,
         "num_micro_batches": sizes.settings.num_micro_batches,
-        "stage_bounds": sizes.bounds,
+        "stage_bounds": list(sizes.bounds),
         "memory_bytes": {
             phase: [{**dataclasses.asdict(part), "total": part.total} for part in parts]
             for phase, parts in one.memory.items()
@@ -193,14 +199,6 @@ def _describe_run(plan: PlanReport, own: Estimate) -> str:
     return text
 
 
-MEMORY_COLUMNS = {
-    "weights": "weights", "gradients": "gradients", "optimizer": "optimizer", "teacher": "teacher",
-    "teacher_head": "its head", "hidden_states": "hidden states", "inputs": "inputs",
-    "pipeline": "pipeline", "masks": "masks", "activations": "activations", "buckets": "buckets",
-    "loss": "loss", "update": "update", "total": "in all",
-}  # fmt: skip
-
-
 def memory_table(parts: Sequence[StageMemory]) -> str:
     """GiB; columns that are zero everywhere are left out."""
     columns = {
@@ -222,15 +220,9 @@ def steps_table(one: Estimate) -> str:
     """Seconds, overhead and idle share of every stage, of each placement."""
     steps = one.steps
     assert steps is not None
-    seconds = {
-        "KD, teacher before the step": steps.kd_before_s,
-        "KD, teacher in the bubbles": steps.kd_bubble_s,
-        "LM": steps.lm_s,
-    }
+    seconds = [s for s in (steps.kd_before_s, steps.kd_bubble_s, steps.lm_s) if s is not None]
     rows = []
-    for name, timeline in timelines(one).items():
-        step_s = seconds[name]
-        assert step_s is not None
+    for (name, timeline), step_s in zip(timelines(one).items(), seconds, strict=True):
         idle = " ".join(f"{share:.1%}" for share in idle_shares(timeline))
         rows.append([name, f"{step_s:.4g}", f"{step_s / steps.lm_s - 1:+.1%}", idle])
     if steps.kd_bound_s is not None:
@@ -272,18 +264,4 @@ def _describe_ranking(plan: PlanReport, ranking: Ranking) -> list[str]:
         f"The fastest of {ranking.num_fitting} layouts and micro-batch sizes that fit, one of "
         f"each layout\n\n{markdown_table(header, rows)}",
         f"Refused{counts}" if counts else "Refused: none",
-    ]
-
-
-def timeline_rows(values: Mapping[str, Timeline]) -> list[list[str]]:
-    """Step, overhead against the last one and idle share by stage, for a table of timelines."""
-    last = list(values.values())[-1]
-    return [
-        [
-            name,
-            f"{timeline.step_time:.4g}",
-            f"{timeline.step_time / last.step_time - 1:+.1%}",
-            *(f"{share:.1%}" for share in idle_shares(timeline)),
-        ]
-        for name, timeline in values.items()
     ]

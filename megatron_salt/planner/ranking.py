@@ -7,13 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_salt.parallel.layout import Layout
-from megatron_salt.planner.estimate import Estimate, full_estimate, quick_estimate
+from megatron_salt.planner.estimate import SIMULATED_UP_TO, Estimate, full_estimate, quick_estimate
 from megatron_salt.planner.hardware import Machine
 from megatron_salt.planner.inputs import PlannerInputs
 from megatron_salt.planner.sizes import Sizes
-
-# p times M up to which the search for the teacher's places takes about a second.
-SIMULATED_UP_TO = 512
 
 BATCH = "the global batch is no multiple of the data-parallel size"
 MEMORY = "more memory than a GPU has"
@@ -31,8 +28,7 @@ class Ranking:
 
 
 def divisors(number: int) -> list[int]:
-    small = [k for k in range(1, int(number**0.5) + 1) if number % k == 0]
-    return sorted({*small, *(number // k for k in small)})
+    return [k for k in range(1, number + 1) if number % k == 0]
 
 
 def layouts(inputs: PlannerInputs, machine: Machine) -> Iterator[Layout]:
@@ -40,13 +36,11 @@ def layouts(inputs: PlannerInputs, machine: Machine) -> Iterator[Layout]:
 
     Sizes of tp are powers of two, as nodes are made.
     """
-    tp = 1
-    while tp <= machine.gpus_per_node:
+    for tp in (2**power for power in range(machine.gpus_per_node.bit_length())):
         if inputs.world_size % tp == 0:
             for pp in divisors(inputs.world_size // tp):
                 if pp <= inputs.config.model.num_layers:
                     yield Layout(tp_size=tp, pp_size=pp, dp_size=inputs.world_size // tp // pp)
-        tp *= 2
 
 
 def candidates(inputs: PlannerInputs, machine: Machine, refused: Counter[str]) -> Iterator[Sizes]:

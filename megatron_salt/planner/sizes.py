@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 
+from megatron_salt.checkpoint.manifest import CheckpointManifest
 from megatron_salt.config.deepspeed import DeepSpeedSettings
 from megatron_salt.config.fields import ModelConfig, RunConfig
 from megatron_salt.config.values import parse_objective
-from megatron_salt.model.costs import balanced_stages, layer_costs
-from megatron_salt.model.weights import (
-    OUTPUT_LAYER,
-    padded_vocab,
-    shard_shape,
-    weight_table,
-)
+from megatron_salt.model.weights import OUTPUT_LAYER, padded_vocab, shard_shape, weight_table
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.teacher.plan import StepShape
 
@@ -30,11 +25,16 @@ class TeacherSize:
     vocab_size: int
     num_positions: int
 
+    @classmethod
+    def of(cls, manifest: CheckpointManifest) -> TeacherSize:
+        model, positions = manifest.model.config, manifest.model.num_positions
+        return cls(model=model, vocab_size=manifest.model.vocab_size, num_positions=positions)
+
     @cached_property
     def numel(self) -> int:
         """Parameters of the replica that a rank keeps: all but an output layer of its own.
 
-        Source: `Teacher._build_body`; its embedding is padded like one rank's.
+        Source: `FrozenModel`; its embedding is padded like one rank's.
         """
         table = weight_table(self.model, self.vocab_size, self.num_positions)
         padded = padded_vocab(self.model, self.vocab_size, 1)
@@ -45,29 +45,8 @@ class TeacherSize:
         )
 
 
-@cache
-def stage_bounds(
-    model: ModelConfig, vocab_size: int, seq_length: int, num_stages: int
-) -> tuple[int, ...]:
-    """`layout.balanced_stages` of a model, each found once: a planner asks for the same ones at
-    many sizes of the other axes."""
-    return tuple(balanced_stages(layer_costs(model, vocab_size, seq_length), num_stages))
-
-
-@dataclass(frozen=True, kw_only=True)
-class KnownShape(StepShape):
-    """A `StepShape` whose stages are found once."""
-
-    @property
-    def stage_bounds(self) -> list[int]:
-        found = stage_bounds(self.student, self.vocab_size, self.seq_length, self.layout.pp_size)
-        return list(found)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """A run at one layout, as far as its memory depends on it."""
-
     config: RunConfig
     """Its parallel sizes are `layout`'s."""
     settings: DeepSpeedSettings
@@ -94,8 +73,8 @@ class Sizes:
         return self.tokens // (self.layout.tp_size if self.config.parallel.sequence_parallel else 1)
 
     @cached_property
-    def bounds(self) -> list[int]:
-        """Transformer layers of the stages (`layout.balanced_stages`)."""
+    def bounds(self) -> tuple[int, ...]:
+        """Transformer layers of the stages (`costs.balanced_stages`)."""
         return self.shape.stage_bounds
 
     @cached_property
@@ -107,12 +86,18 @@ class Sizes:
     @cached_property
     def shape(self) -> StepShape:
         teacher = None if self.teacher is None else self.teacher.model
-        return KnownShape.of_run(self.config, self.settings, self.layout, self.vocab_size, teacher)
+        return StepShape.of_run(self.config, self.settings, self.layout, self.vocab_size, teacher)
 
     @cached_property
     def hidden_bytes(self) -> int:
         """Of one micro-batch's hidden state between two layers."""
         return self.local_tokens * self.config.model.hidden_size * self.width
+
+    @property
+    def hidden_row_bytes(self) -> int:
+        """Of the teacher's hidden states of one row: S E w."""
+        assert self.teacher is not None
+        return self.config.data.seq_length * self.teacher.model.hidden_size * self.width
 
     @cached_property
     def has_prefixes(self) -> bool:

@@ -122,17 +122,10 @@ def step_times(sizes: Sizes, machine: Machine) -> StepTimes:
         layers = sizes.bounds[stage + 1] - sizes.bounds[stage]
         ends = over_tp.embedding if stage == 0 else 0.0
         ends += over_tp.loss if stage == layout.pp_size - 1 else 0.0
-        forward.append(
-            base.forward[stage] * per_multiply_add
-            + layers * over_tp.layer_forward
-            + ends
-            + over_dp[stage].forward
-        )
-        backward.append(
-            base.backward[stage] * per_multiply_add
-            + layers * over_tp.layer_backward
-            + over_dp[stage].backward
-        )
+        products = base.forward[stage] * per_multiply_add
+        forward.append(products + layers * over_tp.layer_forward + ends + over_dp[stage].forward)
+        products = base.backward[stage] * per_multiply_add
+        backward.append(products + layers * over_tp.layer_backward + over_dp[stage].backward)
     transfer = hidden_transfer = 0.0
     if layout.pp_size > 1:
         rate = machine.link_bytes_s(layout.world_size)
@@ -142,7 +135,7 @@ def step_times(sizes: Sizes, machine: Machine) -> StepTimes:
             transfer = transfer / tp + gather_s(sizes.hidden_bytes, tp, machine.link_bytes_s(tp))
         if sizes.teacher is not None:
             start, stop = sizes.shape.pieces[0]
-            hidden_transfer = (stop - start) * hidden_row_bytes(sizes) / rate
+            hidden_transfer = (stop - start) * sizes.hidden_row_bytes / rate
     return StepTimes(
         forward=forward,
         backward=backward,
@@ -153,12 +146,6 @@ def step_times(sizes: Sizes, machine: Machine) -> StepTimes:
     )
 
 
-def hidden_row_bytes(sizes: Sizes) -> int:
-    """Of the teacher's hidden states of one row: S E w."""
-    assert sizes.teacher is not None
-    return sizes.config.data.seq_length * sizes.teacher.model.hidden_size * sizes.width
-
-
 def hidden_exchange_s(sizes: Sizes, machine: Machine) -> float:
     """The broadcasts over tp that end a pass on the last stage: R S E w bytes in all.
 
@@ -167,7 +154,7 @@ def hidden_exchange_s(sizes: Sizes, machine: Machine) -> float:
     tp = sizes.layout.tp_size
     if tp == 1 or sizes.teacher is None:
         return 0.0
-    return sizes.shape.num_rows * hidden_row_bytes(sizes) / machine.link_bytes_s(tp)
+    return sizes.shape.num_rows * sizes.hidden_row_bytes / machine.link_bytes_s(tp)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Looking at a dataset and its tags: one document or sequence, or all of it checked.
 
-What training checks at every start is sizes and samples; `verify_all` reads every byte, and holds
-what can be derived from another file (kept tokens, means, starts) against that file.
+What training checks at every start is sizes and samples; `verify_with_tags` reads every byte, and
+holds what can be derived from another file (kept tokens, means, starts) against that file.
 """
 
 from __future__ import annotations
@@ -71,7 +71,6 @@ class Opened:
     tag_data: dict[str, Any]
     """Indexed datasets of mask, loss and entropy."""
     table: SequenceTable | None
-    table_file: Path | None
 
     def document(self, number: int) -> TokenSpan:
         """Raises: ValueError for a document that is not there."""
@@ -86,7 +85,7 @@ class Opened:
         if self.table is None:
             raise ValueError("--sequence needs the table that numbers them: --tags or --selection")
         if not 0 <= number < len(self.table):
-            raise ValueError(f"sequence {number}: {self.table_file} has sequences "
+            raise ValueError(f"sequence {number}: {self.table.path} has sequences "
                              f"0 to {len(self.table) - 1}")  # fmt: skip
         start = int(self.table.columns["start"][number])
         stop = start + int(self.table.columns["tokens"][number])
@@ -115,13 +114,13 @@ def open_all(
     tokenizer = _tokenizer(prefix, tokenizer_path)
     verify_dataset(prefix, tokenizer)
     manifest = verify_tags(tags, prefix, tokenizer.fingerprint) if tags is not None else None
-    table_file = Path(selection) if selection is not None else tags and table_path(tags)
-    table = read_table(table_file) if table_file else None
-    if table is not None and table_file:
-        check_columns(table, table_file)
-        table.origin.data.check(prefix, table_file)
+    table = None
+    if selection is not None or tags is not None:
+        table = read_table(table_path(str(tags)) if selection is None else selection)
+        check_columns(table)
+        table.origin.data.check(prefix, table.path)
         if manifest is not None:
-            _check_one_model(table, table_file, manifest, str(tags))
+            _check_one_model(table, manifest, str(tags))
     kinds = manifest.stored if manifest is not None else ()
     return Opened(
         name=Path(prefix).name,
@@ -131,7 +130,6 @@ def open_all(
         manifest=manifest,
         tag_data={kind: open_indexed(tag_prefix(str(tags), kind)) for kind in kinds},
         table=table,
-        table_file=table_file or None,
     )
 
 
@@ -143,10 +141,10 @@ def _tokenizer(prefix: str, path: str | None) -> Tokenizer:
     return load_tokenizer(path or tokenizer_directory(prefix))
 
 
-def _check_one_model(table: SequenceTable, path: Path, manifest: TagManifest, tags: str) -> None:
+def _check_one_model(table: SequenceTable, manifest: TagManifest, tags: str) -> None:
     if table.origin != manifest.origin:
         raise ValueError(
-            f"{path} and {tag_manifest_path(tags)} do not belong together: they are of "
+            f"{table.path} and {tag_manifest_path(tags)} do not belong together: they are of "
             f"{table.origin.model.name} and {manifest.origin.model.name}, or differ in data or "
             "settings; give the tags that the table was made from"
         )
@@ -184,11 +182,8 @@ def _row(columns: dict[str, NDArray[Any]], place: int, window: int | None, span:
     names = [column(score, masked) for score in SCORES for masked in MASKED]
     shown = [f"{name} {columns[name][place]:.4g}" for name in names if name in columns]
     # All scores where this is what was asked for, not for each of a document's many windows.
-    return (
-        f"{line}; {', '.join(shown)}"
-        if (start, start + tokens) == (span.start, span.stop)
-        else line
-    )
+    is_span = (start, start + tokens) == (span.start, span.stop)
+    return f"{line}; {', '.join(shown)}" if is_span else line
 
 
 def verify_with_tags(
@@ -218,9 +213,20 @@ def verify_with_tags(
         manifest = verify_tags(tags, prefix, tokenizer.fingerprint, hashes=True)
         for suffix, record in manifest.files.items():
             yield f"{tags}{suffix}: {record.num_bytes} bytes, as in {tag_manifest_path(tags).name}"
-        yield from _verify_table_of_tags(prefix, tags, manifest, lengths)
+        yield from _verify_table_of_tags(tags, manifest, lengths)
     if selection is not None:
-        yield from _verify_selection(prefix, Path(selection), tags, manifest, tokenizer, lengths)
+        table = read_table(selection)
+        _check_bounds(table, lengths)
+        chosen = load_selection(selection, prefix, tokenizer.fingerprint)
+        size = table.path.stat().st_size
+        yield f"{selection}: {size} bytes, {len(table)} sequences as in the data"
+        if manifest is not None and tags is not None:
+            check_same_origin(chosen, manifest.origin, tag_manifest_path(tags))
+            if manifest.origin == table.origin:
+                _check_like(table, read_table(table_path(tags)))
+                yield f"    scores as in {table_path(tags)}"
+        yield from _verify_choice(table)
+        yield f"    {chosen.tokens} tokens in them"
 
 
 def _largest_id(prefix: str, num_tokens: int) -> int:
@@ -231,52 +237,48 @@ def _largest_id(prefix: str, num_tokens: int) -> int:
     return largest
 
 
-def check_columns(table: SequenceTable, path: Path) -> None:
+def check_columns(table: SequenceTable) -> None:
     """Raise ValueError unless a table has the columns that its readers go by."""
     for name, kind in COLUMNS.items():
         values = table.columns.get(name)
         if values is None or values.dtype.kind != kind:
             found = "missing" if values is None else f"of type {values.dtype}"
-            raise ValueError(f"{path}: column {name} is {found}; {TAG_AGAIN}")
+            raise ValueError(f"{table.path}: column {name} is {found}; {TAG_AGAIN}")
 
 
-def _check_bounds(table: SequenceTable, path: Path, lengths: NDArray[np.int32]) -> Sequences:
+def _check_bounds(table: SequenceTable, lengths: NDArray[np.int32]) -> Sequences:
     """Raise ValueError unless the table's sequences are those of the data, in order."""
-    check_columns(table, path)
+    check_columns(table)
     sequences = Sequences.of(lengths, table.origin.settings.window)
     if len(table) != len(sequences):
         raise ValueError(
-            f"{path} has {len(table)} sequences, its data {len(sequences)}; {TAG_AGAIN}"
+            f"{table.path} has {len(table)} sequences, its data {len(sequences)}; {TAG_AGAIN}"
         )
-    expected = {
-        "sequence": np.arange(len(sequences)),
-        "start": sequences.bounds[:-1],
-        "tokens": np.diff(sequences.bounds),
-    }
+    numbers, tokens = np.arange(len(sequences)), np.diff(sequences.bounds)
+    expected = {"sequence": numbers, "start": sequences.bounds[:-1], "tokens": tokens}
     for name, values in expected.items():
-        _check_equal(path, name, table.columns[name], values, "the data")
+        _check_equal(table, name, table.columns[name], values, "the data")
     return sequences
 
 
 def _check_equal(
-    path: Path, name: str, found: NDArray[Any], expected: NDArray[Any], source: object
+    table: SequenceTable, name: str, found: NDArray[Any], expected: NDArray[Any], source: object
 ) -> None:
     differing = np.flatnonzero(found != expected)
     if len(differing):
         first = int(differing[0])
         raise ValueError(
-            f"{path}: {name} of sequence {first} is {found[first]}, by {source} it is "
+            f"{table.path}: {name} of sequence {first} is {found[first]}, by {source} it is "
             f"{expected[first]} ({len(differing)} sequences differ); {TAG_AGAIN}"
         )
 
 
 def _verify_table_of_tags(
-    prefix: str, tags: str, manifest: TagManifest, lengths: NDArray[np.int32]
+    tags: str, manifest: TagManifest, lengths: NDArray[np.int32]
 ) -> Iterator[str]:
-    path = table_path(tags)
-    table = read_table(path)
-    _check_one_model(table, path, manifest, tags)
-    sequences = _check_bounds(table, path, lengths)
+    table = read_table(table_path(tags))
+    _check_one_model(table, manifest, tags)
+    sequences = _check_bounds(table, lengths)
     unit = "documents" if sequences.window is None else f"windows of {sequences.window} tokens"
     yield f"    {len(sequences)} sequences, {unit}, cover the stream without gaps"
     sums = {kind: np.zeros(len(sequences)) for kind in manifest.stored}
@@ -289,20 +291,25 @@ def _verify_table_of_tags(
             sums[kind][first:last] = _sums(kind, values, bounds - bounds[0], source)
     kept = sums["mask"].astype(np.int64)
     mask_file = bin_path(tag_prefix(tags, "mask"))
-    _check_equal(path, "kept", table.columns["kept"], kept, mask_file)
+    _check_equal(table, "kept", table.columns["kept"], kept, mask_file)
     if (manifest.sequences, manifest.kept_tokens) != (len(table), int(kept.sum())):
         raise ValueError(
             f"{tag_manifest_path(tags)} counts {manifest.kept_tokens} kept tokens in "
-            f"{manifest.sequences} sequences, {mask_file} and {path} have {int(kept.sum())} in "
-            f"{len(table)}; {TAG_AGAIN}"
+            f"{manifest.sequences} sequences, {mask_file} and {table.path} have {int(kept.sum())} "
+            f"in {len(table)}; {TAG_AGAIN}"
         )
     yield f"    {int(kept.sum())} kept tokens; those of each sequence are as in the mask"
     for kind, score in (("loss", "mean"), ("entropy", "entropy")):
         if kind in sums:
-            _check_means(path, column(score, "all"), table, sums[kind], tag_prefix(tags, kind))
+            _check_means(table, column(score, "all"), sums[kind], tag_prefix(tags, kind))
             yield f"    means of each sequence are those of the stored {kind}"
-    _check_scored(table, path)
-    yield from _verify_choice(table, path)
+    # A sequence has scores of its kept tokens just where it has such tokens.
+    for masked, count in (("drop", "kept"), ("all", "tokens")):
+        name = column("mean", masked)
+        if name in table.columns:
+            scored = ~np.isnan(table.columns[name])
+            _check_equal(table, f"{name} (known)", scored, table.columns[count] > 0, count)
+    yield from _verify_choice(table)
 
 
 def _sums(
@@ -322,9 +329,7 @@ def _sums(
     return np.bincount(index, weights=numbers, minlength=len(bounds) - 1).astype(np.float64)
 
 
-def _check_means(
-    path: Path, name: str, table: SequenceTable, sums: NDArray[np.float64], prefix: str
-) -> None:
+def _check_means(table: SequenceTable, name: str, sums: NDArray[np.float64], prefix: str) -> None:
     tokens = table.columns["tokens"]
     some = tokens > 0
     means = sums[some] / tokens[some]
@@ -332,23 +337,14 @@ def _check_means(
     if not np.allclose(found, means, rtol=RELATIVE, atol=ABSOLUTE):
         first = int(np.flatnonzero(some)[np.argmax(~np.isclose(found, means, RELATIVE, ABSOLUTE))])
         raise ValueError(
-            f"{path}: {name} of sequence {first} is {table.columns[name][first]:.5g}, by "
+            f"{table.path}: {name} of sequence {first} is {table.columns[name][first]:.5g}, by "
             f"{bin_path(prefix)} it is {sums[first] / tokens[first]:.5g}; {TAG_AGAIN}"
         )
 
 
-def _check_scored(table: SequenceTable, path: Path) -> None:
-    """A sequence has scores of its kept tokens just where it has such tokens."""
-    for masked, count in (("drop", "kept"), ("all", "tokens")):
-        name = column("mean", masked)
-        if name in table.columns:
-            scored = ~np.isnan(table.columns[name])
-            _check_equal(path, f"{name} (known)", scored, table.columns[count] > 0, count)
-
-
-def _verify_choice(table: SequenceTable, path: Path) -> Iterator[str]:
+def _verify_choice(table: SequenceTable) -> Iterator[str]:
     """The selection in a table, made again by its rule where that needs no other table."""
-    rule = table.rule
+    path, rule = table.path, table.rule
     scores, selected = table.columns["score"], table.columns["selected"]
     names = [name for name in Rule.__dataclass_fields__ if name in rule]
     try:
@@ -356,7 +352,7 @@ def _verify_choice(table: SequenceTable, path: Path) -> Iterator[str]:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: its rule {rule} is none ({error}); {TAG_AGAIN}") from error
     if "reference" not in rule:
-        expected = table.score(fields.score, fields.masked, path)
+        expected = table.score(fields.score, fields.masked)
         if not np.array_equal(scores, expected, equal_nan=True):
             raise ValueError(
                 f"{path}: its scores are not its {column(fields.score, fields.masked)}; run "
@@ -381,34 +377,13 @@ def _verify_choice(table: SequenceTable, path: Path) -> Iterator[str]:
         yield f"    scores not made again, other tags are needed: {rule['reference']['name']}"
 
 
-def _verify_selection(
-    prefix: str,
-    path: Path,
-    tags: str | None,
-    manifest: TagManifest | None,
-    tokenizer: Tokenizer,
-    lengths: NDArray[np.int32],
-) -> Iterator[str]:
-    table = read_table(path)
-    _check_bounds(table, path, lengths)
-    selection = load_selection(path, prefix, tokenizer.fingerprint)
-    size = path.stat().st_size
-    yield f"{path}: {size} bytes, {len(table)} sequences as in the data"
-    if manifest is not None and tags is not None:
-        check_same_origin(selection, manifest.origin, tag_manifest_path(tags))
-        if manifest.origin == table.origin:
-            _check_like(table, path, read_table(table_path(tags)), table_path(tags))
-            yield f"    scores as in {table_path(tags)}"
-    yield from _verify_choice(table, path)
-    yield f"    {selection.tokens} tokens in them"
-
-
-def _check_like(table: SequenceTable, path: Path, tagged: SequenceTable, tagged_path: Path) -> None:
+def _check_like(table: SequenceTable, tagged: SequenceTable) -> None:
     for name, values in tagged.columns.items():
         if name in ("score", "selected"):
             continue
         found = table.columns.get(name)
         if found is None or not np.array_equal(found, values, equal_nan=values.dtype.kind == "f"):
             raise ValueError(
-                f"{path} and {tagged_path} differ in column {name}; run tools/select_data.py again"
+                f"{table.path} and {tagged.path} differ in column {name}; run tools/select_data.py "
+                "again"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,9 @@ from megatron_salt.checkpoint.manifest import (
     read_checkpoint_manifest,
     weights_fingerprint,
 )
+from megatron_salt.data import tags
 from megatron_salt.data.manifest import bin_path, verify_dataset
 from megatron_salt.data.selection import Rule, read_table
-from megatron_salt.data.tags import (
-    DataIdentity,
-    ModelIdentity,
-    TagManifest,
-    TagOrigin,
-    TagSettings,
-    read_tag_manifest,
-    sequence_lengths,
-    table_path,
-    tag_manifest_path,
-    verify_tags,
-)
 from megatron_salt.data.tokenizer import load_tokenizer
 from megatron_salt.kernels import choose_backend
 from megatron_salt.kernels.choose import Impl
@@ -61,25 +50,25 @@ class TaggingJob:
 
     folder: Path
     manifest: CheckpointManifest
-    origin: TagOrigin
+    origin: tags.TagOrigin
     eod: int
 
 
-def finished_tags(request: TagRequest, origin: TagOrigin) -> TagManifest | None:
+def finished_tags(request: TagRequest, origin: tags.TagOrigin) -> tags.TagManifest | None:
     """The manifest of these very tags, if they are there: a requeued job has nothing to do.
 
     Tags that are damaged are made anew, over the old ones.
     Raises: ValueError if other tags are there, or if these were selected from by another rule.
     """
-    path = tag_manifest_path(request.output_prefix)
+    path = tags.tag_manifest_path(request.output_prefix)
     if not path.is_file():
         return None
     try:
-        manifest = read_tag_manifest(request.output_prefix)
-        differing = differences(manifest.origin.to_dict(), origin.to_dict())
+        manifest = tags.read_tag_manifest(request.output_prefix)
+        differing = differences(asdict(manifest.origin), asdict(origin))
         if not differing:
-            verify_tags(request.output_prefix, request.data, origin.tokenizer_fingerprint)
-            rule = read_table(table_path(request.output_prefix)).rule
+            tags.verify_tags(request.output_prefix, request.data, origin.tokenizer_fingerprint)
+            rule = read_table(tags.table_path(request.output_prefix)).rule
     except ValueError as error:
         logging.getLogger(__name__).warning("%s\ntagging anew", error)
         return None
@@ -123,7 +112,7 @@ def job_of(request: TagRequest) -> TaggingJob:
             f"--window {request.window}: {folder} was trained on sequences of {longest} tokens; "
             "beyond that its predictions are worthless"
         )
-    settings = TagSettings(
+    settings = tags.TagSettings(
         window=request.window,
         max_length=request.window or longest,
         top_k=request.top_k,
@@ -138,12 +127,12 @@ def job_of(request: TagRequest) -> TaggingJob:
         )
     if request.rule.score == "entropy" and "entropy" not in settings.store:
         raise ValueError("--score entropy needs --store entropy")
-    if not sequence_lengths(request.data).sum():
+    if not tags.sequence_lengths(request.data).sum():
         raise ValueError(f"{bin_path(request.data)} holds no tokens")
-    origin = TagOrigin(
-        data=DataIdentity.of(request.data),
+    origin = tags.TagOrigin(
+        data=tags.DataIdentity.of(request.data),
         tokenizer_fingerprint=tokenizer.fingerprint,
-        model=ModelIdentity(
+        model=tags.ModelIdentity(
             fingerprint=weights_fingerprint(manifest),
             step=manifest.model.step,
             name=manifest.model.name,
@@ -160,7 +149,7 @@ def _loss_backend(request: TagRequest) -> str:
     ).name
 
 
-def check_same_view(request: TagRequest, origin: TagOrigin, groups: Groups) -> None:
+def check_same_view(request: TagRequest, origin: tags.TagOrigin, groups: Groups) -> None:
     """Raise ValueError where this rank would read or compute something else than rank 0."""
     origin.data.check(request.data, f"rank {groups.rank} sees other data: what rank 0 sees")
     name = _loss_backend(request)

@@ -32,7 +32,6 @@ class Source:
 
     name: str
     """Base name of the tags' prefix."""
-    path: Path
     table: SequenceTable
     scores: NDArray[np.float32]
     reference: ModelIdentity | None
@@ -57,54 +56,47 @@ def read_sources(
         )
     sources = []
     for place, prefix in enumerate(tags):
-        path = table_path(prefix)
-        table = read_table(path)
-        scores = table.score(rule.score, rule.masked, path)
+        table = read_table(table_path(prefix))
+        scores = table.score(rule.score, rule.masked)
         reference = None
         if references is not None:
-            other_path = table_path(references[place])
-            other = read_table(other_path)
-            _check_comparable(table, path, other, other_path)
-            scores = other.score(rule.score, rule.masked, other_path) - scores
+            other = read_table(table_path(references[place]))
+            _check_comparable(table, other)
+            scores = other.score(rule.score, rule.masked) - scores
             reference = other.origin.model
-        source = Source(
-            name=Path(prefix).name, path=path, table=table, scores=scores, reference=reference
-        )
-        sources.append(source)
+        name = Path(prefix).name
+        sources.append(Source(name=name, table=table, scores=scores, reference=reference))
     return sources
 
 
-def _check_comparable(
-    table: SequenceTable, path: Path, other: SequenceTable, other_path: Path
-) -> None:
+def _check_comparable(table: SequenceTable, other: SequenceTable) -> None:
     """Raise ValueError unless two models scored the same sequences."""
-    mine, theirs = table.origin, other.origin
+    mine, theirs, both = table.origin, other.origin, f"{table.path} and {other.path}"
     for field in ("sequences", "tokens", "bin_bytes", "idx_sha256", "bin_sampled_sha256"):
         if getattr(mine.data, field) != getattr(theirs.data, field):
             raise ValueError(
-                f"{path} and {other_path} are not of the same data ({mine.data.name} and "
-                f"{theirs.data.name} differ in {field}); tag one dataset by both models"
+                f"{both} are not of the same data ({mine.data.name} and {theirs.data.name} differ "
+                f"in {field}); tag one dataset by both models"
             )
-    pairs = {
-        "tokenizer": (mine.tokenizer_fingerprint, theirs.tokenizer_fingerprint),
-        "--window": (mine.settings.window, theirs.settings.window),
-    }
-    for what, (one, two) in pairs.items():
+    for what, one, two in (
+        ("tokenizer", mine.tokenizer_fingerprint, theirs.tokenizer_fingerprint),
+        ("--window", mine.settings.window, theirs.settings.window),
+    ):
         if one != two:
             raise ValueError(
-                f"{path} and {other_path} cannot be subtracted: {what} {one} and {two}; run "
-                "tools/tag_data.py with the same for both models"
+                f"{both} cannot be subtracted: {what} {one} and {two}; run tools/tag_data.py with "
+                "the same for both models"
             )
     for name in ("sequence", "start", "tokens"):
         if not np.array_equal(table.columns[name], other.columns[name]):
             raise ValueError(
-                f"{path} and {other_path} do not hold the same sequences (column {name}); run "
-                "tools/tag_data.py again for both models"
+                f"{both} do not hold the same sequences (column {name}); run tools/tag_data.py "
+                "again for both models"
             )
     if mine.model.fingerprint == theirs.model.fingerprint:
         raise ValueError(
-            f"{path} and {other_path} are of one model, {mine.model.name}: all differences would "
-            "be 0; give the tags of another model as --reference"
+            f"{both} are of one model, {mine.model.name}: all differences would be 0; give the "
+            "tags of another model as --reference"
         )
 
 
@@ -153,22 +145,20 @@ def select_again(
 def _check_competitors(sources: Sequence[Source]) -> None:
     first = sources[0]
     for source in sources[1:]:
+        mine, theirs = first.table.origin, source.table.origin
         pairs = {
-            "model": (first.table.origin.model, source.table.origin.model),
-            "reference": (first.reference, source.reference),
+            "model": (mine.model.fingerprint, theirs.model.fingerprint),
+            "reference": tuple(
+                each.reference and each.reference.fingerprint for each in (first, source)
+            ),
+            "top_k": (mine.settings.top_k, theirs.settings.top_k),
+            "window": (mine.settings.window, theirs.settings.window),
         }
-        differing = [
-            what
-            for what, (one, two) in pairs.items()
-            if one and two and one.fingerprint != two.fingerprint
-        ]
-        for field in ("top_k", "window"):
-            one, two = (getattr(each.table.origin.settings, field) for each in (first, source))
-            differing += [field] if one != two else []
+        differing = [what for what, (one, two) in pairs.items() if one != two]
         if differing:
             raise ValueError(
-                f"{first.path} and {source.path} cannot compete: their scores differ in "
-                f"{', '.join(differing)}; give one fraction for each"
+                f"{first.table.path} and {source.table.path} cannot compete: their scores differ "
+                f"in {', '.join(differing)}; give one fraction for each"
             )
 
 
@@ -196,7 +186,7 @@ def output_tables(output_prefix: str, sources: Sequence[Source]) -> list[Path]:
         paths = [Path(f"{output_prefix}.parquet")]
     else:
         paths = [Path(f"{output_prefix}_{name}.parquet") for name in names]
-    tagged = {source.path.resolve() for source in sources}
+    tagged = {source.table.path.resolve() for source in sources}
     for path in paths:
         if path.resolve() in tagged:
             raise ValueError(f"{path} is the table of the tags; give another --output-prefix")
@@ -246,11 +236,12 @@ def open_data(source: Source, prefix: str) -> tuple[Any, Tokenizer]:
     tokenizer = load_tokenizer(tokenizer_directory(prefix))
     verify_dataset(prefix, tokenizer)
     origin = source.table.origin
-    origin.data.check(prefix, source.path)
+    origin.data.check(prefix, source.table.path)
     if tokenizer.fingerprint != origin.tokenizer_fingerprint:
         raise ValueError(
-            f"{source.path}: made with a tokenizer of fingerprint {origin.tokenizer_fingerprint}, "
-            f"{tokenizer.path} has {tokenizer.fingerprint}; give the data that was tagged"
+            f"{source.table.path}: made with a tokenizer of fingerprint "
+            f"{origin.tokenizer_fingerprint}, {tokenizer.path} has {tokenizer.fingerprint}; give "
+            "the data that was tagged"
         )
     return open_indexed(prefix), tokenizer
 

@@ -13,10 +13,7 @@ from numpy.typing import NDArray
 from megatron_salt.checkpoint.frozen import load_frozen
 from megatron_salt.data.manifest import bin_path
 from megatron_salt.data.sequences import ScoringBatch, Sequences, batches_of, windows_of
-from megatron_salt.data.tags import (
-    open_indexed,
-    read_stream,
-)
+from megatron_salt.data.tags import open_indexed, read_stream
 from megatron_salt.kernels import Chunking, VocabShard, token_scores
 from megatron_salt.kernels.token_scores import WantedScores
 from megatron_salt.model.weights import DTYPES

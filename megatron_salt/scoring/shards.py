@@ -7,30 +7,20 @@ import os
 import shutil
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_salt.checkpoint.manifest import (
-    installed_versions,
-)
+from megatron_salt.checkpoint.manifest import installed_versions
+from megatron_salt.data import tags
 from megatron_salt.data.manifest import bin_path, idx_path
 from megatron_salt.data.scores import column, sequence_scores
 from megatron_salt.data.selection import SequenceTable, select, write_table
 from megatron_salt.data.sequences import Sequences
-from megatron_salt.data.tags import (
-    FileRecord,
-    TagManifest,
-    TagOrigin,
-    TagSettings,
-    open_indexed,
-    table_path,
-    tag_manifest_path,
-    tag_prefix,
-)
 from megatron_salt.files.atomic import atomic_path, fsync_path
 from megatron_salt.files.locks import lock_file
 from megatron_salt.parallel.groups import Groups, same_error_everywhere
@@ -46,7 +36,7 @@ def write_shard(
     first: int,
     last: int,
     scores: ShardScores,
-    settings: TagSettings,
+    settings: tags.TagSettings,
 ) -> None:
     bounds = sequences.bounds[first : last + 1]
     lengths = np.diff(bounds)
@@ -84,29 +74,23 @@ def partial_path(request: TagRequest) -> Path:
 
 
 @contextmanager
-def partial_folder(request: TagRequest, origin: TagOrigin, groups: Groups) -> Iterator[Path]:
+def partial_folder(request: TagRequest, origin: tags.TagOrigin, groups: Groups) -> Iterator[Path]:
     """The folder of finished shards; it outlives a kill and goes when the tags are published.
 
     Raises: ValueError on all ranks if another run is at work in it, or if it is of a run with other
         data, model or settings.
     """
     folder = partial_path(request)
-    identity = {**origin.to_dict(), "tokens_per_shard": request.tokens_per_shard}
+    identity = {**asdict(origin), "tokens_per_shard": request.tokens_per_shard}
     lock = None
     with same_error_everywhere("opening the folder of shards"):
         if groups.rank == 0:
-            busy = f"another run is at work in {folder}"
-            lock = lock_file(folder / "lock", busy=busy)
+            lock = lock_file(folder / "lock", busy=f"another run is at work in {folder}")
             _check_identity(folder / "identity.json", identity)
-    complete = False
-    try:
+    with lock or nullcontext():
         yield folder
-        complete = True
-    finally:
-        if groups.rank == 0 and complete:
+        if groups.rank == 0:
             remove_folder(folder)
-        if lock is not None:
-            lock.close()
 
 
 def remove_folder(folder: Path) -> None:
@@ -136,15 +120,15 @@ def _check_identity(path: Path, identity: dict[str, Any]) -> None:
 
 def publish_tags(
     request: TagRequest,
-    origin: TagOrigin,
+    origin: tags.TagOrigin,
     folder: Path,
     sequences: Sequences,
     shards: list[tuple[int, int]],
-) -> TagManifest:
+) -> tags.TagManifest:
     """Join the shards, write table and manifest, and give all files their names, manifest last."""
     final, built = Path(request.output_prefix), folder / "built" / "tags"
     built.parent.mkdir(exist_ok=True)
-    data = open_indexed(request.data)
+    data = tags.open_indexed(request.data)
     stored = ("mask", *origin.settings.store)
     builders = {kind: _builder(built, kind) for kind in stored}
     parts: list[dict[str, NDArray[Any]]] = []
@@ -169,33 +153,33 @@ def publish_tags(
         # As `IndexedDatasetBuilder.add_document` would have filled them.
         builder.sequence_lengths = data.sequence_lengths.tolist()
         builder.document_indices = data.document_indices.tolist()
-        builder.finalize(str(idx_path(tag_prefix(built, kind))))
+        builder.finalize(str(idx_path(tags.tag_prefix(built, kind))))
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     scores = columns[column(request.rule.score, request.rule.masked)]
     table = SequenceTable(origin=origin, columns=columns, rule={}).with_selection(
         scores, select([scores], request.rule)[0], vars(request.rule)
     )
-    write_table(table_path(built), table)
+    write_table(tags.table_path(built), table)
     suffixes = [f"_{kind}{end}" for kind in stored for end in (".bin", ".idx")]
     suffixes.append("_sequences.parquet")
-    manifest = TagManifest(
+    manifest = tags.TagManifest(
         origin=origin,
         sequences=len(table),
         kept_tokens=kept,
-        files={suffix: FileRecord.of(Path(f"{built}{suffix}")) for suffix in suffixes},
+        files={suffix: tags.FileRecord.of(Path(f"{built}{suffix}")) for suffix in suffixes},
         versions=installed_versions(),
     )
     final.parent.mkdir(parents=True, exist_ok=True)
-    tag_manifest_path(final).unlink(missing_ok=True)
+    tags.tag_manifest_path(final).unlink(missing_ok=True)
     for kind in STORED_DTYPES:  # what earlier tags had and these do not
-        for path in (bin_path(tag_prefix(final, kind)), idx_path(tag_prefix(final, kind))):
+        for path in map(Path, (f"{final}_{kind}.bin", f"{final}_{kind}.idx")):
             path.unlink(missing_ok=True)
     for suffix in suffixes:
         fsync_path(f"{built}{suffix}")
         os.replace(f"{built}{suffix}", f"{final}{suffix}")
-    for leftover in final.parent.glob(f".{tag_manifest_path(final).name}.*.partial*"):
+    for leftover in final.parent.glob(f".{tags.tag_manifest_path(final).name}.*.partial*"):
         leftover.unlink()  # of a run that was killed here
-    with atomic_path(tag_manifest_path(final)) as temporary:
+    with atomic_path(tags.tag_manifest_path(final)) as temporary:
         temporary.write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
@@ -203,4 +187,5 @@ def publish_tags(
 def _builder(built: Path, kind: str) -> Any:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    return IndexedDatasetBuilder(str(bin_path(tag_prefix(built, kind))), dtype=STORED_DTYPES[kind])
+    path = bin_path(tags.tag_prefix(built, kind))
+    return IndexedDatasetBuilder(str(path), dtype=STORED_DTYPES[kind])

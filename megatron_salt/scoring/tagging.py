@@ -19,12 +19,9 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_salt.data.sequences import Sequences
-from megatron_salt.data.tags import (
-    TagManifest,
-    sequence_lengths,
-    tag_manifest_path,
-)
+from megatron_salt.data.tags import TagManifest, sequence_lengths, tag_manifest_path
 from megatron_salt.parallel.groups import Groups, from_rank_0, same_error_everywhere
+from megatron_salt.scoring import shards as shard_files
 from megatron_salt.scoring.request import (
     TaggingJob,
     TagRequest,
@@ -33,14 +30,6 @@ from megatron_salt.scoring.request import (
     job_of,
 )
 from megatron_salt.scoring.scorer import Scorer
-from megatron_salt.scoring.shards import (
-    partial_folder,
-    partial_path,
-    publish_tags,
-    remove_folder,
-    shard_path,
-    write_shard,
-)
 
 
 def tag(request: TagRequest, groups: Groups) -> TagManifest | None:
@@ -49,23 +38,24 @@ def tag(request: TagRequest, groups: Groups) -> TagManifest | None:
     Collectives: those of building the model, and barriers; ranks share nothing while they score.
     Raises: ValueError or FileNotFoundError naming the file or option that is wrong.
     """
-    found: tuple[TaggingJob, TagManifest | None] | None = None
+    checked: tuple[TaggingJob, TagManifest | None] | None = None
     with same_error_everywhere("checking data and teacher"):
         if groups.rank == 0:
             job = job_of(request)
-            found = job, finished_tags(request, job.origin)
-    job, finished = from_rank_0(found)
+            checked = job, finished_tags(request, job.origin)
+    job, finished = from_rank_0(checked)
     if finished is not None:
         _say(groups, f"{tag_manifest_path(request.output_prefix)}: these tags are complete already")
         if groups.rank == 0:
-            remove_folder(partial_path(request))
+            shard_files.remove_folder(shard_files.partial_path(request))
         return finished if groups.rank == 0 else None
     with same_error_everywhere("comparing what the ranks see"):
         check_same_view(request, job.origin, groups)
     sequences = Sequences.of(sequence_lengths(request.data), job.origin.settings.window)
     shards = sequences.shards(request.tokens_per_shard)
-    with partial_folder(request, job.origin, groups) as folder:
-        done = from_rank_0([i for i in range(len(shards)) if shard_path(folder, i).is_file()])
+    with shard_files.partial_folder(request, job.origin, groups) as folder:
+        found = [i for i in range(len(shards)) if shard_files.shard_path(folder, i).is_file()]
+        done = from_rank_0(found)
         todo = sorted(set(range(len(shards))) - set(done))
         _say(groups, f"{job.folder}, step {job.manifest.model.step}, tags {request.data}")
         _say(groups, f"{sequences.num_tokens} tokens, {len(sequences)} sequences, "
@@ -73,11 +63,11 @@ def tag(request: TagRequest, groups: Groups) -> TagManifest | None:
         if todo:
             scorer = Scorer(request, job, groups)
             with same_error_everywhere("scoring"):
-                _score_shards(scorer, sequences, shards, todo, folder, groups)
+                _score_shards(scorer, sequences, shards, todo, folder)
         manifest = None
         with same_error_everywhere("joining the shards"):
             if groups.rank == 0:
-                manifest = publish_tags(request, job.origin, folder, sequences, shards)
+                manifest = shard_files.publish_tags(request, job.origin, folder, sequences, shards)
         return manifest
 
 
@@ -92,9 +82,9 @@ def _score_shards(
     shards: list[tuple[int, int]],
     todo: list[int],
     folder: Path,
-    groups: Groups,
 ) -> None:
     """Score this rank's part of the shards; a thread writes one while the next is computed."""
+    groups = scorer.groups
     mine = todo[groups.rank :: groups.layout.world_size]
     sizes = [int(sequences.bounds[b] - sequences.bounds[a]) for a, b in shards]
     total = sum(sizes[index] for index in mine)
@@ -113,10 +103,10 @@ def _score_shards(
                 scores = scorer.shard(sequences, first, last, bar.update)
                 if pending is not None:
                     pending.result()
+                path = shard_files.shard_path(folder, index)
                 pending = writer.submit(
-                    write_shard, shard_path(folder, index), sequences, first, last, scores,
-                    scorer.settings,
-                )  # fmt: skip
+                    shard_files.write_shard, path, sequences, first, last, scores, scorer.settings
+                )
             if pending is not None:
                 pending.result()
         except Exception as error:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -102,8 +103,7 @@ def texts_of(ids: Sequence[int], names: Sequence[bytes]) -> list[str]:
                 text = decoder.decode(content)
             except UnicodeDecodeError:
                 decoder.reset()
-                text = content.decode("utf-8", "backslashreplace")
-                texts.append(_visible(text))
+                texts.append(_visible(content.decode("utf-8", "backslashreplace")))
                 continue
         pending = decoder.getstate()[0]
         if content and not text:
@@ -114,21 +114,10 @@ def texts_of(ids: Sequence[int], names: Sequence[bytes]) -> list[str]:
 
 
 def _visible(text: str) -> str:
-    return "".join(SHOWN.get(c) or (c if c.isprintable() else _escape(c)) for c in text)
+    def visible(c: str) -> str:
+        return SHOWN.get(c) or (c if c.isprintable() else c.encode("unicode_escape").decode())
 
-
-def _escape(character: str) -> str:
-    return character.encode("unicode_escape").decode()
-
-
-def one_line(text: str) -> str:
-    """A token's text without its line breaks."""
-    return text.replace("\n", "")
-
-
-def shade(loss: float) -> int:
-    """Index of the shade that a loss is shown in."""
-    return int(np.searchsorted(LOSS_STEPS, loss, side="right"))
+    return "".join(map(visible, text))
 
 
 def render(texts: Sequence[str], tags: TokenTags | None, *, colour: bool) -> str:
@@ -156,7 +145,7 @@ def _coloured(texts: Sequence[str], tags: TokenTags | None) -> str:
     for place, text in enumerate(texts):
         background = PLAIN_SHADE
         if tags is not None:
-            step = FLAT if tags.loss is None else shade(float(tags.loss[place]))
+            step = FLAT if tags.loss is None else bisect_right(LOSS_STEPS, float(tags.loss[place]))
             background = (KEPT_SHADES if tags.kept[place] else OTHER_SHADES)[step]
         parts.append(_painted(text, LETTERS[place % 2], background))
     return "".join(parts)
@@ -194,16 +183,15 @@ def listing(
     ids: Sequence[int], texts: Sequence[str], tags: TokenTags | None, start: int
 ) -> list[str]:
     """A line for every token: place in the stream, id, tags, text."""
-    head = ["place", "id"]
-    head += [] if tags is None else ["top k"]
     numbers = [] if tags is None else [("loss", tags.loss), ("entropy", tags.entropy)]
     present = [(name, values) for name, values in numbers if values is not None]
-    head += [name for name, _ in present]
+    head = ["place", "id", *([] if tags is None else ["top k"]), *(name for name, _ in present)]
     lines = ["".join(f"{name:>9}" for name in head) + "  token"]
     for place, (token, text) in enumerate(zip(ids, texts, strict=True)):
         line = f"{start + place:9d}{token:9d}"
         if tags is not None:
             line += f"{'yes' if tags.kept[place] else 'no':>9}"
         line += "".join(f"{float(values[place]):9.3f}" for _, values in present)
-        lines.append(f"{line}  {one_line(text)!r}")
+        text = text.replace("\n", "")  # the sign for it stays
+        lines.append(f"{line}  {text!r}")
     return lines

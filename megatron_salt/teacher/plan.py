@@ -68,7 +68,7 @@ class StepShape:
         return teacher_pieces(self.num_rows, self.micro_batch_size, self.layout)
 
     @property
-    def stage_bounds(self) -> list[int]:
+    def stage_bounds(self) -> tuple[int, ...]:
         costs = layer_costs(self.student, self.vocab_size, self.seq_length)
         return balanced_stages(costs, self.layout.pp_size)
 

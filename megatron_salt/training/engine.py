@@ -12,8 +12,10 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -32,28 +34,15 @@ from megatron_salt.data.dataset import Batch
 from megatron_salt.kernels import TokenScores
 from megatron_salt.method.salt import Phase
 from megatron_salt.method.token_weights import route_by_tags, token_weights
+from megatron_salt.model import student
 from megatron_salt.model.costs import balanced_stages, layer_costs
 from megatron_salt.model.layers import ModelParts, canonical_parameters
 from megatron_salt.model.loss import LossFunction, LossSums, Targets
-from megatron_salt.model.student import (
-    PipelineStudent,
-    SingleStageStudent,
-    gathered,
-    initialize_weights,
-    parameter_groups,
-    sum_sequence_parallel_gradients,
-)
 from megatron_salt.model.weights import DTYPES
 from megatron_salt.parallel.groups import Groups
 from megatron_salt.parallel.watchdog import StepWatchdog
 from megatron_salt.teacher.passes import TeacherPass
-from megatron_salt.training.gradients import (
-    FusedAccumulation,
-    GradientCheck,
-    clip_fp32,
-    provide_accumulating_product,
-    sum_sequence_parallel,
-)
+from megatron_salt.training import gradients
 from megatron_salt.training.instructions import Instructions
 
 
@@ -66,29 +55,16 @@ class MicroBatch(NamedTuple):
     """Tokens of each row that are read in both directions, on the CPU; None: causal."""
 
 
-class ModelParallelUnit:
+def model_parallel_unit(groups: Groups) -> SimpleNamespace:
     """What DeepSpeed asks of an `mpu` when pp = 1: the tensor- and data-parallel groups."""
-
-    def __init__(self, groups: Groups) -> None:
-        self._groups = groups
-
-    def get_model_parallel_rank(self) -> int:
-        return self._groups.tp_rank
-
-    def get_model_parallel_world_size(self) -> int:
-        return self._groups.layout.tp_size
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self._groups.tp
-
-    def get_data_parallel_rank(self) -> int:
-        return self._groups.dp_rank
-
-    def get_data_parallel_world_size(self) -> int:
-        return self._groups.layout.dp_size
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self._groups.dp
+    return SimpleNamespace(
+        get_model_parallel_rank=lambda: groups.tp_rank,
+        get_model_parallel_world_size=lambda: groups.layout.tp_size,
+        get_model_parallel_group=lambda: groups.tp,
+        get_data_parallel_rank=lambda: groups.dp_rank,
+        get_data_parallel_world_size=lambda: groups.layout.dp_size,
+        get_data_parallel_group=lambda: groups.dp,
+    )
 
 
 class StudentEngine:
@@ -109,7 +85,7 @@ class StudentEngine:
         self.groups, self.settings = groups, settings
         parallel = config.parallel
         if parallel.gradient_accumulation_fusion:
-            provide_accumulating_product()
+            gradients.provide_accumulating_product()
         self.parts = ModelParts(
             config.model,
             vocab_size=vocab_size,
@@ -132,33 +108,30 @@ class StudentEngine:
         self.stage_bounds = balanced_stages(costs, groups.layout.pp_size)
         values = engine_config(settings, parallel)
         try:
-            DeepSpeedConfig(values, mpu=ModelParallelUnit(groups))
+            DeepSpeedConfig(values, mpu=model_parallel_unit(groups))
         except (ValueError, AssertionError) as error:  # which know no file
             raise ValueError(f"{settings.path}: DeepSpeed refuses it: {error}") from error
         module = self._build_module(values)
-        table = initialize_weights(module, self.parts, config.train.seed)
+        table = student.initialize_weights(module, self.parts, config.train.seed)
         if parallel.sequence_parallel and not settings.keeps_whole_sums:
-            sum_sequence_parallel_gradients(module, groups.tp)
+            student.sum_sequence_parallel_gradients(module, groups.tp)
         weight_decay = values["optimizer"].get("params", {}).get("weight_decay", 0.0)
         self.engine: Any = deepspeed.initialize(
             model=module,
-            model_parameters=parameter_groups(module, weight_decay),
+            model_parameters=student.parameter_groups(module, weight_decay),
             config=values,
-            mpu=None if self.is_pipeline else ModelParallelUnit(groups),
+            mpu=None if self.is_pipeline else model_parallel_unit(groups),
             dist_init_required=False,
         )[0]
         # Where sums of gradients are looked for depends on it.
         assert isinstance(self.engine.optimizer, BF16_Optimizer) == settings.uses_bf16_optimizer
-        self.fused = FusedAccumulation(module, self.engine.optimizer)
-        self.engine.clip_fp32_gradients = partial(clip_fp32, self.engine, groups)
+        self.fused = gradients.FusedAccumulation(module, self.engine.optimizer)
+        self.engine.clip_fp32_gradients = partial(gradients.clip_fp32, self.engine, groups)
         self._update = self.engine._take_model_step
         self.engine._take_model_step = self._take_model_step
-        self.gradient_check: GradientCheck | None = None
-        if config.train.check_gradients:
-            self.gradient_check = GradientCheck(module, table, groups)
-        self.instructions: Instructions | None = None
-        if self.is_pipeline:
-            self.instructions = Instructions(self.engine, self.watchdog)
+        checks = config.train.check_gradients
+        self.gradient_check = gradients.GradientCheck(module, table, groups) if checks else None
+        self.instructions = Instructions(self.engine, watchdog) if self.is_pipeline else None
 
     @property
     def says_times(self) -> bool:
@@ -177,21 +150,17 @@ class StudentEngine:
         os.environ.setdefault("LOCAL_RANK", "0")
         if self.is_pipeline:
             layout, bounds = self.groups.layout, self.stage_bounds
-            return PipelineStudent(self.parts, self.loss_function, layout, bounds)
+            return student.PipelineStudent(self.parts, self.loss_function, layout, bounds)
         with deepspeed.zero.Init(
             data_parallel_group=self.groups.dp,
             config_dict_or_path=values,
             enabled=self.settings.zero_stage == 3,
-            mpu=ModelParallelUnit(self.groups),
+            mpu=model_parallel_unit(self.groups),
         ):
-            return SingleStageStudent(self.parts, self.loss_function).to(self.groups.device)
+            return student.SingleStageStudent(self.parts, self.loss_function).to(self.groups.device)
 
     def micro_batches(
-        self,
-        batch: Batch,
-        kd_weight: float,
-        teacher_hidden_RSE: Tensor | None,
-        phase: Phase = "kd",
+        self, batch: Batch, kd_weight: float, teacher_hidden_RSE: Tensor | None, phase: Phase = "kd"
     ) -> list[MicroBatch]:
         """Cut this rank's rows of a step into M micro-batches with the weights of their tokens.
 
@@ -263,7 +232,7 @@ class StudentEngine:
         """DeepSpeed's clipping and update, called when all gradients of a step are there."""
         self.fused.announce()
         if self.parts.sequence_parallel and self.settings.keeps_whole_sums:
-            sum_sequence_parallel(self.module, self.engine.optimizer, self.groups.tp)
+            gradients.sum_sequence_parallel(self.module, self.engine.optimizer, self.groups.tp)
         if self.gradient_check is not None:
             self.gradient_check.look()
         self._update(lr_kwargs)
@@ -282,7 +251,7 @@ class StudentEngine:
         with contextlib.ExitStack() as stack:
             prefixes = [one.prefix_B for one in micro_batches]
             stack.enter_context(self.parts.prefix_masks.of_step(prefixes))
-            if isinstance(self.module, PipelineStudent):
+            if isinstance(self.module, student.PipelineStudent):
                 targets = [one.targets for one in micro_batches]
                 stack.enter_context(self.module.targets_of_step(targets))
             yield
@@ -323,16 +292,10 @@ class StudentEngine:
         if self.groups.tp_rank != 0:
             sums.zero_()
         dist.all_reduce(sums)
-        loss, ce, kl, tokens, taught, ce_counted = sums.tolist()
-        return LossSums(
-            # The weights carried M * dp to undo DeepSpeed's means.
-            loss=loss / (self.groups.layout.dp_size * self.settings.num_micro_batches),
-            ce_nats=ce,
-            kl_nats=kl,
-            tokens=tokens,
-            taught=taught,
-            ce_counted=ce_counted,
-        )
+        found = LossSums(*sums.tolist())
+        # The weights carried M * dp to undo DeepSpeed's means.
+        num_means = self.groups.layout.dp_size * self.settings.num_micro_batches
+        return replace(found, loss=found.loss / num_means)
 
     def save(self, directory: Path) -> None:
         """Write DeepSpeed's state and this rank's part of the weights into an existing directory.
@@ -340,15 +303,12 @@ class StudentEngine:
         Collectives: DeepSpeed's, over all ranks.
         """
         self.engine.save_checkpoint(str(directory), tag="deepspeed", save_latest=False)
-        own = {
-            name: parameter
-            for name, parameter in canonical_parameters(self.module).items()
-            # A tied embedding lives on the first and the last stage; the first one writes it.
-            if not getattr(parameter, "ds_pipe_replicated", False)
-        }
         weights = {}
-        for name, parameter in own.items():
-            with gathered(parameter):  # a collective over dp under ZeRO 3: on every rank
+        for name, parameter in canonical_parameters(self.module).items():
+            # A tied embedding lives on the first and the last stage; the first one writes it.
+            if getattr(parameter, "ds_pipe_replicated", False):
+                continue
+            with student.gathered(parameter):  # a collective over dp under ZeRO 3: on every rank
                 if self.groups.dp_rank == 0:
                     weights[name] = parameter.detach().clone().cpu().contiguous()
         if self.groups.dp_rank == 0:

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from deepspeed.runtime.pipe.schedule import PipeInstruction, PipeSchedule, ReduceTiedGrads
 
+from megatron_salt.parallel.timers import Moment, moment_now, seconds_between
 from megatron_salt.parallel.watchdog import StepWatchdog
 from megatron_salt.teacher.passes import TeacherPass
 from megatron_salt.teacher.schedule import RecvHidden, SendHidden, TeacherForward, TeachingSchedule
 from megatron_salt.training.gradients import reduce_tied
 
 Handler = Callable[..., None]
-Mark = float | torch.cuda.Event
-"""A moment on this rank: `perf_counter`'s seconds, or an event on the stream."""
-
-
-def _seconds(beginning: Mark, moment: Mark) -> float:
-    if isinstance(moment, torch.cuda.Event):
-        assert isinstance(beginning, torch.cuda.Event)
-        moment.synchronize()
-        return float(beginning.elapsed_time(moment)) / 1000.0
-    return moment
 
 
 class Instructions:
@@ -41,11 +30,11 @@ class Instructions:
     def __init__(self, engine: Any, watchdog: StepWatchdog) -> None:
         self.engine, self.watchdog = engine, watchdog
         self.teacher_pass: TeacherPass | None = None
-        self._marks: list[tuple[PipeInstruction, Mark, Mark]] | None = None
+        self._marks: list[tuple[PipeInstruction, Moment, Moment]] | None = None
         own: dict[type[PipeInstruction], Handler] = {
-            TeacherForward: self._teacher_forward,
-            SendHidden: self._send_hidden,
-            RecvHidden: self._recv_hidden,
+            TeacherForward: self._of_own_piece(TeacherPass.run),
+            SendHidden: self._of_own_piece(TeacherPass.send),
+            RecvHidden: self._of_own_piece(TeacherPass.receive),
             ReduceTiedGrads: reduce_tied,
         }
         meanings = {**engine._INSTRUCTION_MAP, **own}
@@ -79,18 +68,11 @@ class Instructions:
             if self._marks is None:
                 meaning(engine, **arguments)
                 return
-            start = self._mark()
+            start = moment_now(engine.device)
             meaning(engine, **arguments)
-            self._marks.append((instruction, start, self._mark()))
+            self._marks.append((instruction, start, moment_now(engine.device)))
 
         return run
-
-    def _mark(self) -> Mark:
-        if self.engine.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
     def start_trace(self) -> None:
         """Note from now on when every instruction begins and ends; on CUDA by events."""
@@ -106,27 +88,18 @@ class Instructions:
             return None if marks is None else []
         beginning = marks[0][1]
         return [
-            (instruction, _seconds(beginning, start), _seconds(beginning, stop))
+            (instruction, seconds_between(beginning, start), seconds_between(beginning, stop))
             for instruction, start, stop in marks
         ]
 
-    def _piece(self, piece: int) -> int | None:
-        """The piece of this tensor-parallel rank where the schedule, shared by all of them, names
-        the first one's."""
-        assert self.teacher_pass is not None
-        return self.teacher_pass.plan.of_tp_rank(piece, self.teacher_pass.groups.tp_rank)
+    def _of_own_piece(self, action: Handler) -> Handler:
+        """An action on the piece of this tensor-parallel rank where the schedule, shared by all of
+        them, names the first one's."""
 
-    def _teacher_forward(self, engine: Any, piece: int, chunk: int) -> None:
-        own = self._piece(piece)
-        if own is not None and self.teacher_pass is not None:
-            self.teacher_pass.run(own, chunk)
+        def run(engine: Any, piece: int, **arguments: int) -> None:
+            assert self.teacher_pass is not None
+            own = self.teacher_pass.plan.of_tp_rank(piece, self.teacher_pass.groups.tp_rank)
+            if own is not None:
+                action(self.teacher_pass, own, **arguments)
 
-    def _send_hidden(self, engine: Any, piece: int) -> None:
-        own = self._piece(piece)
-        if own is not None and self.teacher_pass is not None:
-            self.teacher_pass.send(own)
-
-    def _recv_hidden(self, engine: Any, piece: int) -> None:
-        own = self._piece(piece)
-        if own is not None and self.teacher_pass is not None:
-            self.teacher_pass.receive(own)
+        return run

@@ -43,8 +43,6 @@ class MetricsLog:
     def __init__(self, output_dir: Path, *, resumed_step: int, tensorboard: bool) -> None:
         self.path = output_dir / METRICS_FILE
         kept = read_metrics(self.path, resumed_step) if self.path.exists() else []
-        if resumed_step == 0:
-            kept = []
         rewritten = self.path.with_suffix(".partial")
         rewritten.write_text("".join(kept), encoding="utf-8")
         os.replace(rewritten, self.path)

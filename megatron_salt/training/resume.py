@@ -6,16 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_salt.checkpoint.folder import (
-    find_resume,
-    list_checkpoints,
-    set_aside_damaged,
-    step_name,
-)
-from megatron_salt.checkpoint.manifest import (
-    CheckpointManifest,
-    read_checkpoint_manifest,
-)
+from megatron_salt.checkpoint import folder
+from megatron_salt.checkpoint.manifest import CheckpointManifest, read_checkpoint_manifest
 from megatron_salt.config.deepspeed import DeepSpeedSettings, read_json
 from megatron_salt.config.fields import DataConfig, RunConfig
 from megatron_salt.config.values import effective_split, parse_blend, parse_objective
@@ -58,11 +50,11 @@ def decide_start(
     For rank 0 alone, which tells the others. Damaged checkpoints are set aside.
     Raises: ValueError naming the file or setting that is wrong.
     """
-    resume_from, warnings = find_resume(config.train.output_dir, config.train.resume)
+    resume_from, warnings = folder.find_resume(config.train.output_dir, config.train.resume)
     resumed = read_checkpoint_manifest(resume_from) if resume_from else None
     check_start(config, layout, settings, tokenizer_fingerprint, resume_from, resumed)
     if warnings and resume_from:
-        set_aside_damaged(config.train.output_dir, resume_from)
+        folder.set_aside_damaged(config.train.output_dir, resume_from)
     return resume_from, resumed, warnings
 
 
@@ -81,7 +73,7 @@ def check_start(
     (`changed_settings`).
     """
     output_dir = Path(config.train.output_dir)
-    existing = list_checkpoints(output_dir)
+    existing = folder.list_checkpoints(output_dir)
     if resumed is None:
         if existing:
             raise ValueError(
@@ -91,7 +83,7 @@ def check_start(
         return
     if (
         existing
-        and existing[-1].name > step_name(resumed.run.step)
+        and existing[-1].name > folder.step_name(resumed.run.step)
         and config.train.resume != "auto"
     ):
         raise ValueError(
@@ -151,37 +143,26 @@ def _check_same_order(
             f"train_batch_size = {settings.global_batch_size} this run would go on at sequence "
             f"{rows}: keep the batch size"
         )
-    splits = [effective_split(c.data) for c in (run.config, config)]
-    if splits[0] != splits[1]:
-        raise ValueError(
-            f"data.split and data.valid_data_path: the training documents would be those of split "
-            f"{splits[1]!r}, the checkpoint's are of {splits[0]!r}: the order of the data would "
-            "change"
-        )
-    if run.config.data.eod_mask_loss != config.data.eod_mask_loss:
-        raise ValueError(
-            f"data.eod_mask_loss = {config.data.eod_mask_loss}, the checkpoint's is "
-            f"{run.config.data.eod_mask_loss}: other tokens would count"
-        )
-    objectives = [_objective(c.data) for c in (run.config, config)]
-    if objectives[0] != objectives[1]:
-        raise ValueError(
-            f"data.objective: {objectives[1]}, the checkpoint's is {objectives[0]}: rows would ask "
-            "something else of the model; keep it, or start a new run"
-        )
-    weights = [
-        parse_blend(c.data.train_data_path, "data.train_data_path")[1] for c in (run.config, config)
-    ]
-    if weights[0] != weights[1]:
-        raise ValueError(
-            f"data.train_data_path: blend weights {weights[1]}, the checkpoint's are {weights[0]}: "
-            "the order of the data would change"
-        )
-    if run.config.train.seed != config.train.seed:
-        raise ValueError(
-            f"train.seed = {config.train.seed}, the checkpoint's is {run.config.train.seed}: "
-            "the order of the data would change"
-        )
+    for (what, now, consequence), (_, before, _) in zip(
+        _deciding_order(config), _deciding_order(run.config), strict=True
+    ):
+        if now != before:
+            raise ValueError(f"{what} {now}, the checkpoint's is {before}: {consequence}")
+
+
+def _deciding_order(config: RunConfig) -> list[tuple[str, object, str]]:
+    """(setting, what it makes, what another one would change) of what rows and their order are."""
+    data, order = config.data, "the order of the data would change"
+    weights = parse_blend(data.train_data_path, "data.train_data_path")[1]
+    return [
+        ("data.split and data.valid_data_path: the training documents would be those of split",
+         repr(effective_split(data)), order),
+        ("data.eod_mask_loss =", data.eod_mask_loss, "other tokens would count"),
+        ("data.objective:", _objective(data),
+         "rows would ask something else of the model; keep it, or start a new run"),
+        ("data.train_data_path: blend weights", weights, order),
+        ("train.seed =", config.train.seed, order),
+    ]  # fmt: skip
 
 
 def _objective(data: DataConfig) -> str:

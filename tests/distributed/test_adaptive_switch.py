@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch.distributed as dist
+from evaluation_keys import STUDENT_KEYS, TEACHER_KEYS
 from ranks import run_ranks
 from tiny import (
     LLAMA,
@@ -28,7 +29,6 @@ from megatron_salt.checkpoint.manifest import read_checkpoint_manifest
 from megatron_salt.config.fields import RunConfig, SaltConfig
 from megatron_salt.config.problems import ADAPTIVE_ONLY
 from megatron_salt.data.dataset import TagInputs
-from megatron_salt.evaluation.held_out import STUDENT_KEYS, TEACHER_KEYS
 from megatron_salt.method.switch import SwitchState
 from megatron_salt.planner.dry_run import describe_run
 from megatron_salt.training.resume import check_same_tag_inputs

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from evaluation_keys import STUDENT_KEYS, TEACHER_KEYS
 from ranks import run_ranks
 from tiny import LLAMA, make_config, make_deepspeed, metrics_of, run_to_end
 
@@ -17,7 +18,6 @@ from megatron_salt.checkpoint.frozen import load_frozen
 from megatron_salt.checkpoint.manifest import read_checkpoint_manifest
 from megatron_salt.config.fields import RunConfig
 from megatron_salt.data.dataset import DataSource, find_tokenizer
-from megatron_salt.evaluation.held_out import STUDENT_KEYS, TEACHER_KEYS
 from megatron_salt.kernels import VocabShard
 from megatron_salt.parallel.groups import initialize
 

@@ -19,9 +19,9 @@ from megatron_salt.config.fields import RunConfig
 from megatron_salt.model.layers import DecoderLayer, ModelParts
 from megatron_salt.model.weights import DTYPES
 from megatron_salt.parallel.groups import initialize
-from megatron_salt.planner.dry_run import teacher_size, teaching_plan
+from megatron_salt.planner.dry_run import teaching_plan
 from megatron_salt.planner.memory import StageMemory, layer_bytes, stage_memory
-from megatron_salt.planner.sizes import Sizes
+from megatron_salt.planner.sizes import Sizes, TeacherSize
 from megatron_salt.training.run import Run, prepare
 
 WIDER: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 8, "ffn_hidden_size": 160}
@@ -95,7 +95,7 @@ def _measure(config: RunConfig, deepspeed: str) -> dict[str, tuple[Count, StageM
     run.step(step)  # DeepSpeed and Adam allocate at their first step
     stage = run.groups.pp_rank
     if run.teacher is not None:
-        with_teacher = replace(sizes, teacher=teacher_size(run.teacher.manifest))
+        with_teacher = replace(sizes, teacher=TeacherSize.of(run.teacher.manifest))
         counted = _count(run, 1)
         found["KD"] = counted, stage_memory(with_teacher, teaching_plan(with_teacher))[stage]
         step = KD_STEPS - 1

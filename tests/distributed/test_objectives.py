@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from original_text import original_text
 from ranks import RankError, run_ranks
 from tiny import (
     GPT,
@@ -33,7 +34,7 @@ from megatron_salt.config.values import OBJECTIVES
 from megatron_salt.corpus.preprocess import preprocess
 from megatron_salt.corpus.train_tokenizer import train_tokenizer
 from megatron_salt.data.dataset import Batch, DataSource, find_tokenizer
-from megatron_salt.data.objective import make_mixture, original_text
+from megatron_salt.data.objective import make_mixture
 from megatron_salt.model.student import OutputLayer
 from megatron_salt.parallel.groups import initialize
 from megatron_salt.planner.dry_run import describe_run

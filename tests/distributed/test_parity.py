@@ -313,7 +313,7 @@ def _double_the_first_stages_gradients() -> None:
     def doubled(self: engine.StudentEngine, lr_kwargs: Any) -> None:
         for parameter in self.module.parameters():
             gradient = accumulated(parameter, self.engine.optimizer)
-            if self.groups.is_first_stage and gradient is not None:
+            if self.groups.pp_rank == 0 and gradient is not None:
                 gradient.mul_(2.0)
         update(self, lr_kwargs)
 

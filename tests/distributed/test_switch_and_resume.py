@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from evaluation_keys import TEACHER_KEYS
 from ranks import RankError, run_ranks
 from tiny import (
     LLAMA,
@@ -26,7 +27,6 @@ from tiny import (
 
 from megatron_salt.checkpoint.folder import list_checkpoints
 from megatron_salt.config.fields import RunConfig
-from megatron_salt.evaluation.held_out import TEACHER_KEYS
 from megatron_salt.training.run import Run, prepare, train
 
 KD_STEPS = 6

@@ -38,7 +38,7 @@ from megatron_salt.data.tags import (
 from megatron_salt.data.tokenizer import load_tokenizer
 from megatron_salt.kernels import Chunking, VocabShard
 from megatron_salt.parallel.groups import initialize
-from megatron_salt.scoring import tagging
+from megatron_salt.scoring import shards as shard_files
 from megatron_salt.scoring.request import TagRequest
 from megatron_salt.scoring.scorer import Scorer, ShardScores
 from megatron_salt.scoring.shards import write_shard
@@ -262,7 +262,7 @@ def test_a_tag_belongs_to_the_token_that_is_predicted(
 
 def _tag_and_die(request: TagRequest, after: int) -> None:
     written = 0
-    write = tagging.write_shard
+    write = shard_files.write_shard
 
     def write_and_count(*arguments: Any) -> None:
         nonlocal written
@@ -271,7 +271,7 @@ def _tag_and_die(request: TagRequest, after: int) -> None:
         if written == after:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    tagging.write_shard = write_and_count
+    shard_files.write_shard = write_and_count
     _tag(request)
 
 

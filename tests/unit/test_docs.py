@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 from commands import ROOT
+from evaluation_keys import STUDENT_KEYS, TEACHER_KEYS
 
 from megatron_salt.checkpoint.manifest import CheckpointManifest, ModelRecord, RunRecord
 from megatron_salt.config.deepspeed import KNOWN_KEYS, REFUSED_KEYS
 from megatron_salt.config.fields import KEYS
-from megatron_salt.evaluation.held_out import STUDENT_KEYS, TEACHER_KEYS
 from megatron_salt.report.runs import STEP_KEYS, VALID_KEYS
 
 DOCS = ROOT / "docs"

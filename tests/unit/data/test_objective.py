@@ -12,6 +12,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from original_text import original_text
 
 from megatron_salt.config.fields import DataConfig, TextOrNumber
 from megatron_salt.config.values import OBJECTIVES, parse_objective
@@ -24,7 +25,6 @@ from megatron_salt.data.objective import (
     count_spans,
     fit_spans,
     make_mixture,
-    original_text,
     sentinels_needed,
 )
 from megatron_salt.data.tokenizer import Tokenizer, load_tokenizer, sentinel_ids
@@ -33,12 +33,15 @@ EOD = 1
 SENTINELS = tuple(range(100, 600))  # above all tokens of the made-up texts
 
 
-def mixture(shares: dict[str, float], seq_length: int, **changes: Any) -> Mixture:
-    values: dict[str, Any] = {
-        "seed": 7, "shares": shares, "seq_length": seq_length, "rate": 0.15, "mean_length": 3.0,
-        "eod": EOD, "eod_mask_loss": False, "sentinels": SENTINELS,
-    }  # fmt: skip
-    return Mixture(**(values | changes))
+def mixture(
+    shares: dict[str, float], seq_length: int, *, rate: float = 0.15, mean_length: float = 3.0,
+    eod: int = EOD, eod_mask_loss: bool = False, seed: int = 7,
+) -> Mixture:  # fmt: skip
+    data = DataConfig(
+        seq_length=seq_length, span_corruption_rate=rate, span_mean_length=mean_length,
+        eod_mask_loss=eod_mask_loss,
+    )  # fmt: skip
+    return Mixture(seed=seed, shares=shares, data=data, eod=eod, sentinels=SENTINELS)
 
 
 def data_config(*words: object, **changes: Any) -> DataConfig:

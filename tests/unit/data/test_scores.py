@@ -145,7 +145,7 @@ def test_table_comes_back_as_written(tmp_path: Path) -> None:
         np.testing.assert_array_equal(back.columns[name], value)
         assert back.columns[name].dtype == value.dtype
     with pytest.raises(ValueError, match=r"no scores entropy_drop.*--store entropy"):
-        back.score("entropy", "drop", "t.parquet")
+        back.score("entropy", "drop")
 
 
 def test_flipped_bit_of_a_table_is_found(tmp_path: Path) -> None:

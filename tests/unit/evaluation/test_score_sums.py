@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from megatron_salt.evaluation.held_out import TeacherScores
-from megatron_salt.evaluation.score_sums import CALIBRATION_BINS, ScoreSums, ThirdCuts, by_sample
+from megatron_salt.evaluation.score_sums import CALIBRATION_BINS, ScoreSums, ThirdCuts
 from megatron_salt.kernels import TokenScores
-from megatron_salt.model.loss import in_order_of_tokens
+from megatron_salt.model.loss import by_sample, in_order_of_tokens
 
 
 def thirds_by_trying(losses: list[float]) -> list[int]:

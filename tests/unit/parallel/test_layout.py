@@ -12,7 +12,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from megatron.core.parallel_state import RankGenerator
 
 from megatron_salt.config.fields import ModelConfig
-from megatron_salt.data.order import epoch_and_offset, epoch_seed, evaluation_rows, rows_of_rank
+from megatron_salt.data.order import epoch_seed, evaluation_rows, rows_of_rank
 from megatron_salt.model.costs import balanced_stages, layer_costs
 from megatron_salt.parallel.layout import Layout, layout_for_world, split_evenly
 from megatron_salt.teacher.pieces import assign_pieces, teacher_pieces
@@ -168,8 +168,8 @@ def test_balanced_stages_are_the_best_there_are(num_layers: int) -> None:
             if attempt >= 6:
                 layers = [float(random.randint(1, 9)) for _ in range(num_layers)]
             head = float(random.choice([0, 1, 2, 4, 6, 11, 20, 40]))
-            costs = [float(random.choice([0, 0, 3])), *layers, head]
-            found = tuple(balanced_stages(costs, num_stages))
+            costs = (float(random.choice([0, 0, 3])), *layers, head)
+            found = balanced_stages(costs, num_stages)
             assert found in set(all_splits(num_layers, num_stages))
 
             def quality(bounds: tuple[int, ...]) -> tuple[list[float], list[int]]:
@@ -182,23 +182,23 @@ def test_balanced_stages_are_the_best_there_are(num_layers: int) -> None:
 @pytest.mark.parametrize(
     ("head", "num_layers", "num_stages", "expected"),
     [
-        (0, 8, 4, [0, 2, 4, 6, 8]),
-        (0, 10, 4, [0, 3, 6, 8, 10]),  # equally good: later stages get fewer layers
-        (2, 8, 4, [0, 3, 5, 7, 8]),
-        (5, 8, 4, [0, 3, 5, 7, 8]),  # and not 5, 1, 1, 1, which is no faster
-        (5, 24, 4, [0, 8, 15, 22, 24]),
-        (9, 4, 2, [0, 3, 4]),
+        (0, 8, 4, (0, 2, 4, 6, 8)),
+        (0, 10, 4, (0, 3, 6, 8, 10)),  # equally good: later stages get fewer layers
+        (2, 8, 4, (0, 3, 5, 7, 8)),
+        (5, 8, 4, (0, 3, 5, 7, 8)),  # and not 5, 1, 1, 1, which is no faster
+        (5, 24, 4, (0, 8, 15, 22, 24)),
+        (9, 4, 2, (0, 3, 4)),
     ],
 )
 def test_balanced_stages_by_hand(
-    head: int, num_layers: int, num_stages: int, expected: list[int]
+    head: int, num_layers: int, num_stages: int, expected: tuple[int, ...]
 ) -> None:
-    assert balanced_stages([0.0, *[1.0] * num_layers, float(head)], num_stages) == expected
+    assert balanced_stages((0.0, *[1.0] * num_layers, float(head)), num_stages) == expected
 
 
 def test_more_stages_than_layers_are_refused() -> None:
     with pytest.raises(ValueError, match="2 layers cannot fill 3 pipeline stages"):
-        balanced_stages([0.0, 1.0, 1.0, 1.0], 3)
+        balanced_stages((0.0, 1.0, 1.0, 1.0), 3)
 
 
 def test_layer_costs_by_hand() -> None:
@@ -207,7 +207,7 @@ def test_layer_costs_by_hand() -> None:
     )
     qkv, proj, mlp, attention = 8 * (8 + 2 * 2 * 2), 8 * 8, 3 * 8 * 12, 16 * 8
     layer = qkv + proj + mlp + attention
-    assert layer_costs(model, 100, 16) == [0.0, layer, layer, 800.0]
+    assert layer_costs(model, 100, 16) == (0.0, layer, layer, 800.0)
     gelu = ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=4, activation="gelu")
     assert layer_costs(gelu, 100, 16)[1] == 8 * 24 + 64 + 2 * 8 * 32 + 16 * 8
 
@@ -250,11 +250,6 @@ def test_each_held_out_row_is_scored_once(micro_batch_size: int, dp_size: int) -
             any(row >= 0 for rank in by_rank for row in rank[index])
             for index in range(len(by_rank[0]))
         )
-
-
-def test_position_in_an_endless_order() -> None:
-    positions = [epoch_and_offset(row, 5) for row in range(11)]
-    assert positions == [(0, i) for i in range(5)] + [(1, i) for i in range(5)] + [(2, 0)]
 
 
 def test_every_pass_of_every_seed_is_shuffled_anew() -> None:

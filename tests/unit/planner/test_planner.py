@@ -272,7 +272,7 @@ def test_bytes_of_a_parameter(
         inputs_of(tmp_path, 4).settings, values=values, precision=precision, zero_stage=stage
     )
     found = model_states(1000, settings, Layout(tp_size=1, pp_size=1, dp_size=4))
-    seen = (found.weights, found.gradients, found.optimizer)
+    seen = (found["weights"], found["gradients"], found["optimizer"])
     assert seen == pytest.approx(tuple(1000 * each for each in expected))
 
 
