@@ -30,6 +30,7 @@ from tiny import (
 from megatron_salt.config.fields import RunConfig
 from megatron_salt.parallel.watchdog import StepWatchdog
 from megatron_salt.planner.times import read_measured
+from megatron_salt.teacher.passes import TeacherPass
 from megatron_salt.teacher.schedule import (
     KINDS,
     RecvHidden,
@@ -334,7 +335,8 @@ def _traced_steps(config: RunConfig, deepspeed_config: str) -> tuple[Any, Any, A
 
         return run_slowly
 
-    meanings = {**PipelineEngine._INSTRUCTION_MAP, TeacherForward: instructions._teacher_forward}
+    teach = instructions._of_own_piece(TeacherPass.run)
+    meanings = {**PipelineEngine._INSTRUCTION_MAP, TeacherForward: teach}
     for kind, seconds in sleeps.items():
         engine._INSTRUCTION_MAP[kind] = instructions._noted(kind, slow(meanings[kind], seconds))
     assert run.teacher is not None

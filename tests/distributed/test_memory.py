@@ -88,7 +88,7 @@ def _measure(config: RunConfig, deepspeed: str) -> dict[str, tuple[Count, StageM
         config=config,
         settings=run.settings,
         layout=run.groups.layout,
-        vocab_size=run.tokenizer.vocab_size,
+        vocab_size=run.student.parts.vocab_size,
         on_cuda=False,
     )
     found, step = {}, 0

@@ -303,7 +303,7 @@ def test_death_of_a_worker_is_an_error_not_a_hang(
 
 RUN_WITH_SMALL_WINDOW = """
 import sys
-from megatron_salt.data import preprocess
+from megatron_salt.corpus import preprocess
 preprocess.MIN_BLOCKS_IN_FLIGHT = 1  # write the first block soon
 from tools.preprocess_data import main
 if __name__ == "__main__":
