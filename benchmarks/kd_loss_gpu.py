@@ -463,7 +463,7 @@ def measure_one_launch(run: Run, T: int, W: int, dtype: torch.dtype) -> dict[str
 
     def call(inputs: LossInputs) -> tuple[Tensor, Tensor]:
         gradient = torch.empty_like(inputs.student_TW, dtype=BF16)
-        scores = backend.scores_and_gradient_(inputs, options, None, one, gradient)
+        scores = backend.scores_and_gradient_(inputs, options, one, gradient)
         return scores.loss_T.sum(), gradient
 
     inputs = sets[0]

@@ -176,7 +176,7 @@ class Case:
             *(weight.cpu().double() for weight in self.small[1:]),
         )
         options, backend = self.options(self.vocab), ReferenceBackend()
-        scores = backend.scores(rows, options, None)
+        scores = backend.scores(rows, options)
         gradient = torch.empty_like(rows.student_TW, memory_format=torch.contiguous_format)
         upstream = self.upstream.cpu().double()
         backend.gradient_(rows, options, scores.saved, upstream, gradient)
@@ -207,7 +207,7 @@ class Case:
 
     def two_passes(self, backend: CompiledBackend) -> tuple[Tensor, Tensor]:
         rows, options = self.rows(self.vocab), self.options(self.vocab)
-        loss_T, ce_T, kl_T, saved = backend.scores(rows, options, None)
+        loss_T, ce_T, kl_T, saved = backend.scores(rows, options)
         out_TW = self.empty_gradient()
         backend.gradient_(rows, options, saved, self.upstream, out_TW)
         return torch.stack([loss_T, ce_T, kl_T]), out_TW
@@ -219,7 +219,7 @@ class Case:
         if self.kind.gradient == self.kind.student:
             out_TW = copy_in_place(self.student_TW)
             rows = rows._replace(student_TW=out_TW)
-        scores = backend.scores_and_gradient_(rows, options, None, self.upstream, out_TW)
+        scores = backend.scores_and_gradient_(rows, options, self.upstream, out_TW)
         return torch.stack(scores[:3]), out_TW
 
     def in_parts(self, backend: CompiledBackend) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 from megatron_salt.config.fields import KEYS, SECTIONS, RunConfig
 from megatron_salt.config.problems import check_config
@@ -77,23 +76,19 @@ def check_yaml_keys(path: str) -> None:
         raise ValueError(f"--config {path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config {path}: expected sections {list(SECTIONS)}, found {values!r}")
-    flat_extra = ["deepspeed_config", "dry_run"]
+    known = [*SECTIONS, "deepspeed_config", "dry_run"]
     for section, body in values.items():
-        if section in flat_extra:
-            continue
+        if section not in known:
+            raise ValueError(f"{path}: unknown section {section!r}.{nearest(section, known)}")
         if section not in SECTIONS:
-            raise ValueError(
-                f"{path}: unknown section {section!r}.{nearest(section, [*SECTIONS, *flat_extra])}"
-            )
+            continue
         if not isinstance(body, dict):
             raise ValueError(
                 f"{path}: section {section!r} holds {body!r}: give its settings or remove it"
             )
-        for key in body:
-            if f"{section}.{key}" not in KEYS:
-                raise ValueError(
-                    f"{path}: unknown key '{section}.{key}'.{nearest(f'{section}.{key}', KEYS)}"
-                )
+        for key in (f"{section}.{key}" for key in body):
+            if key not in KEYS:
+                raise ValueError(f"{path}: unknown key '{key}'.{nearest(key, KEYS)}")
 
 
 def parse_command_line(argv: Sequence[str] | None = None, prog: str = "pretrain") -> CommandLine:
@@ -115,7 +110,8 @@ def parse_command_line(argv: Sequence[str] | None = None, prog: str = "pretrain"
             if word.startswith("--") and key not in (*KEYS, *OPTIONS):
                 raise ValueError(f"unknown option --{key}.{nearest(key, [*KEYS, *OPTIONS])}")
         namespace = parser.parse_args(argv)
-        config = _from_namespace(parser, namespace)
+        sections = {name: kind(**vars(namespace[name])) for name, kind in SECTIONS.items()}
+        config = RunConfig(**sections)
         check_config(config)
         if not namespace.deepspeed_config:
             raise ValueError("--deepspeed_config is missing: give the DeepSpeed JSON of this run")
@@ -126,14 +122,6 @@ def parse_command_line(argv: Sequence[str] | None = None, prog: str = "pretrain"
         deepspeed_config=os.fspath(namespace.deepspeed_config),
         dry_run=bool(namespace.dry_run),
     )
-
-
-def _from_namespace(parser: ArgumentParser, namespace: Namespace) -> RunConfig:
-    built = {}
-    for name, kind in SECTIONS.items():
-        values = namespace[name]
-        built[name] = kind(**{item.name: values[item.name] for item in dataclasses.fields(kind)})
-    return RunConfig(**built)
 
 
 def write_config(config: RunConfig, path: Path) -> None:

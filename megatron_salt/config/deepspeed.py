@@ -210,15 +210,11 @@ def _expected(key: str, value: Any) -> str | None:
     return None if fits else "finite"
 
 
-def _enabled(values: Mapping[str, Any], section: str) -> bool:
-    return bool(values.get(section, {}).get("enabled", False))
-
-
 def positive_int(values: Mapping[str, Any], key: str, path: str) -> int | None:
     value = values.get(key)
     if value is None:
         return None
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if type(value) is not int or value < 1:
         raise ValueError(f"{path}: {key} = {value!r}: must be a whole number of at least 1")
     return value
 
@@ -262,11 +258,10 @@ def load_deepspeed_config(path: str, data_parallel_size: int) -> DeepSpeedSettin
         if (expected := _expected(key, value)) is not None:
             raise ValueError(f"{path}: {key} = {json.dumps(value)[:40]}: must be {expected}")
     micro, steps, total = resolve_batch_sizes(values, data_parallel_size, path)
-    if _enabled(values, "bf16") and _enabled(values, "fp16"):
+    enabled = [name for name in ("bf16", "fp16") if values.get(name, {}).get("enabled")]
+    if len(enabled) == 2:
         raise ValueError(f"{path}: bf16 and fp16 are both enabled; disable one")
-    precision = (
-        "bf16" if _enabled(values, "bf16") else "fp16" if _enabled(values, "fp16") else "fp32"
-    )
+    precision = enabled[0] if enabled else "fp32"
     for section in ("fp16", "bf16"):
         if values.get(section, {}).get("auto_cast"):
             raise ValueError(f"{path}: {section}.auto_cast would round the loss weights; remove it")
@@ -295,7 +290,7 @@ def load_deepspeed_config(path: str, data_parallel_size: int) -> DeepSpeedSettin
 
 def check_against_run(settings: DeepSpeedSettings, config: RunConfig) -> None:
     """Raise ValueError, naming the settings, where the JSON contradicts the run's config."""
-    parallel: ParallelConfig = config.parallel
+    parallel = config.parallel
     path, values, pp = settings.path, settings.values, parallel.pipeline_model_parallel_size
     if pp > 1 and settings.zero_stage > 1:
         raise ValueError(

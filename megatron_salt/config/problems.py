@@ -8,16 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Literal
 
-from megatron_salt.config.fields import (
-    SECTIONS,
-    DataConfig,
-    ModelConfig,
-    ParallelConfig,
-    RunConfig,
-    SaltConfig,
-    TrainConfig,
-)
+from megatron_salt.config.fields import SECTIONS, ModelConfig, ParallelConfig, RunConfig, SaltConfig
 from megatron_salt.config.values import (
     check_split,
     effective_split,
@@ -45,12 +38,12 @@ def check_config(config: RunConfig) -> None:
 def problems(config: RunConfig) -> Iterator[str]:
     """Everything that is wrong with a run's settings; the texts of data are read first."""
     numbers = list(number_problems(config))
-    data = numbers or list(data_problems(config.data))
+    data = numbers or list(data_problems(config))
     yield from data
     if data:
         return
     yield from model_problems(config.model, config.data.seq_length, config.parallel)
-    yield from train_problems(config.train)
+    yield from train_problems(config)
     yield from method_problems(config)
     yield from teacher_problems(config)
     yield from switch_problems(config)
@@ -67,18 +60,23 @@ def number_problems(config: RunConfig) -> Iterator[str]:
                 yield f"{key} = {value}: must be a finite number"
             elif key in ABOVE_0 and value <= 0:
                 yield f"{key} = {value}: must be above 0"
-    minutes = config.parallel.timeout_minutes
-    if not 0.01 <= minutes <= LONGEST_WAIT_MINUTES:
-        yield (
-            f"parallel.timeout_minutes = {minutes}: must lie between 0.01 and "
-            f"{LONGEST_WAIT_MINUTES}"
-        )
+            elif item.name == "timeout_minutes" and not 0.01 <= value <= LONGEST_WAIT_MINUTES:
+                yield f"{key} = {value}: must lie between 0.01 and {LONGEST_WAIT_MINUTES}"
 
 
-def data_problems(data: DataConfig) -> Iterator[str]:
+def _below(least: Literal[0, 1], config: RunConfig, section: str, *names: str) -> Iterator[str]:
+    """The numbers of a section that are below the least that they may be."""
+    must = "not be negative" if least == 0 else "be at least 1"
+    for name in names:
+        value = getattr(getattr(config, section), name)
+        if value < least:
+            yield f"{section}.{name} = {value}: must {must}"
+
+
+def data_problems(config: RunConfig) -> Iterator[str]:
     """What concerns the data by itself: prefixes, split, objectives and their spans."""
-    if data.seq_length <= 0:
-        yield f"data.seq_length = {data.seq_length}: must be at least 1"
+    data = config.data
+    yield from _below(1, config, "data", "seq_length")
     if not data.train_data_path:
         yield "data.train_data_path is empty: give at least one prefix"
     else:
@@ -87,8 +85,7 @@ def data_problems(data: DataConfig) -> Iterator[str]:
     yield from _error_of(parse_objective, data.objective)
     if not 0.0 < data.span_corruption_rate < 1.0:
         yield f"data.span_corruption_rate = {data.span_corruption_rate}: must lie between 0 and 1"
-    if data.span_mean_length < 1.0:
-        yield f"data.span_mean_length = {data.span_mean_length}: must be at least 1"
+    yield from _below(1, config, "data", "span_mean_length")
     # A token that stays, one that goes, and three sentinels.
     if "span_corruption" in data.objective and 0 < data.seq_length < 4:
         yield f"data.seq_length = {data.seq_length} has no room for span_corruption: use at least 4"
@@ -124,13 +121,11 @@ def model_problems(model: ModelConfig, seq_length: int, parallel: ParallelConfig
             f"model.num_attention_heads = {model.num_attention_heads} is not a multiple of "
             f"num_query_groups = {model.query_groups}"
         )
+    size = f"parallel.tensor_model_parallel_size = {tp}"
     for name in ("query_groups", "num_attention_heads", "ffn_size"):
         value = getattr(model, name)
         if value % tp:
-            yield (
-                f"model: {name} = {value} is not divisible by "
-                f"parallel.tensor_model_parallel_size = {tp}"
-            )
+            yield f"model: {name} = {value} is not divisible by {size}"
     if pp > model.num_layers:
         yield (
             f"parallel.pipeline_model_parallel_size = {pp} exceeds model.num_layers = "
@@ -153,27 +148,21 @@ def model_problems(model: ModelConfig, seq_length: int, parallel: ParallelConfig
         )
 
 
-def train_problems(train: TrainConfig) -> Iterator[str]:
+def train_problems(config: RunConfig) -> Iterator[str]:
     """What concerns the run's length, learning rate and intervals."""
-    if train.steps <= 0:
-        yield f"train.steps = {train.steps}: must be at least 1"
+    train = config.train
+    yield from _below(1, config, "train", "steps")
     if train.seed >= 2**32:
         yield f"train.seed = {train.seed}: must be below 2**32"
     if train.lr_warmup_steps > train.steps:
         yield f"train.lr_warmup_steps = {train.lr_warmup_steps} exceeds train.steps = {train.steps}"
-    for name in ("eval_interval", "checkpoint_interval", "keep_checkpoints", "lr_warmup_steps",
-                 "seed"):  # fmt: skip
-        value = getattr(train, name)
-        if value < 0:
-            yield f"train.{name} = {value}: must not be negative"
+    yield from _below(0, config, "train", "eval_interval", "checkpoint_interval",
+                      "keep_checkpoints", "lr_warmup_steps", "seed")  # fmt: skip
     if train.lr_decay_steps is not None and train.lr_decay_steps <= 0:
         yield f"train.lr_decay_steps = {train.lr_decay_steps}: must be at least 1, or null"
     if not 0.0 <= train.min_lr_ratio <= 1.0:
         yield f"train.min_lr_ratio = {train.min_lr_ratio}: must be in [0, 1]"
-    for name in ("eval_samples", "log_interval"):
-        value = getattr(train, name)
-        if value <= 0:
-            yield f"train.{name} = {value}: must be at least 1"
+    yield from _below(1, config, "train", "eval_samples", "log_interval")
 
 
 def method_problems(config: RunConfig) -> Iterator[str]:
@@ -183,17 +172,13 @@ def method_problems(config: RunConfig) -> Iterator[str]:
         yield f"salt.kd_steps = {salt.kd_steps}: must lie between 0 and train.steps = {train.steps}"
     if not 0.0 <= salt.kd_weight <= 1.0:
         yield f"salt.kd_weight = {salt.kd_weight}: must be in [0, 1]"
-    if salt.loss_chunk_mib <= 0:
-        yield f"salt.loss_chunk_mib = {salt.loss_chunk_mib}: must be at least 1"
+    yield from _below(1, config, "salt", "loss_chunk_mib")
     if salt.divergence != "forward_kl" and salt.loss_impl not in ("auto", "reference"):
         yield (
             f"salt.divergence = {salt.divergence} is computed by the reference only, not by "
             f"salt.loss_impl = {salt.loss_impl}: choose auto"
         )
-    for name in ("transition_steps", "warmup_steps", "inheritance_slope"):
-        value = getattr(salt, name)
-        if value < 0:
-            yield f"salt.{name} = {value}: must not be negative"
+    yield from _below(0, config, "salt", "transition_steps", "warmup_steps", "inheritance_slope")
     window = salt.transition_steps + (salt.warmup_steps if salt.transition == "wsd" else 0)
     if window > salt.kd_steps:
         yield (
@@ -204,16 +189,11 @@ def method_problems(config: RunConfig) -> Iterator[str]:
     if needs_window and salt.kd_steps > 0 and salt.transition_steps <= 0:
         yield f"salt.transition = {salt.transition} needs salt.transition_steps > 0"
     windowed = ("linear_decay", "linear_ratio_decay", "wsd")
+    no_effect = f"has no effect with salt.transition = {salt.transition}; remove it or choose"
     if salt.transition_steps != 0 and salt.transition not in windowed:
-        yield (
-            f"salt.transition_steps = {salt.transition_steps} has no effect with salt.transition = "
-            f"{salt.transition}; remove it or choose one of {list(windowed)}"
-        )
+        yield f"salt.transition_steps = {salt.transition_steps} {no_effect} one of {list(windowed)}"
     if salt.warmup_steps != 0 and salt.transition != "wsd":
-        yield (
-            f"salt.warmup_steps = {salt.warmup_steps} has no effect with salt.transition = "
-            f"{salt.transition}; remove it or choose wsd"
-        )
+        yield f"salt.warmup_steps = {salt.warmup_steps} {no_effect} wsd"
     if salt.transition == "linear_ratio_decay" and salt.kd_weight >= 1.0:
         yield (
             "salt.transition = linear_ratio_decay: the ratio w/(1-w) is infinite at kd_weight 1; "
@@ -281,11 +261,11 @@ def switch_problems(config: RunConfig) -> Iterator[str]:
             f"salt.switch_better_share = {salt.switch_better_share}: must be at least 0 and below "
             "1, where the teacher would never help"
         )
-    if salt.min_kd_steps < 0:
-        yield f"salt.min_kd_steps = {salt.min_kd_steps}: must not be negative"
+    yield from _below(0, config, "salt", "min_kd_steps")
+    yield from _below(1, config, "salt", "switch_patience")
     if salt.switch_patience < 1:
-        yield f"salt.switch_patience = {salt.switch_patience}: must be at least 1"
-    elif train.eval_interval <= 0:
+        return
+    if train.eval_interval <= 0:
         yield (
             f"{adaptive} decides at evaluations, and train.eval_interval is 0: set it, or choose "
             "fixed"

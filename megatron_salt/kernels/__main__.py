@@ -25,11 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     arguments = parser.parse_args(argv)
     logging.disable(logging.WARNING)  # the reasons are printed below
-    available = {"native": _native(), "cuda": _cuda()}
+    available = {"native": load_for(torch.device("cpu")), "cuda": _cuda()}
     print("reference  available: plain PyTorch, any device, every dtype and divergence")
     for name, found in available.items():
         if isinstance(found, str):
-            print(f"{name:9}  not available: {_indented(found)}")
+            reason = found.replace("\n", "\n" + 11 * " ")
+            print(f"{name:9}  not available: {reason}")
         else:
             print(f"{name:9}  available: {found.path}")
     print(f"\ncompilers: C++ {build.find_cxx() or 'none'}, CUDA {build.find_nvcc() or 'none'}")
@@ -47,10 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if missing else 0
 
 
-def _native() -> compiled.CompiledBackend | str:
-    return load_for(torch.device("cpu"))
-
-
 def _cuda() -> compiled.CompiledBackend | str:
     if not torch.cuda.is_available():
         installed = build.INSTALLED / build.library_name("cuda")
@@ -59,10 +56,6 @@ def _cuda() -> compiled.CompiledBackend | str:
             reason += "; it is a build without CUDA"
         return f"{reason}\n(installed: {installed})" if installed.exists() else reason
     return load_for(torch.device("cuda", torch.cuda.current_device()))
-
-
-def _indented(text: str) -> str:
-    return text.replace("\n", "\n           ")
 
 
 if __name__ == "__main__":

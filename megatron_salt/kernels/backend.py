@@ -6,7 +6,7 @@ Letters: T tokens, W vocabulary columns on this rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,23 @@ class LossOptions:
     teacher_temperature: float = 1.0
     student_temperature: float = 1.0
     divergence: Divergence = "forward_kl"
+    tp_group: ProcessGroup | None = None
+
+    def check(self) -> None:
+        """Raises: ValueError."""
+        if tp_size_of(self.tp_group) == 1 and self.vocab.num_columns != self.vocab.size:
+            raise ValueError(
+                f"{self.vocab} is a part of the vocabulary, but there is no tp_group of several "
+                "ranks whose parts would be added to it"
+            )
+        a, b = self.teacher_temperature, self.student_temperature
+        if not (1e-6 <= a <= 1e6 and 1e-6 <= b <= 1e6):
+            raise ValueError(
+                f"temperatures must be above 0, from 1e-6 to 1e6: teacher {a}, student {b}"
+            )
+        known = get_args(Divergence)
+        if self.divergence not in known:
+            raise ValueError(f"divergence = {self.divergence!r}: choose one of {', '.join(known)}")
 
 
 class LossInputs(NamedTuple):
@@ -58,9 +75,7 @@ class LossBackend(Protocol):
     checks_values: bool
     """Whether it looks at labels and weights itself, where that needs no waiting for the device."""
 
-    def scores(
-        self, inputs: LossInputs, options: LossOptions, tp_group: ProcessGroup | None
-    ) -> BackendScores:
+    def scores(self, inputs: LossInputs, options: LossOptions) -> BackendScores:
         """Values of every token, and what the gradient needs."""
 
     def gradient_(
@@ -77,14 +92,12 @@ class LossBackend(Protocol):
         """
 
     def scores_and_gradient_(
-        self,
-        inputs: LossInputs,
-        options: LossOptions,
-        tp_group: ProcessGroup | None,
-        upstream: Tensor,
-        out_TW: Tensor,
+        self, inputs: LossInputs, options: LossOptions, upstream: Tensor, out_TW: Tensor
     ) -> BackendScores:
         """Both at once; `saved` is empty. Mutates: out_TW, which may be student_TW."""
+        scores = self.scores(inputs, options)
+        self.gradient_(inputs, options, scores.saved, upstream, out_TW)
+        return scores._replace(saved=())
 
 
 def tp_size_of(group: ProcessGroup | None) -> int:

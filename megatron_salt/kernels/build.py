@@ -92,15 +92,6 @@ def known_to(nvcc: str, architectures: Sequence[int]) -> list[int]:
     return sorted(set(chosen.values()))
 
 
-def cuda_flags(architectures: Sequence[int], *, ptx: bool) -> list[str]:
-    """nvcc's choice of machine code; with `ptx` the last architecture's PTX too."""
-    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
-    if ptx:
-        last = architectures[-1]
-        flags.append(f"-gencode=arch=compute_{last},code=compute_{last}")
-    return flags
-
-
 def compile_command(
     kind: LibraryKind, output: Path, architectures: Sequence[int] = CUDA_ARCHITECTURES
 ) -> list[str]:
@@ -129,9 +120,12 @@ def compile_command(
         )
     host = find_cxx()
     architectures = known_to(compiler, architectures)
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
+    last = architectures[-1]
+    flags.append(f"-gencode=arch=compute_{last},code=compute_{last}")  # PTX, for later ones
     return [
         compiler, *NVCC_FLAGS, *(["-ccbin", host] if host else []), "-shared",
-        *cuda_flags(architectures, ptx=True), str(SOURCES / "kd_loss.cu"), "-o", str(output),
+        *flags, str(SOURCES / "kd_loss.cu"), "-o", str(output),
     ]  # fmt: skip
 
 

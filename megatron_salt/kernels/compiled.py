@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from megatron_salt.kernels import build
 from megatron_salt.kernels.backend import (
     BackendScores,
+    LossBackend,
     LossInputs,
     LossOptions,
     all_reduce,
@@ -27,32 +27,25 @@ from megatron_salt.kernels.backend import (
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+
 
 class _SaltRows(ctypes.Structure):
     """struct SaltRows of csrc/kd_loss.h, field by field."""
 
     _fields_ = (
-        ("student", ctypes.c_void_p),
-        ("teacher", ctypes.c_void_p),
-        ("labels", ctypes.c_void_p),
-        ("ce_weights", ctypes.c_void_p),
-        ("kd_weights", ctypes.c_void_p),
-        ("student_stride", ctypes.c_int64),
-        ("teacher_stride", ctypes.c_int64),
-        ("num_tokens", ctypes.c_int64),
-        ("num_columns", ctypes.c_int64),
-        ("vocab_start", ctypes.c_int64),
-        ("vocab_size", ctypes.c_int64),
-        ("teacher_temperature", ctypes.c_float),
-        ("student_temperature", ctypes.c_float),
-        ("student_dtype", ctypes.c_int32),
-        ("teacher_dtype", ctypes.c_int32),
-        ("num_threads", ctypes.c_int32),
-        ("stream", ctypes.c_void_p),
+        *(
+            (name, _POINTER)
+            for name in ("student", "teacher", "labels", "ce_weights", "kd_weights")
+        ),
+        *((name, _LONG) for name in ("student_stride", "teacher_stride")),
+        *((name, _LONG) for name in ("num_tokens", "num_columns", "vocab_start", "vocab_size")),
+        *((name, ctypes.c_float) for name in ("teacher_temperature", "student_temperature")),
+        *((name, _INT) for name in ("student_dtype", "teacher_dtype", "num_threads")),
+        ("stream", _POINTER),
     )
 
 
-_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _ROWS = ctypes.POINTER(_SaltRows)
 _FUNCTIONS = {
     "salt_probe": (),
@@ -64,8 +57,8 @@ _FUNCTIONS = {
 }
 
 
-class CompiledBackend:
-    """A library with the interface of csrc/kd_loss.h, as a `LossBackend`.
+class CompiledBackend(LossBackend):
+    """A library with the interface of csrc/kd_loss.h.
 
     Args:
         name: what `impl` calls it.
@@ -86,17 +79,16 @@ class CompiledBackend:
             words = self._library.salt_error(code).decode()
             raise OSError(f"{path} cannot run here: {words} (CUDA error {code})")
 
-    def scores(
-        self, inputs: LossInputs, options: LossOptions, tp_group: ProcessGroup | None
-    ) -> BackendScores:
+    def scores(self, inputs: LossInputs, options: LossOptions) -> BackendScores:
         """See `LossBackend.scores`. Memory: 10 floats a token at most, 12 over several ranks."""
-        num_tokens, device = inputs.student_TW.shape[0], inputs.student_TW.device
+        num_tokens = inputs.student_TW.shape[0]
         num_maxima, num_sums = 2, 4 if options.student_temperature == 1.0 else 5
         if inputs.teacher_TW is None:
             num_maxima, num_sums = 1, 2
-        maxima = torch.empty((num_maxima, num_tokens), dtype=torch.float32, device=device)
+        maxima = inputs.student_TW.new_empty((num_maxima, num_tokens), dtype=torch.float32)
         sums = maxima.new_empty((num_sums, num_tokens))
         values = maxima.new_empty((3, num_tokens))
+        tp_group = options.tp_group
         alone = tp_size_of(tp_group) == 1
         with self._described(inputs, options) as described:
             self._call("salt_local_sums", described, maxima, sums, values if alone else None)
@@ -116,27 +108,18 @@ class CompiledBackend:
         upstream: Tensor,
         out_TW: Tensor,
     ) -> None:
-        """See `LossBackend.gradient_`."""
         maxima, sums = saved
         with self._described(inputs, options) as described:
             self._call("salt_gradient", described, maxima, sums, upstream, *_target(out_TW))
 
     def scores_and_gradient_(
-        self,
-        inputs: LossInputs,
-        options: LossOptions,
-        tp_group: ProcessGroup | None,
-        upstream: Tensor,
-        out_TW: Tensor,
+        self, inputs: LossInputs, options: LossOptions, upstream: Tensor, out_TW: Tensor
     ) -> BackendScores:
         """See `LossBackend.scores_and_gradient_`. One launch on one rank, token by token."""
-        if tp_size_of(tp_group) > 1:
-            scores = self.scores(inputs, options, tp_group)
-            self.gradient_(inputs, options, scores.saved, upstream, out_TW)
-            return scores._replace(saved=())
-        values = torch.empty(
-            (3, inputs.student_TW.shape[0]), dtype=torch.float32, device=inputs.student_TW.device
-        )
+        if tp_size_of(options.tp_group) > 1:
+            return super().scores_and_gradient_(inputs, options, upstream, out_TW)
+        student_TW = inputs.student_TW
+        values = student_TW.new_empty((3, student_TW.shape[0]), dtype=torch.float32)
         with self._described(inputs, options) as described:
             self._call("salt_values_and_gradient", described, values, upstream, *_target(out_TW))
         loss_T, ce_T, kl_T = values

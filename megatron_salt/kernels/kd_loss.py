@@ -6,7 +6,7 @@ Letters: T tokens, W vocabulary columns on this rank (padding included), V real 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from megatron_salt.kernels.backend import (
     LossInputs,
     LossOptions,
     arithmetic_dtype,
-    tp_size_of,
 )
 from megatron_salt.kernels.choose import Impl, choose_backend
 from megatron_salt.kernels.vocab import VocabShard
@@ -79,8 +78,9 @@ def kd_loss(
     options = LossOptions(
         vocab=vocab, teacher_temperature=float(teacher_temperature),
         student_temperature=float(student_temperature), divergence=divergence,
+        tp_group=tp_group,
     )  # fmt: skip
-    check_options(options, tp_group)
+    options.check()
     inputs = checked_inputs(
         student_logits_TW, teacher_logits_TW, labels_T, ce_weight_T, kd_weight_T, vocab
     )
@@ -91,7 +91,7 @@ def kd_loss(
     if not backend.checks_values:
         has_teacher = inputs.teacher_TW is not None
         check_values(inputs.labels_T, inputs.kd_weight_T, vocab, has_teacher=has_teacher)
-    loss, ce_T, kl_T = _KdLossFunction.apply(inputs.student_TW, inputs, options, tp_group, backend)
+    loss, ce_T, kl_T = _KdLossFunction.apply(inputs.student_TW, inputs, options, backend)
     return KdLoss(loss=loss, ce_T=ce_T.detach(), kl_T=kl_T.detach())
 
 
@@ -104,10 +104,9 @@ class _KdLossFunction(torch.autograd.Function):
         student_logits_TW: Tensor,
         inputs: LossInputs,
         options: LossOptions,
-        tp_group: ProcessGroup | None,
         backend: LossBackend,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        loss_T, ce_T, kl_T, saved = backend.scores(inputs, options, tp_group)
+        loss_T, ce_T, kl_T, saved = backend.scores(inputs, options)
         ctx.save_for_backward(student_logits_TW, *inputs[1:], *saved)
         ctx.options, ctx.backend = options, backend
         ctx.mark_non_differentiable(ce_T, kl_T)
@@ -119,7 +118,7 @@ class _KdLossFunction(torch.autograd.Function):
         inputs, saved = LossInputs(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:]
         grad_TW = torch.empty_like(inputs.student_TW, memory_format=torch.contiguous_format)
         ctx.backend.gradient_(inputs, ctx.options, saved, upstream[0], grad_TW)
-        return (grad_TW, None, None, None, None)
+        return (grad_TW, None, None, None)
 
 
 def checked_inputs(
@@ -147,31 +146,8 @@ def checked_inputs(
                 f"teacher_logits_TW is on {teacher_TW.device}, the student's on {student_TW.device}"
             )
     check_labels(labels_T, student_TW.shape[0], student_TW.device)
-    dtype = arithmetic_dtype(student_TW)
-    ce_weight_T, kd_weight_T = (
-        as_weight(weight, name, student_TW.shape[0], dtype, student_TW.device)
-        for weight, name in ((ce_weight_T, "ce_weight_T"), (kd_weight_T, "kd_weight_T"))
-    )
-    return LossInputs(student_TW, teacher_TW, labels_T, ce_weight_T, kd_weight_T)
-
-
-def check_options(options: LossOptions, tp_group: ProcessGroup | None) -> None:
-    """Raises: ValueError."""
-    vocab = options.vocab
-    if tp_size_of(tp_group) == 1 and vocab.num_columns != vocab.size:
-        raise ValueError(
-            f"{vocab} is a part of the vocabulary, but there is no tp_group of several ranks whose "
-            "parts would be added to it"
-        )
-    a, b = options.teacher_temperature, options.student_temperature
-    if not (1e-6 <= a <= 1e6 and 1e-6 <= b <= 1e6):
-        raise ValueError(
-            f"temperatures must be above 0, from 1e-6 to 1e6: teacher {a}, student {b}"
-        )
-    if options.divergence not in get_args(Divergence):
-        raise ValueError(
-            f"divergence = {options.divergence!r}: choose one of {', '.join(get_args(Divergence))}"
-        )
+    weights = as_weights(ce_weight_T, kd_weight_T, student_TW.shape[0], student_TW)
+    return LossInputs(student_TW, teacher_TW, labels_T, *weights)
 
 
 def check_logits(name: str, logits: Tensor, vocab: VocabShard) -> None:
@@ -201,17 +177,25 @@ def check_labels(labels_T: Tensor, num_tokens: int, device: torch.device) -> Non
         raise ValueError(f"labels_T is on {labels_T.device}, the student's tensor on {device}")
 
 
-def as_weight(
-    weight: Tensor | float, name: str, num_tokens: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """One weight per token, in the arithmetic dtype; a scalar holds for every token. [T]"""
-    if not isinstance(weight, Tensor):
-        return torch.full((num_tokens,), float(weight), dtype=dtype, device=device)
-    if weight.shape not in ((), (num_tokens,)):
-        raise ValueError(f"{name} has shape {tuple(weight.shape)}, expected ({num_tokens},)")
-    if weight.device != device:
-        raise ValueError(f"{name} is on {weight.device}, the student's tensors on {device}")
-    return weight.detach().to(dtype).expand(num_tokens)
+def as_weights(
+    ce_weight_T: Tensor | float, kd_weight_T: Tensor | float, num_tokens: int, student: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Both per token, in the student's arithmetic dtype; a scalar holds for every token. [T] each
+
+    Raises: ValueError.
+    """
+    dtype, device = arithmetic_dtype(student), student.device
+
+    def as_weight(weight: Tensor | float, name: str) -> Tensor:
+        if not isinstance(weight, Tensor):
+            return torch.full((num_tokens,), float(weight), dtype=dtype, device=device)
+        if weight.shape not in ((), (num_tokens,)):
+            raise ValueError(f"{name} has shape {tuple(weight.shape)}, expected ({num_tokens},)")
+        if weight.device != device:
+            raise ValueError(f"{name} is on {weight.device}, the student's tensors on {device}")
+        return weight.detach().to(dtype).expand(num_tokens)
+
+    return as_weight(ce_weight_T, "ce_weight_T"), as_weight(kd_weight_T, "kd_weight_T")
 
 
 def check_values(

@@ -27,9 +27,8 @@ from megatron_salt.kernels.choose import Impl, choose_backend
 from megatron_salt.kernels.chunks import Chunk, Chunking, Heads
 from megatron_salt.kernels.kd_loss import (
     KdLoss,
-    as_weight,
+    as_weights,
     check_labels,
-    check_options,
     check_values,
 )
 from megatron_salt.kernels.vocab import VocabShard
@@ -82,19 +81,16 @@ def linear_kd_loss(
     options = LossOptions(
         vocab=vocab, teacher_temperature=float(teacher_temperature),
         student_temperature=float(student_temperature), divergence=divergence,
+        tp_group=chunking.tp_group,
     )  # fmt: skip
-    check_options(options, chunking.tp_group)
+    options.check()
     heads = Heads.of(
         student_hidden_TD, student_weight_WD, teacher_hidden_TE, teacher_weight_WE, vocab, chunking
     )
     device = student_hidden_TD.device
     check_labels(labels_T, heads.num_tokens, device)
-    dtype = arithmetic_dtype(student_hidden_TD)
-    weights = [
-        as_weight(weight, name, heads.num_tokens, dtype, device)
-        for weight, name in ((ce_weight_T, "ce_weight_T"), (kd_weight_T, "kd_weight_T"))
-    ]
-    dtypes = frozenset({heads.logits_dtype} | {heads.gradient_dtype})
+    weights = as_weights(ce_weight_T, kd_weight_T, heads.num_tokens, student_hidden_TD)
+    dtypes = frozenset({heads.logits_dtype, heads.gradient_dtype})
     backend = choose_backend(impl, device=device, dtypes=dtypes, divergence=divergence)
     if not backend.checks_values:
         check_values(labels_T, weights[1], vocab, has_teacher=teacher_hidden_TE is not None)
@@ -124,7 +120,6 @@ class _LinearKdLossFunction(torch.autograd.Function):
         grad_enabled: bool,  # the caller's: in here gradients are always off
     ) -> tuple[Tensor, Tensor, Tensor]:
         wants_hidden, wants_weight = (grad_enabled and x for x in ctx.needs_input_grad[:2])
-        tp_group = heads.chunking.tp_group
         values_3T = ce_weight_T.new_empty((3, heads.num_tokens))
         unit = _unit_of_weights(ce_weight_T, kd_weight_T, heads.gradient_dtype)
         gradients = _Gradients(heads, wants_hidden=wants_hidden, wants_weight=wants_weight)
@@ -138,10 +133,10 @@ class _LinearKdLossFunction(torch.autograd.Function):
             )
             if wants_hidden or wants_weight:
                 out_NW = gradients.logits_target(chunk)
-                scores = backend.scores_and_gradient_(inputs, options, tp_group, 1 / unit, out_NW)
+                scores = backend.scores_and_gradient_(inputs, options, 1 / unit, out_NW)
                 gradients.add_(chunk, out_NW)
             else:
-                scores = backend.scores(inputs, options, tp_group)
+                scores = backend.scores(inputs, options)
             for value_T, value_N in zip(values_3T, scores[:3], strict=True):
                 parts = value_T.unflatten(0, (heads.num_parts, -1))
                 parts[:, start:stop] = value_N.unflatten(0, (heads.num_parts, -1))

@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_salt.kernels.backend import (
     BackendScores,
+    LossBackend,
     LossInputs,
     LossOptions,
     all_reduce,
@@ -51,17 +52,16 @@ def _centred(logits_TW: Tensor, max_T: Tensor, vocab: VocabShard, temperature: f
     return x_TC if temperature == 1.0 else x_TC.div_(temperature)
 
 
-class ReferenceBackend:
+class ReferenceBackend(LossBackend):
     """See `kd_loss` for the contract and `LossBackend` for the methods."""
 
     name = "reference"
     checks_values = False
 
-    def scores(
-        self, inputs: LossInputs, options: LossOptions, tp_group: ProcessGroup | None
-    ) -> BackendScores:
+    def scores(self, inputs: LossInputs, options: LossOptions) -> BackendScores:
         student_TW, teacher_TW, labels_T = inputs[:3]
         vocab, a, b = options.vocab, options.teacher_temperature, options.student_temperature
+        tp_group = options.tp_group
         maxima = [_local_max(_real_columns(student_TW, vocab))]
         if teacher_TW is not None:
             maxima.append(_local_max(_real_columns(teacher_TW, vocab)))
@@ -73,9 +73,8 @@ class ReferenceBackend:
             column_T, owned_T = _owned_label(labels_T, vocab)
             label_T = torch.where(owned_T, s1_TC.gather(1, column_T[:, None]).squeeze(1), 0.0)
         if teacher_TW is None:
-            sums = all_reduce(
-                torch.stack([s1_TC.exp_().sum(dim=1), label_T]), dist.ReduceOp.SUM, tp_group
-            )
+            packed = [s1_TC.exp_().sum(dim=1), label_T]
+            sums = all_reduce(torch.stack(packed), dist.ReduceOp.SUM, tp_group)
             ce_T = sums[0].log() - sums[1]
             return _weighted(inputs, ce_T, torch.zeros_like(ce_T), (maxima_T, sums))
 
@@ -95,10 +94,8 @@ class ReferenceBackend:
             # One logarithm near 0 instead of the difference of two large ones.
             kl_T = gap_T / z_sum_T + (s_sum_T / z_sum_T).log()
             return _weighted(inputs, ce_T, kl_T, (maxima_T, sums))
-        terms = torch.stack(
-            [x.sum(dim=1) for x in _divergence_terms(inputs, options, maxima_T, sums)]
-        )
-        kl_T, slope_T = all_reduce(terms, dist.ReduceOp.SUM, tp_group)
+        terms = [x.sum(dim=1) for x in _divergence_terms(inputs, options, maxima_T, sums)]
+        kl_T, slope_T = all_reduce(torch.stack(terms), dist.ReduceOp.SUM, tp_group)
         return _weighted(inputs, ce_T, kl_T, (maxima_T, sums, slope_T))
 
     def gradient_(
@@ -137,18 +134,6 @@ class ReferenceBackend:
         out_TW[:, : vocab.num_columns] = grad_TC.to(out_TW.dtype)
         out_TW[:, vocab.num_columns :] = 0.0
 
-    def scores_and_gradient_(
-        self,
-        inputs: LossInputs,
-        options: LossOptions,
-        tp_group: ProcessGroup | None,
-        upstream: Tensor,
-        out_TW: Tensor,
-    ) -> BackendScores:
-        scores = self.scores(inputs, options, tp_group)
-        self.gradient_(inputs, options, scores.saved, upstream, out_TW)
-        return scores._replace(saved=())
-
 
 def _weighted(
     inputs: LossInputs, ce_T: Tensor, kl_T: Tensor, saved: tuple[Tensor, ...]
@@ -168,9 +153,8 @@ def _difference(inputs: LossInputs, options: LossOptions) -> Tensor:
     """s/b - z/a on this rank's columns. [T, C]"""
     assert inputs.teacher_TW is not None
     s_TC = _real_columns(inputs.student_TW, options.vocab).div_(options.student_temperature)
-    return s_TC.sub_(
-        _real_columns(inputs.teacher_TW, options.vocab).div_(options.teacher_temperature)
-    )
+    z_TC = _real_columns(inputs.teacher_TW, options.vocab).div_(options.teacher_temperature)
+    return s_TC.sub_(z_TC)
 
 
 def _divergence_terms(

@@ -3,6 +3,7 @@
 import io
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -11,15 +12,8 @@ import matplotlib
 from matplotlib.figure import Figure
 from PIL import Image
 
-from megatron_salt.report import plots
+from megatron_salt.report import plots, tables
 from megatron_salt.report.runs import Arm, RunLog, find_teachers, group_by_label
-from megatron_salt.report.tables import (
-    crossing_table,
-    results_table,
-    seeds_table,
-    settings_table,
-    step_time_table,
-)
 
 
 def write_report(
@@ -34,18 +28,18 @@ def write_report(
     arms = group_by_label(runs)
     output.parent.mkdir(parents=True, exist_ok=True)
     teachers = find_teachers(runs, teacher_run)
-    seeds = seeds_table(arms)
-    results = results_table(arms, teachers, teacher_run)
-    crossings = crossing_table(arms)
+    seeds = tables.seeds_table(arms)
+    results = [] if seeds is None else [seeds]
+    results.append(tables.results_table(arms, teachers, teacher_run))
+    crossings = tables.crossing_table(arms)
     images = _write_plots(arms, teachers, output)
-    settings = settings_table(arms)
+    settings = tables.settings_table(arms)
     sections = [
         f"# {title}",
         _what_is_compared(arms, runs),
         _caution(arms),
         "## Results",
-        *([seeds] if seeds is not None else []),
-        results,
+        *results,
         f"![Held-out loss against steps]({images['heldout-steps']})",
         "## Steps and seconds to the baseline's final loss",
         _how_crossings_are_found(arms[0]),
@@ -53,7 +47,7 @@ def write_report(
         f"![Held-out loss against training time]({images['heldout-time']})",
         "## Step times",
         "In milliseconds. Ratios are medians, divided by the median of all steps of the baseline.",
-        step_time_table(arms),
+        tables.step_time_table(arms),
         f"![Step times]({images['step-time']})",
         "## Schedule and training loss",
         f"![Weight of the KL term]({images['kd-weight']})",
@@ -63,7 +57,7 @@ def write_report(
         f"This report was written on: {describe_machine()}.",
     ]
     output.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
-    return "\n\n".join([*([seeds] if seeds is not None else []), results, crossings])
+    return "\n\n".join([*results, crossings])
 
 
 def _write_plots(
@@ -137,10 +131,7 @@ def _how_crossings_are_found(baseline: Arm) -> str:
 def _describe_heldout(runs: Sequence[RunLog]) -> str:
     """How many held-out tokens were used; loud when the runs were not measured on equally many."""
     sizes = {run.label: sorted({e.num_tokens for e in run.evaluations}) for run in runs}
-    if (
-        len({tuple(size) for size in sizes.values()} | {(s,) for ss in sizes.values() for s in ss})
-        == 1
-    ):
+    if len({size for some in sizes.values() for size in some}) == 1:
         return f"{runs[0].final.num_tokens:,} tokens"
     listed = "; ".join(
         f"{label}: {', '.join(f'{size:,}' for size in some)}" for label, some in sizes.items()
@@ -155,10 +146,8 @@ def describe_machine() -> str:
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        models = [
-            line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = models[0].partition(":")[2].strip() if models else cpu
+        model = re.search(r"^model name.*?:(.*)", cpuinfo.read_text(), re.MULTILINE)
+        cpu = model[1].strip() if model else cpu
     machine = f"{cpu}, {os.cpu_count()} cores"
     if torch.cuda.is_available():
         machine += f", {torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"

@@ -18,19 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 # What every line of a training step holds. Only those that the report uses are checked further.
-STEP_KEYS = (
-    "phase",
-    "ce_nats",
-    "kl_nats",
-    "kd_weight",
-    "loss",
-    "lr",
-    "grad_norm",
-    "tokens",
-    "step_time_s",
-    "tokens_per_s",
-    "teacher_time_s",
-)
+STEP_KEYS = ("phase", "ce_nats", "kl_nats", "kd_weight", "loss", "lr", "grad_norm", "tokens",
+             "step_time_s", "tokens_per_s", "teacher_time_s")  # fmt: skip
 VALID_KEYS = ("valid_ce_nats", "valid_accuracy", "valid_tokens")
 
 # Where a run keeps its own files: it differs between all runs and says nothing about them.
@@ -137,19 +126,14 @@ def load_run(directory: Path, label: str | None = None) -> RunLog:
     if not path.is_file():
         raise ValueError(f"{path}: no such file. Name a run's output directory, which holds it.")
     rows = _read_rows(path)
-    has_initial = rows[0].get("step") == 0
-    steps = rows[1:] if has_initial else rows
-    first_line = 2 if has_initial else 1
+    first_line = 2 if rows[0].get("step") == 0 else 1
+    steps = rows[first_line - 1 :]
     if not steps:
         raise ValueError(f"{path}:1: holds no training step, only step 0. Train before comparing.")
     for step, row in enumerate(steps, start=1):
         _check_step(row, step, f"{path}:{step + first_line - 1}")
-
-    evaluations = []
-    for line, row in enumerate(rows, start=1):
-        found = _read_evaluation(row, f"{path}:{line}")
-        if found is not None:
-            evaluations.append(found)
+    read = (_read_evaluation(row, f"{path}:{line}") for line, row in enumerate(rows, start=1))
+    evaluations = tuple(found for found in read if found is not None)
     if not evaluations or evaluations[-1].step == 0:
         raise ValueError(
             f"{path}:{len(rows)}: no evaluation ran in {len(steps)} steps (no line has "
@@ -171,7 +155,7 @@ def load_run(directory: Path, label: str | None = None) -> RunLog:
         step_time_s=np.array([float(row["step_time_s"]) for row in steps]),
         teacher_time_s=np.array([math.nan if t is None else t for t in teacher_time_s]),
         num_tokens=int(steps[-1]["tokens"]),
-        evaluations=tuple(evaluations),
+        evaluations=evaluations,
         settings={
             **_read_settings(directory / "config.json"),
             **_read_settings(directory / "deepspeed.json", "deepspeed."),
@@ -273,9 +257,8 @@ def _read_settings(path: Path, prefix: str = "") -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}:{error.lineno}: not JSON ({error}). Restore or delete it."
-        ) from None
+        message = f"{path}:{error.lineno}: not JSON ({error}). Restore or delete it."
+        raise ValueError(message) from None
     return dict(_flattened(values, prefix)) if isinstance(values, dict) else {}
 
 

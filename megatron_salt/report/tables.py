@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_salt.files.markdown import markdown_table
-from megatron_salt.report.runs import (
-    Arm,
-    RunLog,
-    baseline_of,
-    different_settings,
-    find_crossing,
-)
+from megatron_salt.report import runs
+from megatron_salt.report.runs import Arm, RunLog, baseline_of, find_crossing
+
+
+def _table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows by the names of their columns. The first row has all; what others leave out is empty."""
+    return markdown_table(list(rows[0]), [[row.get(name, "") for name in rows[0]] for row in rows])
 
 
 def _named_runs(arms: Sequence[Arm]) -> Iterator[tuple[str, RunLog, RunLog]]:
@@ -39,37 +39,26 @@ def results_table(
         crossing = find_crossing(run, next(iter(teachers.values())))
         return f"{crossing.evaluation_step}" if crossing is not None else "never"
 
-    def row(name: str, run: RunLog) -> list[str]:
+    def row(name: str, run: RunLog) -> dict[str, str]:
         done = f"{run.num_steps}"
-        return [
-            name,
-            f"{run.final.ce_nats:.4f}",
-            f"{100 * run.final.accuracy:.2f} %",
-            f"{run.best.ce_nats:.4f} ({run.best.step})",
-            ahead(run) if run is not teacher_run else "",
-            done if run.final.step == run.num_steps else f"{run.final.step} of {done}",
-            f"{run.num_tokens:,}",
-            f"{run.median_s[-1]:,.1f}",
-            f"{run.summed_s[-1]:,.1f}",
-        ]
+        return {
+            "run": name,
+            "final nats/token": f"{run.final.ce_nats:.4f}",
+            "final accuracy": f"{100 * run.final.accuracy:.2f} %",
+            "best nats/token (step)": f"{run.best.ce_nats:.4f} ({run.best.step})",
+            "ahead of the teacher from step": ahead(run) if run is not teacher_run else "",
+            "steps": done if run.final.step == run.num_steps else f"{run.final.step} of {done}",
+            "tokens": f"{run.num_tokens:,}",
+            "training s": f"{run.median_s[-1]:,.1f}",
+            "sum of its steps s": f"{run.summed_s[-1]:,.1f}",
+        }
 
     rows = [row(name, run) for name, run, _ in _named_runs(arms)]
     for label, ce_nats in teachers.items():
-        rows.append([f"*{label}*", f"{ce_nats:.4f}", *[""] * 7])
+        rows.append({"run": f"*{label}*", "final nats/token": f"{ce_nats:.4f}"})
     if teacher_run is not None:
         rows.append(row(f"*{teacher_run.label}, its own run*", teacher_run))
-    header = [
-        "run",
-        "final nats/token",
-        "final accuracy",
-        "best nats/token (step)",
-        "ahead of the teacher from step",
-        "steps",
-        "tokens",
-        "training s",
-        "sum of its steps s",
-    ]
-    return markdown_table(header, rows)
+    return _table(rows)
 
 
 def seeds_table(arms: Sequence[Arm]) -> str | None:
@@ -79,27 +68,24 @@ def seeds_table(arms: Sequence[Arm]) -> str | None:
     rows = []
     for arm in arms:
         pairs = [(run, baseline_of(run, arms[0])) for run in arm.runs]
-        cells = [_spread([run.final.ce_nats for run, _ in pairs], "{:.4f}")]
-        if arm is arms[0]:
-            cells += ["", "", ""]
-        else:
+        row = {
+            "mean (lowest to highest)": arm.label,
+            "seeds": f"{len(arm.runs)}",
+            "final nats/token": _spread([run.final.ce_nats for run, _ in pairs], "{:.4f}"),
+            "minus the baseline's": "",
+            "step saving": "",
+            "time saving": "",
+        }
+        if arm is not arms[0]:
             differences = [run.final.ce_nats - other.final.ce_nats for run, other in pairs]
+            row["minus the baseline's"] = _spread(differences, "{:+.4f}")
             savings = [saving for pair in pairs if (saving := _savings(*pair)) is not None]
-            cells.append(_spread(differences, "{:+.4f}"))
-            if len(savings) < len(pairs):
-                cells += [f"{len(savings)} of {len(pairs)} there", ""]
-            else:
-                cells += [_spread(column, "{:.1f} %") for column in zip(*savings, strict=True)]
-        rows.append([arm.label, f"{len(arm.runs)}", *cells])
-    header = [
-        "mean (lowest to highest)",
-        "seeds",
-        "final nats/token",
-        "minus the baseline's",
-        "step saving",
-        "time saving",
-    ]
-    return markdown_table(header, rows)
+            row["step saving"] = f"{len(savings)} of {len(pairs)} there"
+            if len(savings) == len(pairs):
+                for name, values in zip(("step", "time"), zip(*savings, strict=True), strict=True):
+                    row[f"{name} saving"] = _spread(values, "{:.1f} %")
+        rows.append(row)
+    return _table(rows)
 
 
 def _spread(values: Sequence[float], form: str) -> str:
@@ -133,92 +119,59 @@ def crossing_table(arms: Sequence[Arm]) -> str:
         if crossing is None:
             rows.append([name, "not reached", "not reached", "", "not reached", "", "", ""])
             continue
-        savings = [
-            "" if run is baseline else f"{_saved(value, reference):.1f} %"
-            for value, reference in (
-                (crossing.step, own.step),
-                (crossing.median_s, own.median_s),
-                (crossing.summed_s, own.summed_s),
-            )
-        ]
-        rows.append(
-            [
-                name,
-                f"{crossing.evaluation_step}",
-                f"{crossing.step:.1f}",
-                savings[0],
-                f"{crossing.median_s:,.1f}",
-                savings[1],
-                f"{crossing.summed_s:,.1f}",
-                savings[2],
-            ]
-        )
+        row = [name, f"{crossing.evaluation_step}"]
+        for measure, form in (("step", ".1f"), ("median_s", ",.1f"), ("summed_s", ",.1f")):
+            value, reference = getattr(crossing, measure), getattr(own, measure)
+            saving = "" if run is baseline else f"{_saved(value, reference):.1f} %"
+            row += [f"{value:{form}}", saving]
+        rows.append(row)
     header = [
-        "run",
-        "first evaluation there (step)",
-        "steps (interpolated)",
-        "step saving",
-        "training s (median of the phase x its steps)",
-        "time saving",
-        "s (sum of the steps)",
+        "run", "first evaluation there (step)", "steps (interpolated)", "step saving",
+        "training s (median of the phase x its steps)", "time saving", "s (sum of the steps)",
         "saving by the sum",
-    ]
+    ]  # fmt: skip
     return markdown_table(header, rows)
 
 
 def step_time_table(arms: Sequence[Arm]) -> str:
     """Step times by phase: medians, means, and the medians' ratios to the baseline's median."""
 
-    def cells(times_s: NDArray[np.float64], baseline_s: float) -> list[str]:
+    def cells(phase: str, times_s: NDArray[np.float64], baseline_s: float) -> dict[str, str]:
+        names = [f"{phase} {of}" for of in ("median ms", "mean ms", "ratio")]
         if not len(times_s):
-            return ["", "", ""]
+            return dict.fromkeys(names, "")
         median_s = float(np.median(times_s))
         ratio = median_s / baseline_s if baseline_s > 0 else math.nan
-        return [f"{1000 * median_s:,.1f}", f"{1000 * times_s.mean():,.1f}", f"{ratio:.3f}"]
+        values = (f"{1000 * median_s:,.1f}", f"{1000 * times_s.mean():,.1f}", f"{ratio:.3f}")
+        return dict(zip(names, values, strict=True))
 
     rows = []
     for name, run, baseline in _named_runs(arms):
         baseline_s = float(np.median(baseline.step_time_s))
         teacher_time_s = run.teacher_time_s[run.is_kd & np.isfinite(run.teacher_time_s)]
-        rows.append(
-            [
-                name,
-                f"{run.num_kd_steps}",
-                *cells(run.step_time_s[run.is_kd], baseline_s),
-                f"{1000 * np.median(teacher_time_s):,.1f}" if len(teacher_time_s) else "",
-                f"{run.num_steps - run.num_kd_steps}",
-                *cells(run.step_time_s[~run.is_kd], baseline_s),
-            ]
-        )
-    header = [
-        "run",
-        "KD steps",
-        "KD median ms",
-        "KD mean ms",
-        "KD ratio",
-        "teacher median ms",
-        "LM steps",
-        "LM median ms",
-        "LM mean ms",
-        "LM ratio",
-    ]
-    return markdown_table(header, rows)
+        teacher_ms = f"{1000 * np.median(teacher_time_s):,.1f}" if len(teacher_time_s) else ""
+        row = {"run": name, "KD steps": f"{run.num_kd_steps}"}
+        row |= cells("KD", run.step_time_s[run.is_kd], baseline_s)
+        row |= {"teacher median ms": teacher_ms, "LM steps": f"{run.num_steps - run.num_kd_steps}"}
+        row |= cells("LM", run.step_time_s[~run.is_kd], baseline_s)
+        rows.append(row)
+    return _table(rows)
 
 
 def settings_table(arms: Sequence[Arm]) -> str | None:
     """The settings that differ between the runs; None where none does, or none is known."""
-    names = different_settings([run for arm in arms for run in arm.runs])
+    names = runs.different_settings([run for arm in arms for run in arm.runs])
     if not names:
         return None
     rows = []
     for arm in arms:
         known = [run.settings for run in arm.runs if run.settings]
-        values = [
-            ", ".join(dict.fromkeys(_setting(settings.get(name)) for settings in known))
-            for name in names
-        ]
-        rows.append([arm.label, *values])
-    return markdown_table(["run", *(f"`{name}`" for name in names)], rows)
+        row = {"run": arm.label}
+        for name in names:
+            values = dict.fromkeys(_setting(settings.get(name)) for settings in known)
+            row[f"`{name}`"] = ", ".join(values)
+        rows.append(row)
+    return _table(rows)
 
 
 def _setting(value: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -36,8 +35,7 @@ def draw_timelines(
     """
     longest = max(timeline.step_time for timeline in timelines.values()) * scale
     rows = [len(timeline.spans) for timeline in timelines.values()]
-    style: dict[Any, Any] = {**PLOT_STYLE, "axes.grid": False, "figure.dpi": 110}
-    with rc_context(style):
+    with rc_context(PLOT_STYLE | {"axes.grid": False}):
         figure = Figure(figsize=(12, 0.9 + sum(0.55 + 0.26 * number for number in rows)))
         parts = figure.subplots(
             len(rows), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": rows}
@@ -68,11 +66,9 @@ def _draw(ax: Axes, timeline: Timeline, scale: float) -> None:
             ax.broken_barh(
                 bars, (stage - 0.42, 0.84), facecolor=colour, edgecolor="white", linewidth=0.3
             )
-        update = [
-            span for span in spans if span.op.kind == "reduce_tied" and span.stop > span.start
-        ]
-        for span in update:
-            bar = (span.start * scale, (span.stop - span.start) * scale)
-            ax.broken_barh([bar], (stage - 0.42, 0.42), color=UPDATE_COLOUR)
+        for span in spans:
+            if span.op.kind == "reduce_tied" and span.stop > span.start:
+                bar = (span.start * scale, (span.stop - span.start) * scale)
+                ax.broken_barh([bar], (stage - 0.42, 0.42), color=UPDATE_COLOUR)
     ax.set_yticks(range(len(timeline.spans)), [f"stage {s}" for s in range(len(timeline.spans))])
     ax.set_ylim(len(timeline.spans) - 0.5, -0.5)

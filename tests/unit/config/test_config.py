@@ -271,7 +271,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"train.eval_interval": -1}, "train.eval_interval = -1"),
     ({"train.checkpoint_interval": -1}, "train.checkpoint_interval = -1"),
     ({"train.keep_checkpoints": -1}, "train.keep_checkpoints = -1"),
-    ({"train.log_interval": 0}, "train.log_interval must be at least 1"),
+    ({"train.log_interval": 0}, "train.log_interval = 0: must be at least 1"),
     ({"train.eval_samples": 0}, "train.eval_samples"),
     ({"model.num_layers": 0}, "num_layers = 0"),
     ({"model.num_attention_heads": 3}, "num_attention_heads"),
