@@ -118,9 +118,7 @@ def parse_command_line(argv: Sequence[str] | None = None, prog: str = "pretrain"
     except ValueError as error:
         parser.error(str(error))
     return CommandLine(
-        config=config,
-        deepspeed_config=os.fspath(namespace.deepspeed_config),
-        dry_run=bool(namespace.dry_run),
+        config=config, deepspeed_config=namespace.deepspeed_config, dry_run=bool(namespace.dry_run)
     )
 
 

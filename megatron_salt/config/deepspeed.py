@@ -70,13 +70,11 @@ REFUSED_KEYS = {
     "amp": "use the bf16 or fp16 section",
     "torch_autocast": "use the bf16 or fp16 section",
     "elasticity": "not supported: batch sizes would change under the schedule",
-    "sparse_attention": "not supported by this trainer",
-    "progressive_layer_drop": "not supported by this trainer",
-    "eigenvalue": "not supported by this trainer",
-    "compression_training": "not supported by this trainer",
-    "hybrid_engine": "not supported by this trainer",
-}
-
+    **dict.fromkeys(
+        ("sparse_attention", "progressive_layer_drop", "eigenvalue", "compression_training",
+         "hybrid_engine"), "not supported by this trainer",
+    ),
+}  # fmt: skip
 
 # Old words of the zero_optimization section, which DeepSpeed still turns into these.
 OLD_ZERO_KEYS = {
@@ -277,15 +275,10 @@ def load_deepspeed_config(path: str, data_parallel_size: int) -> DeepSpeedSettin
     if not named or "lr" not in params:
         raise ValueError(f'{path}: needs "optimizer": {{"type": "AdamW", "params": {{"lr": …}}}}')
     return DeepSpeedSettings(
-        path=path,
-        values=values,
-        micro_batch_size=micro,
-        num_micro_batches=steps,
-        global_batch_size=total,
-        precision=precision,
+        path=path, values=values, micro_batch_size=micro, num_micro_batches=steps,
+        global_batch_size=total, precision=precision, learning_rate=float(params["lr"]),
         zero_stage=int(values.get("zero_optimization", {}).get("stage", 0)),
-        learning_rate=float(params["lr"]),
-    )
+    )  # fmt: skip
 
 
 def check_against_run(settings: DeepSpeedSettings, config: RunConfig) -> None:

@@ -25,12 +25,7 @@ from megatron_salt.kernels.backend import (
 )
 from megatron_salt.kernels.choose import Impl, choose_backend
 from megatron_salt.kernels.chunks import Chunk, Chunking, Heads
-from megatron_salt.kernels.kd_loss import (
-    KdLoss,
-    as_weights,
-    check_labels,
-    check_values,
-)
+from megatron_salt.kernels.kd_loss import KdLoss, as_weights, check_labels, check_values
 from megatron_salt.kernels.vocab import VocabShard
 
 

@@ -72,9 +72,8 @@ def _write_plots(
             "train-ce": plots.plot_train_ce(arms),
             "step-time": plots.plot_step_time(arms),
         }
-        images = {}
+        images = {name: f"{output.stem}-{name}.png" for name in figures}
         for name, figure in figures.items():
-            images[name] = f"{output.stem}-{name}.png"
             _save(figure, output.parent / images[name])
     return images
 
