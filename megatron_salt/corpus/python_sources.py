@@ -64,19 +64,19 @@ def make_corpus(
             raise ValueError(f"--source {root} is not a directory")
     lines: list[bytes] = []
     seen: set[bytes] = set()
-    short = duplicate = not_utf8 = 0
+    left_out = {"short": 0, "duplicate": 0, "not_utf8": 0}
     for name, path in sorted(_iter_text_files(roots)):
         content = path.read_bytes()
         try:
             text = content.decode("utf-8")
         except UnicodeDecodeError:
-            not_utf8 += 1
+            left_out["not_utf8"] += 1
             continue
         digest = hashlib.sha256(content).digest()
         if len(text.strip()) < MIN_CHARACTERS:
-            short += 1
+            left_out["short"] += 1
         elif digest in seen:
-            duplicate += 1
+            left_out["duplicate"] += 1
         else:
             seen.add(digest)
             record = json.dumps({"text": text, "source": name}, ensure_ascii=False)
@@ -94,10 +94,8 @@ def make_corpus(
     return CorpusReport(
         documents=len(kept),
         output_bytes=ends[len(kept) - 1],
-        short=short,
-        duplicate=duplicate,
-        not_utf8=not_utf8,
         over_limit=len(lines) - len(kept),
+        **left_out,
     )
 
 

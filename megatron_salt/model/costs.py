@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import accumulate
 
 from megatron_salt.config.fields import ModelConfig
 
@@ -30,9 +31,7 @@ def balanced_stages(costs: tuple[float, ...], num_stages: int) -> tuple[int, ...
     num_layers = len(costs) - 2
     if num_stages > num_layers:
         raise ValueError(f"{num_layers} layers cannot fill {num_stages} pipeline stages")
-    prefix = [0.0]
-    for cost in costs[1:-1]:
-        prefix.append(prefix[-1] + cost)
+    prefix = list(accumulate(costs[1:-1], initial=0.0))
 
     @cache
     def best(stage: int, start: int) -> tuple[tuple[float, ...], int]:

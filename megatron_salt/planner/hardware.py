@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from megatron_salt.config.values import nearest
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Gpu:
     """One GPU. Tera and giga are powers of ten."""
 
@@ -30,32 +30,17 @@ class Gpu:
 
 GPUS = {
     gpu.name: gpu
-    for gpu in (
-        Gpu(
-            name="a100-40gb", tflops_16_bit=312, tflops_fp32=19.5, memory_gb=40, memory_gb_s=1555,
-            nvlink_gb_s=300, network="hdr",
-            source="NVIDIA A100 data sheet (SXM4 40 GB); DGX A100 data sheet",
-        ),
-        Gpu(
-            name="a100", tflops_16_bit=312, tflops_fp32=19.5, memory_gb=80, memory_gb_s=2039,
-            nvlink_gb_s=300, network="hdr",
-            source="NVIDIA A100 data sheet (SXM4 80 GB); DGX A100 data sheet",
-        ),
-        Gpu(
-            name="h100", tflops_16_bit=989, tflops_fp32=67, memory_gb=80, memory_gb_s=3350,
-            nvlink_gb_s=450, network="ndr",
-            source="NVIDIA H100 data sheet (SXM5), 1979 with sparsity; DGX H100 data sheet",
-        ),
-        Gpu(
-            name="h200", tflops_16_bit=989, tflops_fp32=67, memory_gb=141, memory_gb_s=4800,
-            nvlink_gb_s=450, network="ndr",
-            source="NVIDIA H200 data sheet (SXM), 1979 with sparsity; DGX H200 data sheet",
-        ),
-        Gpu(
-            name="b200", tflops_16_bit=2250, tflops_fp32=75, memory_gb=180, memory_gb_s=8000,
-            nvlink_gb_s=900, network="ndr",
-            source="NVIDIA HGX B200 (eight GPUs), 4500 with sparsity; DGX B200 data sheet",
-        ),
+    for gpu in (  # the numbers in the order of the fields
+        Gpu("a100-40gb", 312, 19.5, 40, 1555, 300, network="hdr",
+            source="NVIDIA A100 data sheet (SXM4 40 GB); DGX A100 data sheet"),
+        Gpu("a100", 312, 19.5, 80, 2039, 300, network="hdr",
+            source="NVIDIA A100 data sheet (SXM4 80 GB); DGX A100 data sheet"),
+        Gpu("h100", 989, 67, 80, 3350, 450, network="ndr",
+            source="NVIDIA H100 data sheet (SXM5), 1979 with sparsity; DGX H100 data sheet"),
+        Gpu("h200", 989, 67, 141, 4800, 450, network="ndr",
+            source="NVIDIA H200 data sheet (SXM), 1979 with sparsity; DGX H200 data sheet"),
+        Gpu("b200", 2250, 75, 180, 8000, 900, network="ndr",
+            source="NVIDIA HGX B200 (eight GPUs), 4500 with sparsity; DGX B200 data sheet"),
     )
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from megatron_salt.config.deepspeed import DeepSpeedSettings
 from megatron_salt.config.fields import RunConfig
@@ -86,13 +87,11 @@ def stage_parameters(config: RunConfig, vocab_size: int, bounds: Sequence[int]) 
     table = weight_table(model, vocab_size, config.num_positions)
     numel = {name: math.prod(shard_shape(spec, tp, padded)) for name, spec in table.items()}
     layer = sum(size for name, size in numel.items() if name.startswith("layers.0."))
-    counts = [0] * (len(bounds) - 1)
+    counts = [layer * (stop - start) for start, stop in pairwise(bounds)]
     for name, size in numel.items():
         if not name.startswith("layers."):
             first = name.startswith(("embedding", "position_embedding"))
             counts[0 if first else -1] += size
-    for stage in range(len(counts)):
-        counts[stage] += layer * (bounds[stage + 1] - bounds[stage])
     if not model.untie_embeddings_and_output_weights and len(counts) > 1:
         counts[-1] += numel[output_weight_name(model)]  # the last stage's copy
     return counts
@@ -214,9 +213,9 @@ def activation_bytes(sizes: Sizes, stage: int) -> float:
     layers = sizes.bounds[stage + 1] - sizes.bounds[stage]
     num = sizes.in_flight(stage)
     norm = _norm_bytes(sizes) if stage == sizes.layout.pp_size - 1 else 0
-    if sizes.config.parallel.recompute_granularity == "full":
-        return float(num * (layers * sizes.hidden_bytes + norm))
-    return float(num * (layers * layer_bytes(sizes) + norm))
+    full = sizes.config.parallel.recompute_granularity == "full"
+    kept = sizes.hidden_bytes if full else layer_bytes(sizes)
+    return float(num * (layers * kept + norm))
 
 
 def backward_bytes(sizes: Sizes) -> float:

@@ -17,12 +17,8 @@ from megatron_salt.teacher.plan import TeacherPlan
 from megatron_salt.teacher.simulator import Timeline
 
 GIB = 2.0**30
-MEMORY_COLUMNS = {
-    "weights": "weights", "gradients": "gradients", "optimizer": "optimizer", "teacher": "teacher",
-    "teacher_head": "its head", "hidden_states": "hidden states", "inputs": "inputs",
-    "pipeline": "pipeline", "masks": "masks", "activations": "activations", "buckets": "buckets",
-    "loss": "loss", "update": "update", "total": "in all",
-}  # fmt: skip
+# Columns whose heading is not the name of the field.
+HEADINGS = {"teacher_head": "its head", "hidden_states": "hidden states", "total": "in all"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +40,7 @@ class PlanReport:
 
 def as_dict(plan: PlanReport) -> dict[str, Any]:
     """Plain values for a JSON file; bytes and seconds."""
-    inputs = plan.inputs
+    inputs, ranking = plan.inputs, plan.ranking
     return {
         "gpus": inputs.world_size,
         "machine": dataclasses.asdict(plan.machine),
@@ -55,13 +51,8 @@ def as_dict(plan: PlanReport) -> dict[str, Any]:
         "own": None if plan.own is None else _estimate_dict(plan, plan.own),
         "own_problem": inputs.own_problem,
         "overheads": [dataclasses.asdict(one) for one in plan.overheads],
-        "ranking": None
-        if plan.ranking is None
-        else {
-            "listed": [_estimate_dict(plan, one) for one in plan.ranking.listed],
-            "num_fitting": plan.ranking.num_fitting,
-            "refused": plan.ranking.refused,
-        },
+        "ranking": ranking
+        and {**vars(ranking), "listed": [_estimate_dict(plan, one) for one in ranking.listed]},
         "problem": plan.problem,
     }
 
@@ -96,11 +87,8 @@ def timelines(one: Estimate) -> dict[str, Timeline]:
     steps = one.steps
     if steps is None:
         return {}
-    found = {
-        "KD, teacher before the step": steps.kd_before,
-        "KD, teacher in the bubbles": steps.kd_bubble,
-        "LM": steps.lm,
-    }
+    before = "KD, teacher before the step"
+    found = {before: steps.kd_before, "KD, teacher in the bubbles": steps.kd_bubble, "LM": steps.lm}
     return {name: timeline for name, timeline in found.items() if timeline is not None}
 
 
@@ -113,17 +101,12 @@ def totals(plan: PlanReport, one: Estimate) -> dict[str, float]:
     """Of the whole run in hours: with a teacher, the same steps without, and with fewer steps."""
     config, gpus = one.sizes.config, one.sizes.layout.world_size
     steps, kd_steps = config.train.steps, config.salt.kd_steps
-    found = {
-        "salt_h": one.total_s / 3600,
-        "baseline_h": steps * one.lm_s / 3600,
-        "salt_gpu_h": one.total_s / 3600 * gpus,
-        "baseline_gpu_h": steps * one.lm_s / 3600 * gpus,
-    }
+    seconds = {"salt": one.total_s, "baseline": steps * one.lm_s}
     if plan.steps_saved is not None:
         fewer = max(kd_steps, round(steps * (1 - plan.steps_saved)))
-        seconds = kd_steps * one.kd_s + (fewer - kd_steps) * one.lm_s
-        found |= {"fewer_steps_h": seconds / 3600, "fewer_steps_gpu_h": seconds / 3600 * gpus}
-    return found
+        seconds["fewer_steps"] = kd_steps * one.kd_s + (fewer - kd_steps) * one.lm_s
+    hours = {f"{name}_h": value / 3600 for name, value in seconds.items()}
+    return hours | {f"{name}_gpu_h": value / 3600 * gpus for name, value in seconds.items()}
 
 
 def describe_plan(plan: PlanReport) -> str:
@@ -201,19 +184,14 @@ def _describe_run(plan: PlanReport, own: Estimate) -> str:
 
 def memory_table(parts: Sequence[StageMemory]) -> str:
     """GiB; columns that are zero everywhere are left out."""
-    columns = {
-        name: [getattr(part, name) for part in parts]
-        for name in MEMORY_COLUMNS
-        if any(getattr(part, name) for part in parts)
-    }
+    names = [field.name for field in dataclasses.fields(StageMemory)]
+    names.remove("parameters")
+    shown = [n for n in [*names, "total"] if any(getattr(part, n) for part in parts)]
     rows = [
-        [str(stage), f"{part.parameters:,}"]
-        + [f"{values[stage] / GIB:.2f}" for values in columns.values()]
+        [str(stage), f"{part.parameters:,}", *(f"{getattr(part, n) / GIB:.2f}" for n in shown)]
         for stage, part in enumerate(parts)
     ]
-    return markdown_table(
-        ["stage", "parameters", *(MEMORY_COLUMNS[name] for name in columns)], rows
-    )
+    return markdown_table(["stage", "parameters", *(HEADINGS.get(n, n) for n in shown)], rows)
 
 
 def steps_table(one: Estimate) -> str:

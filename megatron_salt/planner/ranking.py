@@ -135,22 +135,16 @@ def _nothing_fits(
     if closest is None:
         return f"no layout of {inputs.world_size} GPUs is possible: {counts}"
     gib, layout = 2.0**30, closest.sizes.layout
-    phase, stage, part = max(
-        (
-            (phase, stage, part)
-            for phase, parts in closest.memory.items()
-            for stage, part in enumerate(parts)
-        ),
-        key=lambda found: found[2].total,
-    )
-    parts = {
+    found = [(phase, *one) for phase, parts in closest.memory.items() for one in enumerate(parts)]
+    phase, stage, part = max(found, key=lambda one: one[2].total)
+    parts_of = {
         "weights, gradients and optimizer": part.model_states,
         "teacher": part.teacher + part.teacher_head + part.hidden_states,
         "activations": part.activations + part.masks,
         "gradient buckets": part.buckets,
         "loss": part.loss,
     }
-    largest = sorted(parts.items(), key=lambda pair: -pair[1])[:3]
+    largest = sorted(parts_of.items(), key=lambda pair: -pair[1])[:3]
     named = ", ".join(f"{name} {size / gib:.1f}" for name, size in largest)
     return (
         f"no layout of {inputs.world_size} GPUs ({machine.gpu.name}) fits into "

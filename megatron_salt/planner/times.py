@@ -33,18 +33,11 @@ def gather_s(num_bytes: float, ranks: int, bytes_s: float) -> float:
     return (ranks - 1) / ranks * num_bytes / bytes_s
 
 
-@dataclass(frozen=True, kw_only=True)
-class TensorParallel:
-    """Collectives of a micro-batch over tp, which nothing hides."""
+def tensor_parallel(sizes: Sizes, machine: Machine) -> tuple[float, float, float, float]:
+    """Collectives of a micro-batch over tp, which nothing hides: in a layer's forward and backward,
+    of the embedding, of the loss.
 
-    layer_forward: float
-    layer_backward: float
-    embedding: float
-    loss: float
-
-
-def tensor_parallel(sizes: Sizes, machine: Machine) -> TensorParallel:
-    """Of w B S D bytes: 2 all-reduces in a layer's forward and 2 in its backward, one for the
+    Of w B S D bytes: 2 all-reduces in a layer's forward and 2 in its backward, one for the
     embedding and one for the hidden states' gradient of the loss. Under sequence parallelism an
     all-gather and a reduce-scatter stand for each, and the backward gathers both inputs again.
 
@@ -58,12 +51,7 @@ def tensor_parallel(sizes: Sizes, machine: Machine) -> TensorParallel:
     backward = (3.0 if parallel.sequence_parallel else 2.0) * once
     if parallel.recompute_granularity == "full":
         backward += 2.0 * once
-    return TensorParallel(
-        layer_forward=2.0 * once,
-        layer_backward=backward,
-        embedding=once / 2 if parallel.sequence_parallel else once,
-        loss=once,
-    )
+    return 2.0 * once, backward, once / 2 if parallel.sequence_parallel else once, once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,18 +102,18 @@ def step_times(sizes: Sizes, machine: Machine) -> StepTimes:
     """
     base, layout = multiply_adds(sizes.shape), sizes.layout
     per_multiply_add = 2.0 / machine.flops_s(sizes.settings.precision)
-    over_tp = tensor_parallel(sizes, machine)
+    layer_forward, layer_backward, embedding, loss = tensor_parallel(sizes, machine)
     counts = stage_parameters(sizes.config, sizes.vocab_size, sizes.bounds)
     over_dp = [data_parallel(count, sizes, machine) for count in counts]
     forward, backward = [], []
     for stage in range(layout.pp_size):
         layers = sizes.bounds[stage + 1] - sizes.bounds[stage]
-        ends = over_tp.embedding if stage == 0 else 0.0
-        ends += over_tp.loss if stage == layout.pp_size - 1 else 0.0
+        ends = embedding if stage == 0 else 0.0
+        ends += loss if stage == layout.pp_size - 1 else 0.0
         products = base.forward[stage] * per_multiply_add
-        forward.append(products + layers * over_tp.layer_forward + ends + over_dp[stage].forward)
+        forward.append(products + layers * layer_forward + ends + over_dp[stage].forward)
         products = base.backward[stage] * per_multiply_add
-        backward.append(products + layers * over_tp.layer_backward + over_dp[stage].backward)
+        backward.append(products + layers * layer_backward + over_dp[stage].backward)
     transfer = hidden_transfer = 0.0
     if layout.pp_size > 1:
         rate = machine.link_bytes_s(layout.world_size)

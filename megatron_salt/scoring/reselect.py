@@ -182,10 +182,8 @@ def output_tables(output_prefix: str, sources: Sequence[Source]) -> list[Path]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"several --tags are named {', '.join(twice)}; give each another name")
-    if len(sources) == 1:
-        paths = [Path(f"{output_prefix}.parquet")]
-    else:
-        paths = [Path(f"{output_prefix}_{name}.parquet") for name in names]
+    endings = [f"_{name}" for name in names] if len(names) > 1 else [""]
+    paths = [Path(f"{output_prefix}{ending}.parquet") for ending in endings]
     tagged = {source.table.path.resolve() for source in sources}
     for path in paths:
         if path.resolve() in tagged:
@@ -257,14 +255,13 @@ def samples_text(
         total = int(np.count_nonzero(side))
         lines.append(f"== {name}: {len(places)} of {total} sequences that are {what}, by {score}\n")
         for place in places:
-            row = {key: table.columns[key][place] for key in ("sequence", "start", "tokens")}
-            tokens = int(row["tokens"])
-            share = table.columns["kept"][place] / max(tokens, 1)
+            names = ("sequence", "start", "tokens", "kept")
+            sequence, start, tokens, kept = (int(table.columns[key][place]) for key in names)
             lines.append(
-                f"-- sequence {row['sequence']} of {name}, {what}: {score} {scores[place]:.4g}, "
-                f"{tokens} tokens, {share:.1%} of them kept"
+                f"-- sequence {sequence} of {name}, {what}: {score} {scores[place]:.4g}, "
+                f"{tokens} tokens, {kept / max(tokens, 1):.1%} of them kept"
             )
-            lines.append(_beginning(data, int(row["start"]), tokens, tokenizer))
+            lines.append(_beginning(data, start, tokens, tokenizer))
     return "\n".join(lines)
 
 

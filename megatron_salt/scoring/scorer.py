@@ -43,9 +43,8 @@ class Scorer:
         self.num_rows, self.impl = request.micro_batch_size, request.loss_impl
         on_cpu = groups.device.type == "cpu"
         self.chunking = Chunking(chunk_bytes=CPU_CHUNK_BYTES) if on_cpu else Chunking()
-        self.vocab = VocabShard(
-            size=manifest.model.vocab_size, start=0, stop=manifest.model.vocab_size
-        )
+        size = manifest.model.vocab_size
+        self.vocab = VocabShard(size=size, start=0, stop=size)
         self.model = load_frozen(
             job.folder,
             manifest,
@@ -53,7 +52,7 @@ class Scorer:
             seq_length=self.settings.max_length,
             dtype=DTYPES[self.settings.precision],
             head=self.vocab,
-            head_columns=manifest.model.vocab_size,
+            head_columns=size,
         )
 
     def shard(

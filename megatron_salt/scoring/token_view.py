@@ -48,9 +48,8 @@ class TokenTags:
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
     """What every id stands for in UTF-8 text; a byte may be part of a character only."""
-    if _is_byte_level(tokenizer):
-        return [_from_byte_level(piece) for piece in tokenizer.tokens()]
-    return [_from_piece(piece) for piece in tokenizer.tokens()]
+    of_piece = _from_byte_level if _is_byte_level(tokenizer) else _from_piece
+    return [of_piece(piece) for piece in tokenizer.tokens()]
 
 
 def _from_piece(piece: str) -> bytes:
