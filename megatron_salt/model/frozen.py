@@ -13,12 +13,7 @@ from torch import Tensor, nn
 
 from megatron_salt.config.fields import ModelConfig
 from megatron_salt.kernels import VocabShard
-from megatron_salt.model.layers import (
-    Embedding,
-    ModelParts,
-    canonical_parameters,
-    transformer_layers,
-)
+from megatron_salt.model import layers
 from megatron_salt.model.weights import WeightSpec, output_weight_name, shard, weight_table
 from megatron_salt.parallel.groups import Groups, same_error_everywhere
 from megatron_salt.parallel.layout import split_evenly
@@ -49,7 +44,7 @@ class FrozenModel:
         head: VocabShard | None,
         head_columns: int,
     ) -> None:
-        self.parts = ModelParts(
+        self.parts = layers.ModelParts(
             model,
             vocab_size=vocab_size,
             seq_length=seq_length,
@@ -58,12 +53,12 @@ class FrozenModel:
             sequence_parallel=False,
             dtype=dtype,
         )
-        inner = [kind(*arguments) for kind, arguments in transformer_layers(self.parts)]
-        layers = nn.ModuleList([Embedding(self.parts), *inner]).to(dtype).to(groups.device)
-        self.layers = layers.requires_grad_(False).eval()
+        inner = [kind(*arguments) for kind, arguments in layers.transformer_layers(self.parts)]
+        whole = nn.ModuleList([layers.Embedding(self.parts), *inner]).to(dtype).to(groups.device)
+        self.layers = whole.requires_grad_(False).eval()
         self.head_WE: Tensor | None = None
         table = weight_table(model, vocab_size, num_positions)
-        parameters = canonical_parameters(self.layers)
+        parameters = layers.canonical_parameters(self.layers)
         for name, weight in weights:
             if name in parameters:
                 part = shard(weight, table[name], 0, 1, self.parts.padded_vocab)

@@ -95,11 +95,8 @@ class Opened:
         tags = None
         if self.tag_data:
             read = {kind: read_stream(file, start, stop) for kind, file in self.tag_data.items()}
-            tags = TokenTags(
-                kept=read["mask"] > 0,
-                loss=as_fp16(read["loss"]) if "loss" in read else None,
-                entropy=as_fp16(read["entropy"]) if "entropy" in read else None,
-            )
+            kept = read.pop("mask") > 0
+            tags = TokenTags(kept=kept, **{kind: as_fp16(each) for kind, each in read.items()})
         ids = read_stream(self.data, start, stop).tolist()
         return TokenSpan(name=name, start=start, stop=stop, ids=ids, tags=tags)
 
@@ -316,13 +313,9 @@ def _sums(
     kind: str, values: NDArray[Any], bounds: NDArray[np.int64], path: Path
 ) -> NDArray[np.float64]:
     """Sum over each sequence. Raises: ValueError for values that no tag has."""
-    if kind == "mask":
-        if len(values) and values.max() > 1:
-            raise ValueError(f"{path} holds {values.max()}, a mask holds 0 and 1; {TAG_AGAIN}")
-        running = np.cumsum(values, dtype=np.int64)
-        ends = np.concatenate([[0], running])[bounds]
-        return np.diff(ends).astype(np.float64)
-    numbers = as_fp16(values).astype(np.float64)
+    if kind == "mask" and len(values) and values.max() > 1:
+        raise ValueError(f"{path} holds {values.max()}, a mask holds 0 and 1; {TAG_AGAIN}")
+    numbers = (values if kind == "mask" else as_fp16(values)).astype(np.float64)
     if not np.isfinite(numbers).all():
         raise ValueError(f"{path} holds values that are not finite; {TAG_AGAIN}")
     index = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))

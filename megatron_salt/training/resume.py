@@ -105,29 +105,24 @@ def _check_same_run(
     resumed: CheckpointManifest,
 ) -> None:
     """Raise ValueError if layout, precision, tokenizer or model are not the checkpoint's."""
-    saved = (
-        resumed.model.tp_size,
-        resumed.model.pp_size,
-        resumed.run.dp_size,
-        resumed.run.zero_stage,
-    )
+    model, run = resumed.model, resumed.run
+    saved = (model.tp_size, model.pp_size, run.dp_size, run.zero_stage)
     now = (layout.tp_size, layout.pp_size, layout.dp_size, settings.zero_stage)
     if saved != now:
         raise ValueError(
             f"the checkpoint was saved with (tp, pp, dp, ZeRO stage) = {saved}, this run has "
             f"{now}: resume with the same layout"
         )
-    if resumed.model.tokenizer_fingerprint != tokenizer_fingerprint:
+    if model.tokenizer_fingerprint != tokenizer_fingerprint:
         raise ValueError("the checkpoint was trained with another tokenizer than data.tokenizer")
-    lengths = (resumed.run.config.data.seq_length, config.data.seq_length)
-    if resumed.run.config.model != config.model or lengths[0] != lengths[1]:
-        changes = changed_settings(resumed.run.config, config)
-        wrong = [c for c in changes if c.startswith("model.") or c.startswith("data.seq_length")]
+    changes = changed_settings(run.config, config)
+    wrong = [change for change in changes if change.startswith(("model.", "data.seq_length:"))]
+    if wrong:
         raise ValueError(f"the checkpoint's model is not this run's: {'; '.join(wrong)}")
-    if resumed.model.precision != settings.precision:
+    if model.precision != settings.precision:
         raise ValueError(
             f"{settings.path}: precision {settings.precision}, the checkpoint was trained in "
-            f"{resumed.model.precision}"
+            f"{model.precision}"
         )
 
 
