@@ -97,8 +97,8 @@ class WindowDataset(torch.utils.data.Dataset):
 
     dataset: Any
     """The IndexedDataset."""
-    windows: NDArray[np.int64]
-    """Numbers of whole windows."""
+    numbers: NDArray[np.int64]
+    """Of whole windows."""
     window: int
     seed: int
     eod: int
@@ -112,16 +112,16 @@ class WindowDataset(torch.utils.data.Dataset):
         self.unique_identifiers = {"class": type(self).__name__, "of": of, "seed": self.seed}
 
     @cached_property
-    def shuffled(self) -> NDArray[np.int64]:
-        """Made when first read: a long run has many epochs, and reads one at a time."""
+    def windows(self) -> NDArray[np.int64]:
+        """Shuffled when first read: a long run has many epochs, and reads one at a time."""
         # RandomState, because NumPy promises that its numbers never change.
-        return np.random.RandomState(self.seed).permutation(self.windows)
+        return np.random.RandomState(self.seed).permutation(self.numbers)
 
     def __len__(self) -> int:
-        return len(self.windows)
+        return len(self.numbers)
 
     def __getitem__(self, index: int) -> SampleFields:
-        start = int(self.shuffled[index]) * self.window
+        start = int(self.windows[index]) * self.window
         stop = start + self.window
         text = read_stream(self.dataset, max(start - 1, 0), stop).astype(np.int64)
         if start == 0:
