@@ -122,7 +122,7 @@ def work(folder: Path, rounds: int, output: Path) -> None:
 
     def before_step() -> None:
         teacher_pass = TeacherPass(
-            teacher.model, groups=teacher.groups, timer=teacher.timer, plan=equal,
+            model=teacher.model, groups=teacher.groups, timer=teacher.timer, plan=equal,
             tokens_RS=batch.tokens_RS, prefix_R=None, out_RSE=shares_RSE,
         )  # fmt: skip
         teacher_pass.run_all()

@@ -41,10 +41,11 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Score every checkpoint and print one line each; bad files end with one line and status 2."""
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    asked = vars(parser.parse_args(argv))
     for name in ("samples", "micro_batch_size"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} {getattr(arguments, name)}: must be at least 1")
+        if asked[name] < 1:
+            parser.error(f"--{name} {asked[name]}: must be at least 1")
+    paths, output = asked.pop("checkpoint"), asked.pop("output")
     silence_known_warnings()
     # torch takes seconds to import: `--help` does not wait for it.
     import torch.distributed as dist
@@ -53,16 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megatron_salt.parallel.groups import FailedElsewhere, initialize
 
     groups = initialize(1, 1, timeout_minutes=30.0)
-    request = ScoreRequest(
-        data=arguments.data,
-        split=arguments.split,
-        samples=arguments.samples,
-        seq_length=arguments.seq_length,
-        micro_batch_size=arguments.micro_batch_size,
-        precision=arguments.precision,
-    )
     try:
-        results = [score_checkpoint(path, request, groups) for path in arguments.checkpoint]
+        results = [score_checkpoint(path, ScoreRequest(**asked), groups) for path in paths]
     except FailedElsewhere as error:
         raise SystemExit(2) from error
     except (ValueError, FileNotFoundError) as error:
@@ -74,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{result['checkpoint']}: {result['valid_ce_nats']:.4f} nats/token, accuracy "
                 f"{result['valid_accuracy']:.4f}, {result['valid_tokens']} tokens"
             )
-        if arguments.output:
-            arguments.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        if output:
+            output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     dist.barrier()
     # Its threads, left to the interpreter's end, can abort a rank that is done.
     dist.destroy_process_group()

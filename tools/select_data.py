@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     # matplotlib takes a second to import: --help does not wait for it
     from megatron_salt.data.selection import read_table, rule_text, write_table
-    from megatron_salt.files.atomic import atomic_path
+    from megatron_salt.files.disk import atomic_path
     from megatron_salt.report.score_histogram import write_score_histogram
     from megatron_salt.scoring import reselect
 

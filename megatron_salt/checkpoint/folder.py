@@ -24,8 +24,7 @@ from typing import Any
 
 from megatron_salt.checkpoint.manifest import MANIFEST, CheckpointManifest, read_checkpoint_manifest
 from megatron_salt.checkpoint.weights import weights_file
-from megatron_salt.files.atomic import atomic_path, fsync_path
-from megatron_salt.files.hashes import sha256_of
+from megatron_salt.files.disk import atomic_path, fsync_path, sha256_of
 
 
 def checkpoints_dir(output_dir: str | Path) -> Path:
@@ -64,15 +63,13 @@ def partial_dir(output_dir: str | Path, step: int) -> Path:
     return checkpoints_dir(output_dir) / f".{step_name(step)}.partial"
 
 
-def start_partial(output_dir: str | Path, step: int) -> Path:
-    """An empty directory to write a checkpoint into; remains of a killed attempt are removed."""
+def start_partial(output_dir: str | Path, step: int) -> None:
+    """Make a directory to write a checkpoint into; remains of a killed attempt are removed."""
     checkpoints_dir(output_dir).mkdir(parents=True, exist_ok=True)
     for pattern in (".step_*.partial", ".step_*.replaced", ".step_*.deleted"):
         for leftover in checkpoints_dir(output_dir).glob(pattern):
             shutil.rmtree(leftover, ignore_errors=pattern.endswith("deleted"))
-    partial = partial_dir(output_dir, step)
-    partial.mkdir()
-    return partial
+    partial_dir(output_dir, step).mkdir()
 
 
 def list_files(partial: Path) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_salt.config.fields import ModelConfig, RunConfig
-from megatron_salt.files.hashes import sha256_of
+from megatron_salt.files.disk import sha256_of
 from megatron_salt.method.switch import SwitchState
 
 CHECKPOINT_FORMAT = 2
@@ -164,9 +164,6 @@ def verify_hashes(path: Path, manifest: CheckpointManifest, names: Sequence[str]
 
 def weights_fingerprint(manifest: CheckpointManifest) -> str:
     """Identity of a checkpoint's weights, from the hashes of their files."""
-    hashes = [
-        record["sha256"]
-        for name, record in sorted(manifest.files.items())
-        if name.startswith("weights/")
-    ]
-    return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
+    names = sorted(name for name in manifest.files if name.startswith("weights/"))
+    hashes = "".join(manifest.files[name]["sha256"] for name in names)
+    return hashlib.sha256(hashes.encode()).hexdigest()[:16]

@@ -1,16 +1,21 @@
-"""Tensors in a checkpoint: the model's weights by canonical name, the teacher's held-out losses."""
+"""Tensors in a checkpoint: the model's weights by canonical name, which a frozen model is built of,
+and the teacher's held-out losses."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_salt.checkpoint.manifest import CheckpointManifest, verify_hashes
+from megatron_salt.kernels import VocabShard
+from megatron_salt.model.frozen import FrozenModel, broadcast_weights
 from megatron_salt.model.weights import merge, weight_table
+from megatron_salt.parallel.groups import Groups
 
 TEACHER_SCORES = "held_out/teacher.safetensors"
 
@@ -57,6 +62,39 @@ def read_weights(path: Path, manifest: CheckpointManifest) -> dict[str, Tensor]:
             )
         full[name] = merge(parts.pop(name), spec)
     return full
+
+
+def load_frozen(
+    folder: Path,
+    manifest: CheckpointManifest,
+    groups: Groups,
+    *,
+    seq_length: int,
+    dtype: torch.dtype,
+    head: VocabShard | None,
+    head_columns: int,
+) -> FrozenModel:
+    """The model of a checkpoint, frozen, on every rank.
+
+    Everything about its shape comes from its own checkpoint, but the length that it reads.
+
+    Args:
+        head, head_columns: see `FrozenModel`.
+    Collectives: one broadcast per weight over all ranks; rank 0 alone reads.
+    Raises: ValueError naming the checkpoint and the weight, if one is missing, of another shape,
+        all zeros or not finite. Call `teacher.find.check_teacher_fits` first.
+    """
+    model, source = manifest.model, f"model {folder}"
+    table = weight_table(model.config, model.vocab_size, model.num_positions)
+    weights = broadcast_weights(
+        table, lambda: read_weights(folder, manifest), groups, dtype, source
+    )
+    # A learned position table keeps the size that it was trained with.
+    return FrozenModel(
+        model.config, weights, groups, source=source, vocab_size=model.vocab_size,
+        num_positions=model.num_positions, seq_length=seq_length, dtype=dtype, head=head,
+        head_columns=head_columns,
+    )  # fmt: skip
 
 
 def write_teacher_scores(directory: Path, tensors: Mapping[str, Tensor], samples: str) -> None:

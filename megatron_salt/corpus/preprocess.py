@@ -45,9 +45,7 @@ from megatron_salt.data.manifest import (
     tokenizer_directory,
 )
 from megatron_salt.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_salt.files.atomic import fsync_path
-from megatron_salt.files.hashes import sha256_of
-from megatron_salt.files.locks import lock_file
+from megatron_salt.files.disk import fsync_path, lock_file, sha256_of
 
 logger = logging.getLogger(__name__)
 

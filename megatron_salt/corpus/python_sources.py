@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from megatron_salt.files.atomic import atomic_path
+from megatron_salt.files.disk import atomic_path
 
 SUFFIXES = (".py", ".rst", ".txt")
 EXCLUDED_DIRECTORIES = frozenset({"site-packages", "dist-packages", "__pycache__", ".git"})

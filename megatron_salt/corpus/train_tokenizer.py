@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_salt.corpus.text_files import BadLine, iter_line_blocks, parse_documents
 from megatron_salt.data.tokenizer import SENTINEL
-from megatron_salt.files.atomic import atomic_path
+from megatron_salt.files.disk import atomic_path
 
 END_OF_TEXT = "<|endoftext|>"
 

@@ -31,7 +31,7 @@ from megatron_salt.config.values import check_split, parse_blend
 from megatron_salt.data.epochs import Epoch, EpochedDataset, TaggedDataset, Tags, WindowDataset
 from megatron_salt.data.manifest import read_dataset_manifest, tokenizer_directory, verify_dataset
 from megatron_salt.data.objective import Mixture, make_mixture
-from megatron_salt.data.order import epoch_seed, evaluation_rows
+from megatron_salt.data.order import epoch_seed
 from megatron_salt.data.selection import Selection, check_same_origin, load_selection, rule_text
 from megatron_salt.data.tags import TagManifest, tag_manifest_path, verify_tags
 from megatron_salt.data.tokenizer import Tokenizer, load_tokenizer
@@ -403,14 +403,6 @@ class DataSource:
             "the one that made the dataset (data.tokenizer); if it is this one the file is "
             "damaged, preprocess the text again"
         )
-
-    def evaluation_batches(
-        self, num_samples: int, micro_batch_size: int, dp_rank: int, dp_size: int
-    ) -> list[Batch]:
-        """This data-parallel rank's micro-batches of one evaluation."""
-        total = min(num_samples, self.num_held_out())
-        rounds = evaluation_rows(total, micro_batch_size, dp_rank, dp_size)
-        return [self.read_held_out(rows) for rows in rounds]
 
     def fingerprints(self) -> list[str]:
         """Identity of each training dataset, to notice at a resume that the data changed."""

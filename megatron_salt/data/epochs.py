@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -86,43 +87,38 @@ class TaggedDataset(torch.utils.data.Dataset):
         return {**self.epoch[index], **tag_fields(mask[1:], bits)}
 
 
+@dataclass(eq=False)
 class WindowDataset(torch.utils.data.Dataset):
     """One epoch over windows of the token stream, as they were scored, shuffled.
 
     Window i holds the labels `[i W, (i + 1) W)`; its inputs are the tokens before them, with the
     end-of-document token before the very first.
-
-    Args:
-        dataset: the IndexedDataset.
-        windows: numbers of whole windows.
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        windows: NDArray[np.int64],
-        *,
-        window: int,
-        seed: int,
-        eod: int,
-        eod_mask_loss: bool,
-        tags: Tags | None,
-        identity: str,
-    ) -> None:
-        self._in_order, self._seed = windows, seed
-        self.dataset, self.window, self.tags = dataset, window, tags
-        self.eod, self.eod_mask_loss = eod, eod_mask_loss
+    dataset: Any
+    """The IndexedDataset."""
+    numbers: NDArray[np.int64]
+    """Of whole windows."""
+    window: int
+    seed: int
+    eod: int
+    eod_mask_loss: bool
+    tags: Tags | None
+    identity: str
+
+    def __post_init__(self) -> None:
         self.index_split = Split.train
-        self.unique_identifiers = {"class": type(self).__name__, "of": identity, "seed": seed}
+        of = self.identity
+        self.unique_identifiers = {"class": type(self).__name__, "of": of, "seed": self.seed}
 
     @cached_property
     def windows(self) -> NDArray[np.int64]:
         """Shuffled when first read: a long run has many epochs, and reads one at a time."""
         # RandomState, because NumPy promises that its numbers never change.
-        return np.random.RandomState(self._seed).permutation(self._in_order)
+        return np.random.RandomState(self.seed).permutation(self.numbers)
 
     def __len__(self) -> int:
-        return len(self._in_order)
+        return len(self.numbers)
 
     def __getitem__(self, index: int) -> SampleFields:
         start = int(self.windows[index]) * self.window
@@ -146,10 +142,8 @@ class EpochedDataset(torch.utils.data.Dataset):
         self.samples_per_epoch = len(self.epochs[0])
         # What `BlendedDataset` asks of its parts.
         self.index_split = self.epochs[0].index_split
-        self.unique_identifiers = {
-            "class": type(self).__name__,
-            "epochs": [epoch.unique_identifiers for epoch in self.epochs],
-        }
+        identities = [epoch.unique_identifiers for epoch in self.epochs]
+        self.unique_identifiers = {"class": type(self).__name__, "epochs": identities}
 
     def __len__(self) -> int:
         return self.samples_per_epoch * len(self.epochs)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron_salt.data.tokenizer import Tokenizer, check_same_tokens, load_tokenizer
-from megatron_salt.files.hashes import sha256_of
+from megatron_salt.files.disk import sha256_of
 
 logger = logging.getLogger(__name__)
 

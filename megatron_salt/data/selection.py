@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from megatron_salt.data.scores import column
 from megatron_salt.data.sequences import Sequences
 from megatron_salt.data.tags import TagOrigin, sequence_lengths
-from megatron_salt.files.atomic import atomic_path
+from megatron_salt.files.disk import atomic_path
 
 TABLE_FORMAT = 1
 METADATA_KEY = b"megatron_salt"
@@ -161,14 +161,10 @@ def write_table(path: Path, table: SequenceTable) -> None:
     arrow = pyarrow.table(table.columns)
     arrow = arrow.replace_schema_metadata({METADATA_KEY: json.dumps(metadata).encode()})
     with atomic_path(path) as temporary:
+        # No manifest holds a selection's hash: its pages carry their own checksums. Scores hardly
+        # repeat, so a dictionary would only make the file larger.
         pyarrow.parquet.write_table(
-            arrow,
-            temporary,
-            compression="zstd",
-            # No manifest holds a selection's hash: its pages carry their own checksums. Scores
-            # hardly repeat, so a dictionary would only make the file larger.
-            write_page_checksum=True,
-            use_dictionary=False,
+            arrow, temporary, compression="zstd", write_page_checksum=True, use_dictionary=False
         )
 
 
@@ -241,15 +237,11 @@ def load_selection(path: str | Path, data_prefix: str | Path, tokenizer: str) ->
             f"{count}: it is not whole; make it again with tools/select_data.py"
         )
     about = f"{origin.data.bin_sampled_sha256} {origin.settings.window}"
-    digest = hashlib.sha256(about.encode() + numbers.tobytes())
+    fingerprint = hashlib.sha256(about.encode() + numbers.tobytes()).hexdigest()[:16]
     return Selection(
-        path=table.path,
-        origin=origin,
-        rule=table.rule,
-        sequences=numbers,
-        tokens=int(table.columns["tokens"][chosen].sum(dtype=np.int64)),
-        fingerprint=digest.hexdigest()[:16],
-    )
+        path=table.path, origin=origin, rule=table.rule, sequences=numbers,
+        tokens=int(table.columns["tokens"][chosen].sum(dtype=np.int64)), fingerprint=fingerprint,
+    )  # fmt: skip
 
 
 def check_same_origin(selection: Selection, tags: TagOrigin, tags_path: Path) -> None:

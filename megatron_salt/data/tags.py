@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_salt.data.manifest import bin_path, idx_path, read_dataset_manifest
-from megatron_salt.files.hashes import sha256_of
+from megatron_salt.files.disk import sha256_of
 
 TAG_FORMAT = 1
 TAG_AGAIN = "run tools/tag_data.py again"
@@ -238,9 +238,7 @@ def _check_file(path: Path, record: FileRecord, source: Path, *, hashes: bool) -
         raise ValueError(f"{what}: {path} has {size} bytes, {source} says {record.num_bytes}; "
                          f"{TAG_AGAIN}")  # fmt: skip
     same = sampled_sha256(path) == record.sampled_sha256
-    if same and hashes:
-        same = sha256_of(path) == record.sha256
-    if not same:
+    if not same or (hashes and sha256_of(path) != record.sha256):
         raise ValueError(f"{path} is not the file that {source} was written with: its content "
                          f"differs (damaged, or of other tags); {TAG_AGAIN}")  # fmt: skip
 

@@ -220,13 +220,8 @@ def check_same_tokens(
     """Raises ValueError with the first differing ids unless every id names the same token."""
     if tokenizer_a.fingerprint == tokenizer_b.fingerprint:
         return
-    differences = [
-        (index, token_a, token_b)
-        for index, (token_a, token_b) in enumerate(
-            zip_longest(tokenizer_a.tokens(), tokenizer_b.tokens())
-        )
-        if token_a != token_b
-    ]
+    pairs = enumerate(zip_longest(tokenizer_a.tokens(), tokenizer_b.tokens()))
+    differences = [(index, *pair) for index, pair in pairs if pair[0] != pair[1]]
     shown = [
         f"  id {index}: {_shown_token(token_a)} in {name_a}, {_shown_token(token_b)} in {name_b}"
         for index, token_a, token_b in differences[:SHOWN_DIFFERENCES]

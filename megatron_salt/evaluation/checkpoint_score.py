@@ -13,10 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_salt.checkpoint.folder import resolve
-from megatron_salt.checkpoint.frozen import load_frozen
 from megatron_salt.checkpoint.manifest import read_checkpoint_manifest
+from megatron_salt.checkpoint.weights import load_frozen
 from megatron_salt.config.fields import DataConfig, TextOrNumber
 from megatron_salt.data.dataset import Batch, DataSource, verify_datasets
+from megatron_salt.data.order import evaluation_rows
 from megatron_salt.data.tokenizer import load_tokenizer
 from megatron_salt.evaluation.score_sums import ScoreSums
 from megatron_salt.kernels import VocabShard, token_scores
@@ -67,26 +68,25 @@ def score_checkpoint(path: str, request: ScoreRequest, groups: Groups) -> dict[s
         own = manifest.run.config.data
     data = held_out_data(own, request)
     verify_datasets(data, tokenizer)
-    check_teacher_fits(folder, manifest, manifest.model.vocab_size, data.seq_length)
+    vocab_size = manifest.model.vocab_size
+    check_teacher_fits(folder, manifest, vocab_size, data.seq_length)
+    vocab = VocabShard(size=vocab_size, start=0, stop=vocab_size)
     model = load_frozen(
-        folder,
-        manifest,
-        groups,
-        seq_length=data.seq_length,
-        dtype=DTYPES[precision],
-        head=VocabShard(size=manifest.model.vocab_size, start=0, stop=manifest.model.vocab_size),
-        head_columns=manifest.model.vocab_size,
-    )
+        folder, manifest, groups, seq_length=data.seq_length, dtype=DTYPES[precision], head=vocab,
+        head_columns=vocab_size,
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         # One name on all ranks: rank 0 writes the index files, the others map them.
         cache = Path(from_rank_0(scratch))
         source = DataSource(
             data, tokenizer, num_samples=1, seed=0, cache_path=cache, held_out_only=True
         )
-        batches = source.evaluation_batches(
-            request.samples, request.micro_batch_size, groups.dp_rank, groups.layout.dp_size
-        )
-        packed = packed_scores(model, batches, groups.device)
+        rounds = evaluation_rows(
+            min(request.samples, source.num_held_out()), request.micro_batch_size, groups.dp_rank,
+            groups.layout.dp_size,
+        )  # fmt: skip
+        batches = [source.read_held_out(rows) for rows in rounds]
+        packed = packed_scores(model, vocab, batches, groups.device)
         dist.all_reduce(packed)
     sums = ScoreSums.unpack(packed)
     return {
@@ -100,9 +100,10 @@ def score_checkpoint(path: str, request: ScoreRequest, groups: Groups) -> dict[s
     }
 
 
-def packed_scores(model: FrozenModel, batches: Sequence[Batch], device: torch.device) -> Tensor:
+def packed_scores(
+    model: FrozenModel, vocab: VocabShard, batches: Sequence[Batch], device: torch.device
+) -> Tensor:
     """`ScoreSums` of this rank's batches, packed, as a run's own evaluations add them up."""
-    vocab = VocabShard(size=model.parts.vocab_size, start=0, stop=model.parts.vocab_size)
     packed = ScoreSums.zeros(device)
     assert model.head_WE is not None
     for batch in batches:

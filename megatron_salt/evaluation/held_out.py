@@ -85,6 +85,8 @@ class TeacherScores:
 class ScoredStudent(Protocol):
     """What is asked of the student that trains; `training.engine.StudentEngine`."""
 
+    settings: DeepSpeedSettings
+    groups: Groups
     loss_function: LossFunction
 
     def scoring_batch(self, batch: Batch) -> Any: ...
@@ -95,14 +97,8 @@ class ScoredStudent(Protocol):
 class HeldOut:
     """The held-out samples of a run, and who is scored on them."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        settings: DeepSpeedSettings,
-        groups: Groups,
-        data: DataSource,
-        student: ScoredStudent,
-    ) -> None:
+    def __init__(self, config: RunConfig, data: DataSource, student: ScoredStudent) -> None:
+        settings, groups = student.settings, student.groups
         self.groups, self.data, self.student = groups, data, student
         self.max_gap_nats = config.teacher.max_valid_ce_gap_nats
         self.batches_per_forward = settings.num_micro_batches
@@ -113,8 +109,6 @@ class HeldOut:
             self.num_samples, settings.micro_batch_size, groups.dp_rank, groups.layout.dp_size
         )
         self.teacher: TeacherScores | None = None
-        self.teacher_ce_nats: float | None = None
-        """Of a checkpoint from before `teacher` was kept it is all that is known."""
 
     def score_teacher(self, teacher: Teacher) -> str:
         """Score the teacher on every held-out token; its loss beside the one stored with it, as a
@@ -150,7 +144,6 @@ class HeldOut:
         self.teacher = TeacherScores(
             loss_NS=found_2NS[0].clone(), counted_NS=found_2NS[1].byte(), packed=packed.cpu()
         )
-        self.teacher_ce_nats = self.teacher.ce_nats
         return self._compared_with_stored(teacher, self.teacher.ce_nats)
 
     def _compared_with_stored(self, teacher: Teacher, now: float) -> str:
@@ -203,10 +196,9 @@ class HeldOut:
             "valid_tokens": int(sums.tokens),
             "valid_ece": sums.calibration_error,
         }
-        if self.teacher_ce_nats is not None:
-            values["teacher_valid_ce_nats"] = self.teacher_ce_nats
         if teacher is None:
             return values
+        values["teacher_valid_ce_nats"] = teacher.ce_nats
         values["teacher_lead_nats"] = values["valid_ce_nats"] - teacher.ce_nats
         values["teacher_better_share"] = sums.teacher_better / sums.tokens
         for third, mine, theirs in zip(THIRDS, sums.third_means, teacher.third_means, strict=True):
@@ -228,8 +220,7 @@ class HeldOut:
         Scores of other samples than this run's are of no use.
         """
         stored = read_teacher_scores(path, manifest)
-        if stored is None:  # before they were kept; or there has been no teacher
-            self.teacher_ce_nats = manifest.run.teacher_valid_ce_nats
+        if stored is None:  # there has been no teacher, or its scores were of no use
             return []
         tensors, fingerprint = stored
         if fingerprint != self.fingerprint:
@@ -239,5 +230,4 @@ class HeldOut:
                 "train.eval_samples and data.seq_length)"
             ]
         self.teacher = TeacherScores(**tensors)
-        self.teacher_ce_nats = self.teacher.ce_nats
         return []

@@ -1,1 +1,1 @@
-"""Files on shared disks: whole or not at all, locked, hashed."""
+"""Files on shared disks, and tables for people."""

@@ -12,13 +12,9 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(3, *(len(cell) for cell in column)) for column in columns]
 
     def line(cells: Sequence[str]) -> str:
-        padded = [
-            cell.ljust(width) if index == 0 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        padded[0] = cells[0].ljust(widths[0])
         return f"| {' | '.join(padded)} |"
 
-    rules = [
-        "-" * width if index == 0 else "-" * (width - 1) + ":" for index, width in enumerate(widths)
-    ]
+    rules = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join([line(header), line(rules), *(line(row) for row in rows)])

@@ -73,10 +73,7 @@ def simulated(sizes: Sizes, machine: Machine, measured: MeasuredTimes | None = N
 
 def teacher_work(plan: TeacherPlan, times: StepTimes) -> list[float]:
     """Seconds that the first tensor-parallel rank of every stage teaches."""
-    return [
-        sum(times.teacher(piece, chunk) for piece in ranks[0] for chunk in range(plan.num_chunks))
-        for ranks in plan.pieces_of
-    ]
+    return [times.teacher_work(ranks[0], plan.num_chunks) for ranks in plan.pieces_of]
 
 
 def _before_the_step(sizes: Sizes, times: StepTimes, programs: Sequence[Program]) -> Timeline:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from megatron_salt.data.selection import SequenceTable
-from megatron_salt.files.atomic import atomic_path
+from megatron_salt.files.disk import atomic_path
 from megatron_salt.report.plots import BASELINE_COLOUR, COLOURS, PLOT_STYLE
 
 HISTOGRAM_BINS = 80

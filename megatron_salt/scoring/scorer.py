@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_salt.checkpoint.frozen import load_frozen
+from megatron_salt.checkpoint.weights import load_frozen
 from megatron_salt.data.manifest import bin_path
 from megatron_salt.data.sequences import ScoringBatch, Sequences, batches_of, windows_of
 from megatron_salt.data.tags import open_indexed, read_stream

@@ -21,8 +21,7 @@ from megatron_salt.data.manifest import bin_path, idx_path
 from megatron_salt.data.scores import column, sequence_scores
 from megatron_salt.data.selection import SequenceTable, select, write_table
 from megatron_salt.data.sequences import Sequences
-from megatron_salt.files.atomic import atomic_path, fsync_path
-from megatron_salt.files.locks import lock_file
+from megatron_salt.files.disk import atomic_path, fsync_path, lock_file
 from megatron_salt.parallel.groups import Groups, same_error_everywhere
 from megatron_salt.scoring.request import TagRequest, differences
 from megatron_salt.scoring.scorer import ShardScores

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_salt.checkpoint.folder import (
-    resolve,
-)
+from megatron_salt.checkpoint.folder import resolve
 from megatron_salt.checkpoint.manifest import (
     CheckpointManifest,
     read_checkpoint_manifest,

@@ -5,6 +5,8 @@ Letters: R rows (sequences) of a data-parallel replica's step, S sequence, E tea
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,6 +17,7 @@ from megatron_salt.parallel.timers import LapTimer
 from megatron_salt.teacher.plan import TeacherPlan
 
 
+@dataclass(kw_only=True, eq=False)
 class TeacherPass:
     """The forward pass over one batch, on one rank. `run`, `send` and `receive` are the schedule's
     instructions; `finish` is called before the hidden states are needed.
@@ -22,27 +25,21 @@ class TeacherPass:
     Hidden states travel on process groups of their own, so they cannot meet the student's
     activations, and beside the computation. Between each pair of ranks pieces are sent and received
     in their order, whatever happens in between, so nobody waits for a transfer that has no partner.
-
-    Args:
-        out_RSE: where they are written: [R, S, E] on the last stage, this rank's rows elsewhere.
     """
 
-    def __init__(
-        self,
-        model: FrozenModel,
-        *,
-        groups: Groups,
-        timer: LapTimer,
-        plan: TeacherPlan,
-        tokens_RS: Tensor,
-        prefix_R: Tensor | None,
-        out_RSE: Tensor,
-    ) -> None:
-        self.model, self.groups, self.timer = model, groups, timer
-        self.plan, self.out_RSE = plan, out_RSE
-        self.tokens_RS, self.prefix_R = tokens_RS, prefix_R
-        self.mine = plan.pieces_of[groups.pp_rank][groups.tp_rank]
-        own_start, _ = plan.rows(groups.pp_rank, groups.tp_rank)
+    model: FrozenModel
+    groups: Groups
+    timer: LapTimer
+    plan: TeacherPlan
+    tokens_RS: Tensor
+    prefix_R: Tensor | None
+    out_RSE: Tensor
+    """Where they are written: [R, S, E] on the last stage, this rank's rows elsewhere."""
+
+    def __post_init__(self) -> None:
+        groups = self.groups
+        self.mine = self.plan.pieces_of[groups.pp_rank][groups.tp_rank]
+        own_start, _ = self.plan.rows(groups.pp_rank, groups.tp_rank)
         self._offset = 0 if groups.is_last_stage else own_start
         self._hidden: Tensor | None = None
         self._transfers: list[dist.Work | None] = []
@@ -80,11 +77,8 @@ class TeacherPass:
     def receive(self, piece: int) -> None:
         """On the last stage: start to receive a piece of the same tensor-parallel rank's column."""
         groups = self.groups
-        stage = next(
-            stage
-            for stage, ranks in enumerate(self.plan.pieces_of)
-            if piece in ranks[groups.tp_rank]
-        )
+        column = [ranks[groups.tp_rank] for ranks in self.plan.pieces_of]
+        stage = next(stage for stage, pieces in enumerate(column) if piece in pieces)
         source = groups.layout.rank(groups.tp_rank, groups.dp_rank, stage)
         self._transfers.append(dist.irecv(self._slot(piece), source, group=groups.hidden))
 

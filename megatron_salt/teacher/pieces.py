@@ -27,10 +27,7 @@ def teacher_pieces(num_rows: int, micro_batch_size: int, layout: Layout) -> list
 
 
 def assign_pieces(
-    pieces: Sequence[tuple[int, int]],
-    layout: Layout,
-    stage_work: Sequence[float],
-    row_work: float,
+    pieces: Sequence[tuple[int, int]], layout: Layout, stage_work: Sequence[float], row_work: float
 ) -> list[list[range]]:
     """Which pieces each rank of a replica teaches, `[pp_rank][tp_rank]`, as ranges of numbers.
 

@@ -71,10 +71,7 @@ def place(
         pieces: numbers of the pieces of rows that each stage teaches, in its order.
     """
     plain = simulate(programs, times)
-    work = [
-        sum(times.teacher(piece, chunk) for piece in mine for chunk in range(num_chunks))
-        for mine in pieces
-    ]
+    work = [times.teacher_work(mine, num_chunks) for mine in pieces]
     bound = work_bound(times, programs, work)
     remaining = _critical_paths(programs, times)
     attempts = max(6, SEARCH_BUDGET // max(1, sum(map(len, programs))))
@@ -122,34 +119,33 @@ def _critical_paths(programs: Sequence[Program], times: StepTimes) -> list[list[
     return [[span.stop for span in reversed(own[:-1])] + [0.0] for own in spans]
 
 
+@dataclass(eq=False)
 class _BubbleFiller:
     """Answers the clock's question whether a chunk runs instead of a wait; notes where it did."""
 
-    def __init__(
-        self,
-        programs: Sequence[Program],
-        times: StepTimes,
-        pieces: Sequence[Sequence[int]],
-        num_chunks: int,
-        plain: Timeline,
-        remaining: Sequence[Sequence[float]],
-        deadline: float,
-        overrun: float,
-    ) -> None:
-        self.programs, self.times, self.plain = programs, times, plain
+    programs: Sequence[Program]
+    times: StepTimes
+    pieces: Sequence[Sequence[int]]
+    num_chunks: int
+    plain: Timeline
+    remaining: Sequence[Sequence[float]]
+    deadline: float
+    overrun: float
+
+    def __post_init__(self) -> None:
         self.waiting = [
-            deque(Op("teacher", piece, chunk) for piece in mine for chunk in range(num_chunks))
-            for mine in pieces
+            deque(Op("teacher", piece, chunk) for piece in mine for chunk in range(self.num_chunks))
+            for mine in self.pieces
         ]
-        self.remaining, self.deadline, self.overrun = remaining, deadline, overrun
-        self.tie = 1e-9 * deadline
-        self.before: list[dict[int, list[Op]]] = [{} for _ in programs]
+        self.tie = 1e-9 * self.deadline
+        self.before: list[dict[int, list[Op]]] = [{} for _ in self.programs]
         self.delay = 0.0
         """How late the stages are, compared with the plain step, at most."""
 
     def __call__(self, stage: int, now: float, number: int) -> float | None:
         if number > 0:
-            self.delay = max(self.delay, now - self._free_in_plain(stage, number))
+            free_in_plain = self.plain.spans[stage][number - 1].stop
+            self.delay = max(self.delay, now - free_in_plain)
         if not self.waiting[stage]:
             return None
         op = self.waiting[stage][0]
@@ -161,9 +157,6 @@ class _BubbleFiller:
         self.waiting[stage].popleft()
         self.before[stage].setdefault(number, []).append(op)
         return duration
-
-    def _free_in_plain(self, stage: int, number: int) -> float:
-        return self.plain.spans[stage][number - 1].stop
 
     def _fits(self, stage: int, stop: float, number: int, duration: float) -> bool:
         # Latest start of an instruction: the deadline less the longest chain that depends on it.

@@ -47,16 +47,12 @@ class StepShape:
         teacher: ModelConfig | None,
     ) -> StepShape:
         return cls(
-            student=config.model,
-            teacher=teacher,
-            vocab_size=vocab_size,
-            seq_length=config.data.seq_length,
-            micro_batch_size=settings.micro_batch_size,
-            num_micro_batches=settings.num_micro_batches,
-            layout=layout,
+            student=config.model, teacher=teacher, vocab_size=vocab_size,
+            seq_length=config.data.seq_length, micro_batch_size=settings.micro_batch_size,
+            num_micro_batches=settings.num_micro_batches, layout=layout,
             recompute=config.parallel.recompute_granularity == "full",
             num_chunks=config.teacher.forward_chunks,
-        )
+        )  # fmt: skip
 
     @property
     def num_rows(self) -> int:
@@ -88,7 +84,7 @@ class StepShape:
         return split_evenly(num_layers, min(num_chunks, num_layers))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class TeacherPlan:
     """The teacher's work on a batch: pieces of rows, who reads which, and where in a step."""
 
@@ -180,9 +176,7 @@ def plan_teacher(shape: StepShape, times: StepTimes, *, in_bubbles: bool) -> Tea
     if not in_bubbles or pp_size == 1:
         # Before the step all ranks take equally many rows.
         pieces_of = _pieces_of(shape, times, 0.0)
-        return TeacherPlan(
-            pieces=pieces, pieces_of=pieces_of, num_chunks=num_chunks, placement=None
-        )
+        return TeacherPlan(pieces, pieces_of, num_chunks, placement=None)
     programs = plain_programs(shape.num_micro_batches, pp_size)
     plans: list[TeacherPlan] = []
     shortest = math.inf
@@ -191,19 +185,12 @@ def plan_teacher(shape: StepShape, times: StepTimes, *, in_bubbles: bool) -> Tea
     for level in LEVELLING_STEPS:
         pieces_of = _pieces_of(shape, times, level)
         of_first_tp_rank = [ranks[0] for ranks in pieces_of]
-        work = [
-            sum(times.teacher(piece, chunk) for piece in mine for chunk in range(num_chunks))
-            for mine in of_first_tp_rank
-        ]
+        work = [times.teacher_work(mine, num_chunks) for mine in of_first_tp_rank]
         if work_bound(times, programs, work) >= shortest * (1.0 - MIN_GAIN):
             continue
         placement = place(programs, times, of_first_tp_rank, num_chunks)
         shortest = min(shortest, placement.step_time - times.update)
-        plans.append(
-            TeacherPlan(
-                pieces=pieces, pieces_of=pieces_of, num_chunks=num_chunks, placement=placement
-            )
-        )
+        plans.append(TeacherPlan(pieces, pieces_of, num_chunks, placement))
     return min(plans, key=lambda plan: plan.placement.overhead if plan.placement else 0.0)
 
 
@@ -226,5 +213,5 @@ def _pieces_of(shape: StepShape, times: StepTimes, level: float) -> list[list[ra
         for forward, backward in zip(times.forward, times.backward, strict=True)
     ]
     rows = pieces[0][1] - pieces[0][0]
-    row_work = sum(times.teacher(0, chunk) for chunk in range(len(shape.chunk_bounds))) / rows
+    row_work = times.teacher_work([0], len(shape.chunk_bounds)) / rows
     return assign_pieces(pieces, shape.layout, stage_work, row_work)

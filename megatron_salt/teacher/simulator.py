@@ -46,6 +46,10 @@ class StepTimes:
     update: float = 0.0
     """Of gradient reduction and optimizer, after all stages have met."""
 
+    def teacher_work(self, pieces: Sequence[int], num_chunks: int) -> float:
+        """Of all the teacher's layers on these pieces."""
+        return sum(self.teacher(piece, chunk) for piece in pieces for chunk in range(num_chunks))
+
 
 class OpSpan(NamedTuple):
     """An instruction on the clock. Waiting is not part of it: a transfer starts when both meet."""
@@ -133,7 +137,7 @@ class Clock:
         self.before_update: dict[int, float] = {}  # stage: when it came there
         self.hidden_ends: dict[int, list[float]] = {}  # piece: when it was sent, and received
 
-    def run_programs(self) -> list[list[OpSpan]]:
+    def run_programs(self) -> None:
         """Run every stage to its end."""
         heapq.heapify(self.queue)
         while self.queue:
@@ -148,11 +152,11 @@ class Clock:
                 for stage in stuck
             )
             raise RuntimeError(f"the schedule cannot go on: {places}")
-        return self.spans
 
     def run(self) -> Timeline:
         self.run_programs()
-        backward_end = max(self.before_update.values(), default=self._last_stop())
+        last_stop = max((spans[-1].stop for spans in self.spans if spans), default=0.0)
+        backward_end = max(self.before_update.values(), default=last_stop)
         arrived = [max(ends) + self.times.hidden_transfer for ends in self.hidden_ends.values()]
         single = [piece for piece, ends in self.hidden_ends.items() if len(ends) != 2]
         if single:
@@ -160,9 +164,6 @@ class Clock:
         # Hidden states hold up nobody, but the step ends only when all have arrived.
         step_time = max([backward_end + self.times.update, *arrived])
         return Timeline(spans=self.spans, backward_end=backward_end, step_time=step_time)
-
-    def _last_stop(self) -> float:
-        return max((spans[-1].stop for spans in self.spans if spans), default=0.0)
 
     def _resume(self, stage: int, when: float, *, second_look: bool = False) -> None:
         key = when + self.tie if second_look else when

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_salt.checkpoint.frozen import load_frozen
 from megatron_salt.checkpoint.manifest import CheckpointManifest
+from megatron_salt.checkpoint.weights import load_frozen
 from megatron_salt.kernels import VocabShard
 from megatron_salt.parallel.groups import Groups
 from megatron_salt.parallel.timers import LapTimer
@@ -52,14 +52,9 @@ class Teacher:
         self.groups, self.dtype, self.micro_batch_size = groups, dtype, micro_batch_size
         self.checkpoint, self.manifest = checkpoint, manifest
         self.model = load_frozen(
-            checkpoint,
-            manifest,
-            groups,
-            seq_length=seq_length,
-            dtype=dtype,
-            head=vocab if groups.is_last_stage else None,
-            head_columns=head_columns,
-        )
+            checkpoint, manifest, groups, seq_length=seq_length, dtype=dtype,
+            head=vocab if groups.is_last_stage else None, head_columns=head_columns,
+        )  # fmt: skip
         self._connect()
         self.timer = LapTimer(groups.device)
         self.plan: TeacherPlan | None = None
@@ -92,19 +87,24 @@ class Teacher:
 
         All at once, in equal shares of the replica's ranks and in memory of its own: for
         evaluations, and for what wants them now.
-        Collectives: those of `Lesson`.
+        Collectives: those of `TeacherPass`.
         """
         layout = self.groups.layout
         pieces = teacher_pieces(len(tokens_RS), self.micro_batch_size, layout)
         pieces_of = assign_pieces(pieces, layout, [0.0] * layout.pp_size, 1.0)
         plan = TeacherPlan(pieces=pieces, pieces_of=pieces_of, num_chunks=1, placement=None)
         out_RSE = self._empty(self._buffer_shape(plan, tokens_RS.shape[1]))
-        forward = TeacherPass(
-            self.model, groups=self.groups, timer=self.timer, plan=plan, tokens_RS=tokens_RS,
-            prefix_R=prefix_R, out_RSE=out_RSE,
-        )  # fmt: skip
+        forward = self._pass(plan, tokens_RS, prefix_R, out_RSE)
         forward.run_all()
         return forward.finish()
+
+    def _pass(
+        self, plan: TeacherPlan, tokens_RS: Tensor, prefix_R: Tensor | None, out_RSE: Tensor
+    ) -> TeacherPass:
+        return TeacherPass(
+            model=self.model, groups=self.groups, timer=self.timer, plan=plan,
+            tokens_RS=tokens_RS, prefix_R=prefix_R, out_RSE=out_RSE,
+        )  # fmt: skip
 
     def prepare(self, plan: TeacherPlan, *, ahead: bool) -> None:
         """Allocate what the steps of the KD phase need for hidden states, and keep it.
@@ -133,10 +133,7 @@ class Teacher:
         """The work on a training batch, into the buffer that has not been used for longest."""
         assert self.plan is not None  # prepare
         self._buffers.rotate()
-        return TeacherPass(
-            self.model, groups=self.groups, timer=self.timer, plan=self.plan, tokens_RS=tokens_RS,
-            prefix_R=prefix_R, out_RSE=self._buffers[0],
-        )  # fmt: skip
+        return self._pass(self.plan, tokens_RS, prefix_R, self._buffers[0])
 
     def take_time_s(self) -> float:
         """Seconds of this rank's forward passes since the last call, without the exchange. Waits

@@ -46,9 +46,8 @@ class StepChecks:
         Once in a process: in its first step that has something to learn (not all tokens masked or
         routed away, no loss of 0) and, in fp16, whose gradients have not overflowed.
         """
-        check, overflown = self.student.gradient_check, False
-        if self.is_fp16 and grad_norm is not None:
-            overflown = not math.isfinite(grad_norm)
+        check = self.student.gradient_check
+        overflown = self.is_fp16 and grad_norm is not None and not math.isfinite(grad_norm)
         if check is None or loss == 0.0 or not math.isfinite(loss) or overflown:
             return
         self.student.gradient_check = None

@@ -15,7 +15,6 @@ from tqdm import tqdm
 from megatron_salt.config.fields import TrainConfig
 from megatron_salt.parallel.groups import Groups
 from megatron_salt.parallel.timers import allocated_bytes
-from megatron_salt.training.metrics import console_line
 
 
 class Console:
@@ -37,27 +36,35 @@ class Console:
     def progress(self, first_step: int) -> Iterable[int]:
         """The steps, with a bar on rank 0's terminal; log files get the console lines alone."""
         visible = self.groups.rank == 0 and sys.stderr.isatty()
+        steps, name = self.train.steps, Path(self.train.output_dir).name
         return tqdm(
-            range(first_step, self.train.steps),
-            desc=Path(self.train.output_dir).name,
-            initial=first_step,
-            total=self.train.steps,
-            unit="step",
-            disable=not visible,
-            dynamic_ncols=True,
-        )
+            range(first_step, steps), desc=name, initial=first_step, total=steps, unit="step",
+            disable=not visible, dynamic_ncols=True,
+        )  # fmt: skip
 
     def start_clock(self, first_step: int) -> None:
         """The time that is left is reckoned from here."""
         self._first_step, self._started = first_step, time.perf_counter()
 
     def step_line(self, record: Mapping[str, Any]) -> None:
-        """Collective: one line for a step's metrics, with the memory of all ranks."""
+        """Collective: one line for a step's metrics: where the run is, how it does, how long it
+        will take, with the memory of all ranks."""
+        step, total, norm = record["step"], self.train.steps, record["grad_norm"]
         elapsed = time.perf_counter() - self._started
-        per_step = elapsed / (record["step"] - self._first_step)
-        left = per_step * (self.train.steps - record["step"])
-        memory = self.memory_of_ranks()
-        self.say(f"{console_line(record, self.train.steps, left)} | {memory}")
+        per_step = elapsed / (step - self._first_step)
+        parts = [f"step {step}/{total}", record["phase"], f"ce {record['ce_nats']:.4f}"]
+        if record["kl_nats"] is not None:
+            parts.append(f"kl {record['kl_nats']:.4f} w {record['kd_weight']:.3f}")
+        if "valid_ce_nats" in record:
+            parts.append(f"valid {record['valid_ce_nats']:.4f}")
+        parts += [
+            f"lr {record['lr']:.3g}",
+            "norm -" if norm is None else f"norm {norm:.3f}",
+            f"{record['tokens_per_s']:.0f} tokens/s",
+            f"left {duration(per_step * (total - step))}",
+            self.memory_of_ranks(),
+        ]
+        self.say(" | ".join(parts))
 
     def memory_of_ranks(self) -> str:
         """Collective: every rank's allocated memory, as a short text."""
@@ -67,3 +74,11 @@ class Console:
         dist.all_gather(every, mine)
         sizes = [value.item() for value in every]
         return f"memory {min(sizes):.2f} to {max(sizes):.2f} GiB per rank"
+
+
+def duration(seconds: float) -> str:
+    """1h02m, 3m07s or 12s."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"

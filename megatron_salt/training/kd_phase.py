@@ -33,23 +33,17 @@ class KdPhase:
 
         Collectives: one broadcast from rank 0, so that no last bit can part the ranks.
         """
-        undecided = self.state.kd_end is None
-        self.state = from_rank_0(
-            update(
-                self.state,
-                self.configured,
-                done,
-                student_ce_nats=values["valid_ce_nats"],
-                teacher_ce_nats=values["teacher_valid_ce_nats"],
-                better_share=values["teacher_better_share"],
-            )
-        )
+        undecided, share = self.state.kd_end is None, values["teacher_better_share"]
+        student, teacher = values["valid_ce_nats"], values["teacher_valid_ce_nats"]
+        state = update(
+            self.state, self.configured, done, student_ce_nats=student, teacher_ce_nats=teacher,
+            better_share=share,
+        )  # fmt: skip
+        self.state = from_rank_0(state)
         if not undecided or self.state.kd_end is None:
             return None
         return (
             f"step {done}: the teacher has not helped at {self.state.streak} evaluations in a row "
-            f"(held-out CE {values['valid_ce_nats']:.4f}, the teacher's "
-            f"{values['teacher_valid_ce_nats']:.4f}, better on "
-            f"{values['teacher_better_share']:.1%} of the tokens): the KD phase ends after step "
-            f"{self.state.kd_end}"
+            f"(held-out CE {student:.4f}, the teacher's {teacher:.4f}, better on {share:.1%} of "
+            f"the tokens): the KD phase ends after step {self.state.kd_end}"
         )

@@ -1,4 +1,4 @@
-"""What happened: a line of metrics.jsonl per step, TensorBoard, console lines."""
+"""What happened: a line of metrics.jsonl per step, TensorBoard."""
 
 from __future__ import annotations
 
@@ -77,32 +77,3 @@ class MetricsLog:
         self._stream.close()
         if self._board is not None:
             self._board.close()
-
-
-def duration(seconds: float) -> str:
-    """1h02m, 3m07s or 12s."""
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
-
-
-def console_line(record: Mapping[str, Any], total_steps: int, seconds_left: float) -> str:
-    """One line for people: where the run is, how it does, how long it will take."""
-    parts = [
-        f"step {record['step']}/{total_steps}",
-        str(record["phase"]),
-        f"ce {record['ce_nats']:.4f}",
-    ]
-    if record["kl_nats"] is not None:
-        parts.append(f"kl {record['kl_nats']:.4f} w {record['kd_weight']:.3f}")
-    if "valid_ce_nats" in record:
-        parts.append(f"valid {record['valid_ce_nats']:.4f}")
-    norm = record["grad_norm"]
-    parts += [
-        f"lr {record['lr']:.3g}",
-        "norm -" if norm is None else f"norm {norm:.3f}",
-        f"{record['tokens_per_s']:.0f} tokens/s",
-        f"left {duration(seconds_left)}",
-    ]
-    return " | ".join(parts)

@@ -12,7 +12,7 @@ from megatron_salt.config.deepspeed import DeepSpeedSettings, read_json
 from megatron_salt.config.fields import DataConfig, RunConfig
 from megatron_salt.config.values import effective_split, parse_blend, parse_objective
 from megatron_salt.data.dataset import TagInputs
-from megatron_salt.files.locks import lock_file
+from megatron_salt.files.disk import lock_file
 from megatron_salt.method.switch import carried_over, effective
 from megatron_salt.parallel.layout import Layout
 

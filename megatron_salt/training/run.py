@@ -15,32 +15,22 @@ from deepspeed import comm
 
 from megatron_salt.checkpoint.manifest import Evaluation
 from megatron_salt.config.fields import RunConfig
-from megatron_salt.data.dataset import Batch, DataSource
+from megatron_salt.data.dataset import Batch
 from megatron_salt.data.order import rows_of_rank
 from megatron_salt.data.read_ahead import ReadAhead
 from megatron_salt.evaluation.held_out import HeldOut
 from megatron_salt.model.loss import LossSums
-from megatron_salt.parallel.groups import Groups
 from megatron_salt.parallel.timers import Stopwatch
 from megatron_salt.parallel.watchdog import StepWatchdog
 from megatron_salt.teacher.schedule import measured_times, times_table
 from megatron_salt.teacher.teacher import Teacher
+from megatron_salt.training import start
 from megatron_salt.training.checks import StepChecks
 from megatron_salt.training.console import Console
 from megatron_salt.training.engine import StudentEngine
 from megatron_salt.training.kd_phase import KdPhase
 from megatron_salt.training.learning_rate import learning_rate
-from megatron_salt.training.metrics import MetricsLog
 from megatron_salt.training.saving import Saver
-from megatron_salt.training.start import (
-    Start,
-    agree_on_start,
-    build_data,
-    join_ranks,
-    open_log,
-    prepare_loss,
-    resume_student,
-)
 from megatron_salt.training.teaching import Measure, Teaching
 
 # The first steps of a process are slower than the others; this one's times decide where in a step
@@ -59,36 +49,33 @@ def prepare(
 
     Raises: ValueError or FileNotFoundError naming the setting or file that is wrong.
     """
-    settings, groups = join_ranks(config, deepspeed_config)
+    settings, groups = start.join_ranks(config, deepspeed_config)
     console = Console(config.train, groups)
-    start = agree_on_start(config, settings, groups, console)
-    data = build_data(config, settings, start, console)
-    prepare_loss(config, settings, groups, console)
+    agreed = start.agree_on_start(config, settings, groups, console)
+    data = start.build_data(config, settings, agreed, console)
+    start.prepare_loss(config, settings, groups, console)
     student = StudentEngine(
-        config, settings, groups, vocab_size=start.tokenizer.vocab_size,
+        config, settings, groups, vocab_size=agreed.tokenizer.vocab_size,
         watchdog=watchdog(groups, config.parallel.timeout_minutes),
     )  # fmt: skip
-    resume_student(student, config, start, console)
-    log = open_log(config, settings, groups, start.step)
-    kd = KdPhase(config.salt, start.switch)
-    held_out = HeldOut(config, settings, groups, data, student)
+    start.resume_student(student, config, agreed, console)
+    log = start.open_log(config, student, agreed.step)
+    kd = KdPhase(config.salt, agreed.switch)
+    held_out = HeldOut(config, data, student)
     teaching = Teaching(config, student, kd, console, measure)
-    if start.resumed:
-        teaching.fingerprint = start.resumed.run.teacher_fingerprint
-    if config.teacher.checkpoint and kd.phase(start.step) == "kd":
-        teaching.bring(start.tokenizer, held_out, start.resumed)
-    elif config.teacher.checkpoint and start.resume_from and start.resumed:
-        console.warn(held_out.resume(start.resume_from, start.resumed))
-    saver = Saver(
-        config=config, settings=settings, groups=groups, data=data, student=student,
-        held_out=held_out, kd=kd, log=log, console=console,
-    )  # fmt: skip
-    run = Run(
-        config=config, groups=groups, start=start, data=data, student=student, kd=kd,
-        teaching=teaching, held_out=held_out, saver=saver, log=log, console=console,
-    )  # fmt: skip
-    if start.step == 0:
-        run.log_untrained_score()
+    if agreed.resumed:
+        teaching.fingerprint = agreed.resumed.run.teacher_fingerprint
+    if config.teacher.checkpoint and kd.phase(agreed.step) == "kd":
+        teaching.bring(agreed.tokenizer, held_out, agreed.resumed)
+    elif config.teacher.checkpoint and agreed.resume_from and agreed.resumed:
+        console.warn(held_out.resume(agreed.resume_from, agreed.resumed))
+    saver = Saver(config, student, held_out, kd, log, console)
+    run = Run(config, agreed, student, teaching, held_out, saver)
+    if agreed.step == 0:
+        # The untrained student's score: where every curve begins.
+        values = held_out.evaluate()
+        if log:
+            log.write({"step": 0, "tokens": 0, **values})
     return run
 
 
@@ -100,26 +87,24 @@ def train(run: Run) -> None:
         run.finish()
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(eq=False)
 class Run:
     """The parts of a run on this rank and what happens from step to step."""
 
     config: RunConfig
-    groups: Groups
-    start: Start
-    data: DataSource
+    agreed: start.Start
     student: StudentEngine
-    kd: KdPhase
     teaching: Teaching
     held_out: HeldOut
     saver: Saver
-    log: MetricsLog | None
-    console: Console
 
     def __post_init__(self) -> None:
+        self.groups, self.settings = self.student.groups, self.student.settings
+        self.data, self.log = self.held_out.data, self.saver.log
+        self.kd, self.console = self.teaching.kd, self.teaching.console
         train, device = self.config.train, self.groups.device
-        self.settings, self.first_step = self.student.settings, self.start.step
-        resumed = self.start.resumed
+        self.first_step = self.agreed.step
+        resumed = self.agreed.resumed
         self.tokens = resumed.run.tokens if resumed else 0
         self.evaluation = resumed.model.evaluation if resumed else None
         self.checks = StepChecks(self.student, Path(train.output_dir))
@@ -130,12 +115,6 @@ class Run:
     @property
     def teacher(self) -> Teacher | None:
         return self.teaching.teacher
-
-    def log_untrained_score(self) -> None:
-        """The untrained student's score, as step 0: where every curve begins."""
-        values = self.held_out.evaluate()
-        if self.log:
-            self.log.write({"step": 0, "tokens": 0, **values})
 
     def _read(self, step: int) -> Batch:
         """This rank's rows of a step, on the CPU."""
@@ -237,12 +216,9 @@ class Run:
         """Score the student on the held-out samples; decide the switch by it, where it is due."""
         values = self.held_out.evaluate()
         self.evaluation = Evaluation(
-            step=done,
-            ce_nats=values["valid_ce_nats"],
-            accuracy=values["valid_accuracy"],
-            tokens=int(values["valid_tokens"]),
-            data=self.held_out.fingerprint,
-        )
+            step=done, ce_nats=values["valid_ce_nats"], accuracy=values["valid_accuracy"],
+            tokens=int(values["valid_tokens"]), data=self.held_out.fingerprint,
+        )  # fmt: skip
         if not math.isfinite(values["valid_ce_nats"]):
             raise RuntimeError(f"step {done}: the held-out CE is {values['valid_ce_nats']}")
         if self.config.salt.switch == "adaptive":
@@ -264,7 +240,7 @@ class Run:
         self.batches.close()
         if self.settings.values.get("comms_logger", {}).get("enabled"):
             comm.log_summary()
-        for file in (self.log, self.start.lock):
+        for file in (self.log, self.agreed.lock):
             if file is not None:
                 file.close()
         if self.evaluation is not None and math.isfinite(self.evaluation.ce_nats):

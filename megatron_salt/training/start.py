@@ -17,15 +17,7 @@ from megatron_salt.config.deepspeed import (
     read_json,
 )
 from megatron_salt.config.fields import RunConfig
-from megatron_salt.data.dataset import (
-    DataSource,
-    TagInputs,
-    find_tokenizer,
-    load_tag_inputs,
-    reads_reference_loss,
-    reads_tags,
-    verify_datasets,
-)
+from megatron_salt.data import dataset
 from megatron_salt.data.objective import check_sentinels
 from megatron_salt.data.tokenizer import Tokenizer
 from megatron_salt.method.switch import SwitchState, carried_over
@@ -40,24 +32,18 @@ from megatron_salt.parallel.groups import (
     same_error_everywhere,
 )
 from megatron_salt.parallel.machine import check_fused_adam, fused_adam_facts
+from megatron_salt.training import resume
 from megatron_salt.training.console import Console
 from megatron_salt.training.engine import StudentEngine
 from megatron_salt.training.metrics import MetricsLog
-from megatron_salt.training.resume import (
-    changed_deepspeed,
-    changed_settings,
-    check_same_tag_inputs,
-    decide_start,
-    lock_output_dir,
-)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Start:
     """What all ranks have agreed to start from."""
 
     tokenizer: Tokenizer
-    tag_inputs: TagInputs
+    tag_inputs: dataset.TagInputs
     resume_from: Path | None
     resumed: CheckpointManifest | None
     """What the checkpoint says about itself; None: a new run."""
@@ -100,16 +86,16 @@ def agree_on_start(
     """
     lock: IO[str] | None = None
     with same_error_everywhere("checking data and checkpoint"):
-        tokenizer = find_tokenizer(config.data)
+        tokenizer = dataset.find_tokenizer(config.data)
         found = tag_inputs = None
         if groups.rank == 0:
-            verify_datasets(config.data, tokenizer)
+            dataset.verify_datasets(config.data, tokenizer)
             check_sentinels(config.data, tokenizer)
-            tag_inputs = load_tag_inputs(config, tokenizer)
-            lock = lock_output_dir(config.train.output_dir)
-            found = decide_start(config, groups.layout, settings, tokenizer.fingerprint)
+            tag_inputs = dataset.load_tag_inputs(config, tokenizer)
+            lock = resume.lock_output_dir(config.train.output_dir)
+            found = resume.decide_start(config, groups.layout, settings, tokenizer.fingerprint)
             if found[1] is not None:
-                check_same_tag_inputs(config, found[1], tag_inputs)
+                resume.check_same_tag_inputs(config, found[1], tag_inputs)
     # One rank looks and decides: shared file systems show different ranks different folders.
     resume_from, resumed, warnings = from_rank_0(found)
     tag_inputs = from_rank_0(tag_inputs)
@@ -121,32 +107,26 @@ def agree_on_start(
             verify_hashes(resume_from, resumed, share)
     if resumed:
         switch = carried_over(resumed.run.switch, resumed.run.config.salt, config.salt)
-    return Start(
-        tokenizer=tokenizer, tag_inputs=tag_inputs, resume_from=resume_from, resumed=resumed,
-        switch=switch, lock=lock,
-    )  # fmt: skip
+    return Start(tokenizer, tag_inputs, resume_from, resumed, switch, lock)
 
 
 def build_data(
     config: RunConfig, settings: DeepSpeedSettings, start: Start, console: Console
-) -> DataSource:
+) -> dataset.DataSource:
     """The rows of every step and of the evaluations.
 
     Raises: ValueError if a resumed run would read other data than it began with.
     """
-    data = DataSource(
-        config.data,
-        start.tokenizer,
+    data = dataset.DataSource(
+        config.data, start.tokenizer, seed=config.train.seed,
         num_samples=config.train.steps * settings.global_batch_size,
-        seed=config.train.seed,
-        cache_path=Path(config.data.cache_path or f"{config.train.output_dir}/index_cache"),
         num_selected=config.salt.kd_steps * settings.global_batch_size,
-        tag_inputs=start.tag_inputs,
-        with_reference_loss=reads_reference_loss(config),
-    )
+        cache_path=Path(config.data.cache_path or f"{config.train.output_dir}/index_cache"),
+        tag_inputs=start.tag_inputs, with_reference_loss=dataset.reads_reference_loss(config),
+    )  # fmt: skip
     for line in [*data.epochs_needed(), *start.tag_inputs.describe()]:
         console.say(f"data: {line}")
-    if config.data.tags and not reads_tags(config):
+    if config.data.tags and not dataset.reads_tags(config):
         console.warn(
             ["data.tags has no effect: neither salt.kd_tokens nor salt.ce_tokens reads the tags"]
         )
@@ -191,19 +171,17 @@ def resume_student(
     student.load(start.resume_from)
     console.say(f"resumed from {start.resume_from} at step {start.step}")
     before = read_json(str(start.resume_from / "deepspeed.json"))
-    changes = changed_settings(start.resumed.run.config, config)
-    for change in [*changes, *changed_deepspeed(before, student.settings.values)]:
+    changes = resume.changed_settings(start.resumed.run.config, config)
+    for change in [*changes, *resume.changed_deepspeed(before, student.settings.values)]:
         console.say(f"  changed since then: {change}")
 
 
-def open_log(
-    config: RunConfig, settings: DeepSpeedSettings, groups: Groups, first_step: int
-) -> MetricsLog | None:
+def open_log(config: RunConfig, student: StudentEngine, first_step: int) -> MetricsLog | None:
     """On rank 0: write the resolved configs, and go on with the metrics of the steps done."""
-    if groups.rank != 0:
+    if student.groups.rank != 0:
         return None
     output_dir = Path(config.train.output_dir)
     write_config(config, output_dir / "config.json")
-    text = json.dumps(dict(settings.values), indent=2) + "\n"
+    text = json.dumps(dict(student.settings.values), indent=2) + "\n"
     (output_dir / "deepspeed.json").write_text(text, encoding="utf-8")
     return MetricsLog(output_dir, resumed_step=first_step, tensorboard=config.train.tensorboard)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -36,24 +37,20 @@ Measure = Callable[
 ]
 
 
+@dataclass(eq=False)
 class Teaching:
-    """The teacher of a run while there is one; without one every question is answered by None.
+    """The teacher of a run while there is one; without one every question is answered by None."""
 
-    Args:
-        measure: makes times of traces; `schedule.measured_times`.
-    """
+    config: RunConfig
+    student: StudentEngine
+    kd: KdPhase
+    console: Console
+    measure: Measure
+    """Makes times of traces; `schedule.measured_times`."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        student: StudentEngine,
-        kd: KdPhase,
-        console: Console,
-        measure: Measure,
-    ) -> None:
-        self.config, self.student, self.kd, self.console = config, student, kd, console
-        self.groups, self.measure = student.groups, measure
-        self.ahead = teaches_ahead(config.teacher.placement, self.groups.layout)
+    def __post_init__(self) -> None:
+        self.groups = self.student.groups
+        self.ahead = teaches_ahead(self.config.teacher.placement, self.groups.layout)
         """Whether the teacher works on the next batch during this one's step."""
         self.teacher: Teacher | None = None
         self.shape: StepShape | None = None
@@ -81,15 +78,10 @@ class Teaching:
         self.fingerprint = weights_fingerprint(manifest)
         parts = self.student.parts
         self.teacher = Teacher(
-            folder,
-            manifest,
-            groups,
-            vocab=parts.vocab,
-            head_columns=parts.padded_vocab // parts.tp_size,
-            seq_length=seq_length,
-            micro_batch_size=settings.micro_batch_size,
-            dtype=DTYPES[settings.precision],
-        )
+            folder, manifest, groups, vocab=parts.vocab,
+            head_columns=parts.padded_vocab // parts.tp_size, seq_length=seq_length,
+            micro_batch_size=settings.micro_batch_size, dtype=DTYPES[settings.precision],
+        )  # fmt: skip
         self.student.loss_function.teacher_head_WE = self.teacher.head_WE
         self.shape = StepShape.of_run(
             config, settings, groups.layout, tokenizer.vocab_size, manifest.model.config
@@ -131,9 +123,8 @@ class Teaching:
         Args:
             peek: the batch of a step; called only where there is a pass.
         """
-        if self.teacher is None or not self.ahead or step >= self.config.train.steps:
-            return None
-        if self.kd.phase(step) == "lm":
+        untaught = step >= self.config.train.steps or self.kd.phase(step) == "lm"
+        if self.teacher is None or not self.ahead or untaught:
             return None
         batch = peek(step)
         teacher_pass = self.teacher.begin_pass(batch.tokens_RS, batch.prefix_R)

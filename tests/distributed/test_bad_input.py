@@ -24,7 +24,7 @@ from megatron_salt.config.fields import DataConfig
 from megatron_salt.corpus.train_tokenizer import train_tokenizer
 from megatron_salt.data.dataset import DataSource, find_tokenizer
 from megatron_salt.data.tokenizer import load_tokenizer
-from megatron_salt.files.hashes import sha256_of
+from megatron_salt.files.disk import sha256_of
 from megatron_salt.parallel.groups import initialize
 from megatron_salt.training.resume import lock_output_dir
 from megatron_salt.training.run import prepare

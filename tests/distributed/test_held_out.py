@@ -14,8 +14,8 @@ from ranks import run_ranks
 from tiny import LLAMA, make_config, make_deepspeed, metrics_of, run_to_end
 
 from megatron_salt.checkpoint.folder import resolve
-from megatron_salt.checkpoint.frozen import load_frozen
 from megatron_salt.checkpoint.manifest import read_checkpoint_manifest
+from megatron_salt.checkpoint.weights import load_frozen
 from megatron_salt.config.fields import RunConfig
 from megatron_salt.data.dataset import DataSource, find_tokenizer
 from megatron_salt.kernels import VocabShard

@@ -20,8 +20,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from ranks import RankError, run_ranks
 
 from megatron_salt.checkpoint.folder import resolve
-from megatron_salt.checkpoint.frozen import load_frozen
 from megatron_salt.checkpoint.manifest import read_checkpoint_manifest
+from megatron_salt.checkpoint.weights import load_frozen
 from megatron_salt.corpus.preprocess import preprocess
 from megatron_salt.data.selection import Rule, load_selection, read_table
 from megatron_salt.data.sequences import Sequences

@@ -252,8 +252,8 @@ def evaluate(config: Any, settings: Any, groups: Any, student: Any, teacher: Any
 
     vars(held_out).update(
         groups=groups, student=student, data=SimpleNamespace(read_held_out=read), rounds=rounds,
-        chunk=settings.num_micro_batches, num_samples=3, seq_length=config.data.seq_length,
-        teacher=None,
+        batches_per_forward=settings.num_micro_batches, num_samples=3,
+        seq_length=config.data.seq_length, teacher=None,
     )  # fmt: skip
     held_out.score_teacher(teacher)
     vars(held_out.teacher)["cuts"] = ThirdCuts(first=0.1, second=0.2)

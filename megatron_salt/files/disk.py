@@ -1,13 +1,53 @@
-"""Locks that go with their process: the operating system drops them however it ends."""
+"""Files on disks that ranks share: whole or not at all, hashed, locked.
+
+A lock goes with its process: the operating system drops it however that ends.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+
+def fsync_path(path: str | Path) -> None:
+    """Forces a file or a directory to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path` that becomes `path` when the body succeeds.
+
+    The body creates and closes the file; it is fsynced before the rename. On failure the
+    temporary is removed and what was at `path` stays.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial{path.suffix}")
+    try:
+        yield temporary
+        fsync_path(temporary)
+        os.replace(temporary, path)
+        fsync_path(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256_of(path: str | Path) -> str:
+    """The sha256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def lock_file(path: Path, *, busy: str, wait_s: float = 0.0) -> IO[str]:
