@@ -35,15 +35,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from megatron_salt.corpus.text_files import BadLine, LineBlock, iter_line_blocks, parse_documents
-from megatron_salt.data.manifest import (
-    DATASET_FORMAT,
-    DatasetManifest,
-    InputRecord,
-    bin_path,
-    dataset_manifest_path,
-    idx_path,
-    tokenizer_directory,
-)
+from megatron_salt.data import manifest
 from megatron_salt.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_salt.files.disk import fsync_path, lock_file, sha256_of
 
@@ -96,7 +88,7 @@ def preprocess(
     settings: PreprocessSettings | None = None,
     *,
     workers: int | None = None,
-) -> DatasetManifest:
+) -> manifest.DatasetManifest:
     """Tokenises JSONL files into `<output_prefix>_<json_key>_document.{bin,idx}`.
 
     Beside them go the manifest and a copy of the tokenizer. Nothing has its final name before
@@ -125,12 +117,12 @@ def preprocess(
                 f" documents and {writer.counts.bad_lines} bad lines; is --json-key"
                 f" {settings.json_key!r} right?"
             )
-        writer.finish()
-        manifest = _make_manifest(reader, writer, tokenizer, settings)
-        tokenizer.save(tokenizer_directory(prefix))
-        dataset_manifest_path(prefix).write_text(manifest.to_json(), encoding="utf-8")
+        writer.builder.finalize(str(manifest.idx_path(prefix)))
+        made = _make_manifest(reader, writer, tokenizer, settings)
+        tokenizer.save(manifest.tokenizer_directory(prefix))
+        manifest.dataset_manifest_path(prefix).write_text(made.to_json(), encoding="utf-8")
         _publish(prefix, final_prefix)
-    return manifest
+    return made
 
 
 class _InputReader:
@@ -138,7 +130,7 @@ class _InputReader:
 
     def __init__(self, paths: Sequence[str | Path]) -> None:
         self.paths = [Path(path) for path in paths]
-        self.records: list[InputRecord] = []
+        self.records: list[manifest.InputRecord] = []
 
     def blocks(self, on_read: Callable[[int], Any]) -> Iterator[LineBlock]:
         for path in self.paths:
@@ -152,7 +144,9 @@ class _InputReader:
                 on_read(len(data))
 
             yield from iter_line_blocks(path, on_read=see)
-            record = InputRecord(name=path.name, size_bytes=size_bytes, sha256=digest.hexdigest())
+            record = manifest.InputRecord(
+                name=path.name, size_bytes=size_bytes, sha256=digest.hexdigest()
+            )
             self.records.append(record)
 
 
@@ -173,7 +167,7 @@ class _DatasetWriter:
             from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
         dtype = DType.optimal_dtype(self.vocab_size)
-        return IndexedDatasetBuilder(str(bin_path(self.prefix)), dtype=dtype)
+        return IndexedDatasetBuilder(str(manifest.bin_path(self.prefix)), dtype=dtype)
 
     def append(self, block: _EncodedBlock) -> None:
         """Adds a block of documents of one sequence each.
@@ -191,9 +185,6 @@ class _DatasetWriter:
         self.builder.document_indices.extend(range(first_end, first_end + len(block.lengths)))
         self.counts.documents += len(block.lengths)
         self.counts.tokens += len(tokens)
-
-    def finish(self) -> None:
-        self.builder.finalize(str(idx_path(self.prefix)))
 
 
 @contextmanager
@@ -228,7 +219,11 @@ def _encode_all(
     ):
         blocks = reader.blocks(on_read=progress.update)
         for block in _ordered_results(pool, encode, blocks, in_flight):
-            _report_bad_lines(block, writer.counts, settings)
+            if block.bad_lines and settings.strict:
+                raise ValueError(f"bad line {block.shown_bad_lines[0]}")
+            for bad in block.shown_bad_lines[: max(SHOWN_BAD_LINES - writer.counts.bad_lines, 0)]:
+                logger.warning("bad line %s", bad)
+            writer.counts.bad_lines += block.bad_lines
             writer.counts.empty_documents += block.empty_documents
             if len(block.lengths):
                 writer.append(block)
@@ -313,20 +308,12 @@ def _encode_block(
     return _EncodedBlock(tokens, lengths, empty_documents, len(bad), bad[:SHOWN_BAD_LINES])
 
 
-def _report_bad_lines(block: _EncodedBlock, counts: _Counts, settings: PreprocessSettings) -> None:
-    if block.bad_lines and settings.strict:
-        raise ValueError(f"bad line {block.shown_bad_lines[0]}")
-    for bad in block.shown_bad_lines[: max(SHOWN_BAD_LINES - counts.bad_lines, 0)]:
-        logger.warning("bad line %s", bad)
-    counts.bad_lines += block.bad_lines
-
-
 def _make_manifest(
     reader: _InputReader, writer: _DatasetWriter, tokenizer: Tokenizer, settings: PreprocessSettings
-) -> DatasetManifest:
+) -> manifest.DatasetManifest:
     versions = {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES}
-    return DatasetManifest(
-        format_version=DATASET_FORMAT,
+    return manifest.DatasetManifest(
+        format_version=manifest.DATASET_FORMAT,
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         eod=tokenizer.eod,
@@ -334,10 +321,10 @@ def _make_manifest(
         inputs=tuple(reader.records),
         settings=asdict(settings),
         versions={"python": platform.python_version(), **versions},
-        bin_bytes=bin_path(writer.prefix).stat().st_size,
+        bin_bytes=manifest.bin_path(writer.prefix).stat().st_size,
         bin_sha256=writer.digest.hexdigest(),
-        idx_bytes=idx_path(writer.prefix).stat().st_size,
-        idx_sha256=sha256_of(idx_path(writer.prefix)),
+        idx_bytes=manifest.idx_path(writer.prefix).stat().st_size,
+        idx_sha256=sha256_of(manifest.idx_path(writer.prefix)),
         **asdict(writer.counts),
     )
 
@@ -369,16 +356,17 @@ def _publish(prefix: Path, final_prefix: Path) -> None:
     The old set goes first, manifest before all, and the new manifest comes last: killed at any
     point, this leaves no pair of .bin and .idx of different runs and no manifest without them.
     """
-    for path in (bin_path, idx_path, dataset_manifest_path):
+    files = (manifest.bin_path, manifest.idx_path, manifest.dataset_manifest_path)
+    for path in files:
         fsync_path(path(prefix))
-    for copied in tokenizer_directory(prefix).iterdir():
+    for copied in manifest.tokenizer_directory(prefix).iterdir():
         fsync_path(copied)
-    fsync_path(tokenizer_directory(prefix))
-    for path in (dataset_manifest_path, idx_path, bin_path):
+    fsync_path(manifest.tokenizer_directory(prefix))
+    for path in reversed(files):
         path(final_prefix).unlink(missing_ok=True)
-    if tokenizer_directory(final_prefix).exists():
-        shutil.rmtree(tokenizer_directory(final_prefix))
+    if manifest.tokenizer_directory(final_prefix).exists():
+        shutil.rmtree(manifest.tokenizer_directory(final_prefix))
     fsync_path(final_prefix.parent)
-    for path in (tokenizer_directory, bin_path, idx_path, dataset_manifest_path):
+    for path in (manifest.tokenizer_directory, *files):
         os.rename(path(prefix), path(final_prefix))
     fsync_path(final_prefix.parent)
