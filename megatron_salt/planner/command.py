@@ -42,22 +42,14 @@ def make_machine(options: argparse.Namespace) -> Machine:
             raise ValueError(f"--{name.replace('_', '-')} {value}: a share, above 0 and at most 1")
     if options.gpus_per_node < 1:
         raise ValueError(f"--gpus-per-node {options.gpus_per_node}: must be at least 1")
-    return Machine(
-        gpu=gpu,
-        network_gb_s=find_network(options.interconnect or gpu.network),
-        gpus_per_node=options.gpus_per_node,
-        **shares,
-    )
+    network = find_network(options.interconnect or gpu.network)
+    return Machine(gpu=gpu, network_gb_s=network, gpus_per_node=options.gpus_per_node, **shares)
 
 
 def plan_run(
-    inputs: PlannerInputs,
-    machine: Machine,
-    *,
-    measured: MeasuredTimes | None = None,
-    steps_saved: float | None = None,
-    top: int = 5,
-) -> PlanReport:
+    inputs: PlannerInputs, machine: Machine, *, measured: MeasuredTimes | None = None,
+    steps_saved: float | None = None, top: int = 5,
+) -> PlanReport:  # fmt: skip
     """The config's own layout and the ranking of all; at least one of them.
 
     Raises: ValueError if neither is possible.

@@ -79,12 +79,9 @@ def describe_run(config: RunConfig, deepspeed_config: str) -> str:
         folder, teacher = find_teacher(path, tokenizer, seq_length, resumed)
         warnings = [*warnings, *unseen_objectives(folder, teacher, config)]
     sizes = Sizes(
-        config=config,
-        settings=settings,
-        layout=layout,
-        vocab_size=tokenizer.vocab_size,
+        config=config, settings=settings, layout=layout, vocab_size=tokenizer.vocab_size,
         teacher=None if teacher is None else TeacherSize.of(teacher),
-    )
+    )  # fmt: skip
     lines = [
         *(f"WARNING {warning}" for warning in warnings),
         *_layout_lines(layout, settings),

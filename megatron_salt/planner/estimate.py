@@ -52,23 +52,18 @@ def simulated(sizes: Sizes, machine: Machine, measured: MeasuredTimes | None = N
     exchange = hidden_exchange_s(sizes, machine)
     kd_before = _before_the_step(sizes, times, programs)
     steps = Steps(
-        lm_s=lm.step_time,
-        lm=lm,
+        lm_s=lm.step_time, lm=lm, kd_before=kd_before,
         kd_before_s=kd_before.step_time + exchange + _arrival(sizes, machine, times),
-        kd_before=kd_before,
-    )
+    )  # fmt: skip
     plan = plan_teacher(sizes.shape, times, in_bubbles=True)
     if plan.placement is None:  # one stage
         return steps
     kd_bubble = simulate(with_teacher(programs, plan.placement.before), times)
     bound = work_bound(times, programs, teacher_work(plan, times)) + times.update
     return replace(
-        steps,
-        kd_bubble_s=kd_bubble.step_time + exchange,
-        kd_bubble=kd_bubble,
-        kd_bound_s=bound + exchange,
-        plan=plan,
-    )
+        steps, kd_bubble_s=kd_bubble.step_time + exchange, kd_bubble=kd_bubble,
+        kd_bound_s=bound + exchange, plan=plan,
+    )  # fmt: skip
 
 
 def teacher_work(plan: TeacherPlan, times: StepTimes) -> list[float]:
@@ -185,12 +180,9 @@ def full_estimate(
     steps = simulated(sizes, machine, measured)
     ahead = teaches_ahead(sizes.config.teacher.placement, sizes.layout)
     return Estimate(
-        sizes=sizes,
-        memory=phases_memory(sizes, steps.plan if ahead else None),
-        lm_s=steps.lm_s,
-        kd_s=steps.kd_s(ahead=ahead),
-        steps=steps,
-    )
+        sizes=sizes, memory=phases_memory(sizes, steps.plan if ahead else None), lm_s=steps.lm_s,
+        kd_s=steps.kd_s(ahead=ahead), steps=steps,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,13 +215,11 @@ def overheads(sizes: Sizes, machine: Machine, own_steps: Steps | None = None) ->
             settings = replace(sizes.settings, num_micro_batches=num)
             steps = simulated(replace(sizes, settings=settings), machine)
         assert steps.kd_before_s and steps.kd_bubble_s and steps.kd_bound_s
+        lm_s = steps.lm_s
         found.append(
             Overheads(
-                num_micro_batches=num,
-                lm_s=steps.lm_s,
-                before_step=steps.kd_before_s / steps.lm_s - 1,
-                bubble=steps.kd_bubble_s / steps.lm_s - 1,
-                bound=steps.kd_bound_s / steps.lm_s - 1,
+                num_micro_batches=num, lm_s=lm_s, before_step=steps.kd_before_s / lm_s - 1,
+                bubble=steps.kd_bubble_s / lm_s - 1, bound=steps.kd_bound_s / lm_s - 1,
             )
-        )
+        )  # fmt: skip
     return found

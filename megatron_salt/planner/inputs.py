@@ -66,22 +66,15 @@ class PlannerInputs:
         )
         check_against_run(settings, config)
         return Sizes(
-            config=config,
-            settings=settings,
-            layout=layout,
-            vocab_size=self.vocab_size,
+            config=config, settings=settings, layout=layout, vocab_size=self.vocab_size,
             teacher=self.teacher,
-        )
+        )  # fmt: skip
 
 
 def read_inputs(
-    config: RunConfig,
-    deepspeed_config: str,
-    world_size: int,
-    *,
-    vocab_size: int | None,
+    config: RunConfig, deepspeed_config: str, world_size: int, *, vocab_size: int | None,
     teacher_config: str | None,
-) -> PlannerInputs:
+) -> PlannerInputs:  # fmt: skip
     """Read what there is, and ask for what there is not yet.
 
     Raises: ValueError naming the file or option.
@@ -100,14 +93,10 @@ def read_inputs(
         settings = _settings_of_some_layout(deepspeed_config, problem)
     size = vocab_size or _vocab_size(config)
     return PlannerInputs(
-        config=config,
-        settings=settings,
-        vocab_size=size,
-        teacher=_teacher(config, teacher_config, size),
-        world_size=world_size,
-        own=own,
+        config=config, settings=settings, vocab_size=size,
+        teacher=_teacher(config, teacher_config, size), world_size=world_size, own=own,
         own_problem=problem,
-    )
+    )  # fmt: skip
 
 
 def _settings_of_some_layout(path: str, problem: str) -> DeepSpeedSettings:

@@ -64,16 +64,12 @@ class StageMemory:
         return self.weights + self.gradients + self.optimizer
 
     @property
-    def lasting(self) -> float:
-        """What is there at every moment of the phase."""
-        teacher = self.teacher + self.teacher_head + self.hidden_states
-        return self.model_states + teacher + self.inputs + self.pipeline
-
-    @property
     def total(self) -> float:
         """At the worst moment."""
+        teacher = self.teacher + self.teacher_head + self.hidden_states
+        lasting = self.model_states + teacher + self.inputs + self.pipeline
         passing = self.masks + self.activations + self.buckets + self.loss
-        return self.lasting + max(passing, self.update)
+        return lasting + max(passing, self.update)
 
 
 def stage_parameters(config: RunConfig, vocab_size: int, bounds: Sequence[int]) -> list[int]:
@@ -159,12 +155,9 @@ def model_states(parameters: int, settings: DeepSpeedSettings, layout: Layout) -
             update += bucket + buckets
         update += scratch
     return {
-        "weights": parameters * weights + gathered,
-        "gradients": parameters * gradients,
-        "optimizer": parameters * optimizer,
-        "buckets": buckets,
-        "update": update,
-    }
+        "weights": parameters * weights + gathered, "gradients": parameters * gradients,
+        "optimizer": parameters * optimizer, "buckets": buckets, "update": update,
+    }  # fmt: skip
 
 
 def _norm_bytes(sizes: Sizes) -> int:
@@ -357,16 +350,13 @@ def stage_memory(sizes: Sizes, plan: TeacherPlan | None = None) -> list[StageMem
         head = sizes.columns * teacher.model.hidden_size if teacher and last else 0
         result.append(
             StageMemory(
-                parameters=count,
-                **model_states(count, sizes.settings, layout),
+                parameters=count, **model_states(count, sizes.settings, layout),
                 teacher=float(teacher.numel * sizes.width) if teacher else 0.0,
                 teacher_head=float(head * sizes.width),
                 hidden_states=hidden_state_bytes(sizes, stage, plan),
-                inputs=input_bytes(sizes),
-                pipeline=pipeline_bytes(sizes, stage),
-                masks=mask_bytes(sizes, stage),
-                activations=activation_bytes(sizes, stage),
+                inputs=input_bytes(sizes), pipeline=pipeline_bytes(sizes, stage),
+                masks=mask_bytes(sizes, stage), activations=activation_bytes(sizes, stage),
                 loss=moment,
             )
-        )
+        )  # fmt: skip
     return result

@@ -42,38 +42,30 @@ def as_dict(plan: PlanReport) -> dict[str, Any]:
     """Plain values for a JSON file; bytes and seconds."""
     inputs, ranking = plan.inputs, plan.ranking
     return {
-        "gpus": inputs.world_size,
-        "machine": dataclasses.asdict(plan.machine),
-        "vocab_size": inputs.vocab_size,
-        "global_batch_size": inputs.settings.global_batch_size,
-        "precision": inputs.settings.precision,
-        "zero_stage": inputs.settings.zero_stage,
+        "gpus": inputs.world_size, "machine": dataclasses.asdict(plan.machine),
+        "vocab_size": inputs.vocab_size, "global_batch_size": inputs.settings.global_batch_size,
+        "precision": inputs.settings.precision, "zero_stage": inputs.settings.zero_stage,
         "own": None if plan.own is None else _estimate_dict(plan, plan.own),
         "own_problem": inputs.own_problem,
         "overheads": [dataclasses.asdict(one) for one in plan.overheads],
         "ranking": ranking
         and {**vars(ranking), "listed": [_estimate_dict(plan, one) for one in ranking.listed]},
         "problem": plan.problem,
-    }
+    }  # fmt: skip
 
 
 def _estimate_dict(plan: PlanReport, one: Estimate) -> dict[str, Any]:
     sizes, steps = one.sizes, one.steps
     found = {
-        **dataclasses.asdict(sizes.layout),
-        "micro_batch_size": sizes.settings.micro_batch_size,
-        "num_micro_batches": sizes.settings.num_micro_batches,
-        "stage_bounds": list(sizes.bounds),
+        **dataclasses.asdict(sizes.layout), "micro_batch_size": sizes.settings.micro_batch_size,
+        "num_micro_batches": sizes.settings.num_micro_batches, "stage_bounds": list(sizes.bounds),
         "memory_bytes": {
             phase: [{**dataclasses.asdict(part), "total": part.total} for part in parts]
             for phase, parts in one.memory.items()
         },
-        "fits": one.largest_bytes <= plan.machine.usable_bytes,
-        "simulated": steps is not None,
-        "lm_step_s": one.lm_s,
-        "kd_step_s": one.kd_s,
-        "run": totals(plan, one),
-    }
+        "fits": one.largest_bytes <= plan.machine.usable_bytes, "simulated": steps is not None,
+        "lm_step_s": one.lm_s, "kd_step_s": one.kd_s, "run": totals(plan, one),
+    }  # fmt: skip
     if steps is not None:
         found["kd_before_step_s"] = steps.kd_before_s
         found["kd_bubble_s"] = steps.kd_bubble_s

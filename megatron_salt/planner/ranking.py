@@ -88,15 +88,17 @@ def rank(inputs: PlannerInputs, machine: Machine, *, top: int = 5) -> Ranking:
             closest = estimate
     if not fitting:
         raise ValueError(_nothing_fits(inputs, machine, refused, closest))
-    best = sorted(_best_micro_batches(fitting), key=_order)[:top]
-    listed = [_refined(estimate, machine) for estimate in best]
-    # The exact shares of the teacher's rows may need a little more than equal ones.
-    listed = [one for one in listed if one.largest_bytes <= machine.usable_bytes]
-    return Ranking(
-        listed=sorted(listed, key=_order),
-        num_fitting=len(fitting),
-        refused=dict(sorted(refused.items())),
-    )
+    listed = []
+    for estimate in sorted(_best_micro_batches(fitting), key=_order)[:top]:
+        sizes = estimate.sizes
+        if sizes.layout.pp_size * sizes.settings.num_micro_batches <= SIMULATED_UP_TO:
+            estimate = full_estimate(sizes, machine)
+        # The exact shares of the teacher's rows may need a little more than equal ones.
+        if estimate.largest_bytes <= machine.usable_bytes:
+            listed.append(estimate)
+    listed.sort(key=_order)
+    reasons = dict(sorted(refused.items()))
+    return Ranking(listed=listed, num_fitting=len(fitting), refused=reasons)
 
 
 def _best_micro_batches(fitting: list[Estimate]) -> list[Estimate]:
@@ -112,13 +114,6 @@ def _best_micro_batches(fitting: list[Estimate]) -> list[Estimate]:
         )
         for group in by_layout.values()
     ]
-
-
-def _refined(estimate: Estimate, machine: Machine) -> Estimate:
-    sizes = estimate.sizes
-    if sizes.layout.pp_size * sizes.settings.num_micro_batches > SIMULATED_UP_TO:
-        return estimate
-    return full_estimate(sizes, machine)
 
 
 def _order(estimate: Estimate) -> tuple[float, int, int, int]:
@@ -140,10 +135,9 @@ def _nothing_fits(
     parts_of = {
         "weights, gradients and optimizer": part.model_states,
         "teacher": part.teacher + part.teacher_head + part.hidden_states,
-        "activations": part.activations + part.masks,
-        "gradient buckets": part.buckets,
+        "activations": part.activations + part.masks, "gradient buckets": part.buckets,
         "loss": part.loss,
-    }
+    }  # fmt: skip
     largest = sorted(parts_of.items(), key=lambda pair: -pair[1])[:3]
     named = ", ".join(f"{name} {size / gib:.1f}" for name, size in largest)
     return (

@@ -38,11 +38,8 @@ class TeacherSize:
         """
         table = weight_table(self.model, self.vocab_size, self.num_positions)
         padded = padded_vocab(self.model, self.vocab_size, 1)
-        return sum(
-            math.prod(shard_shape(spec, 1, padded))
-            for name, spec in table.items()
-            if name != OUTPUT_LAYER
-        )
+        kept = [spec for name, spec in table.items() if name != OUTPUT_LAYER]
+        return sum(math.prod(shard_shape(spec, 1, padded)) for spec in kept)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +110,8 @@ class Sizes:
         parallelism (`engine_config`).
         """
         values = self.settings.values.get("pipeline", {})
-        return (
-            self.layout.tp_size > 1
-            and not self.config.parallel.sequence_parallel
-            and bool(values.get("pipe_partitioned", True))
-        )
+        possible = self.layout.tp_size > 1 and not self.config.parallel.sequence_parallel
+        return possible and bool(values.get("pipe_partitioned", True))
 
     def in_flight(self, stage: int) -> int:
         """Micro-batches whose activations a stage keeps at most (1F1B: arXiv 2006.09503)."""

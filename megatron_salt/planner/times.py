@@ -125,13 +125,10 @@ def step_times(sizes: Sizes, machine: Machine) -> StepTimes:
             start, stop = sizes.shape.pieces[0]
             hidden_transfer = (stop - start) * sizes.hidden_row_bytes / rate
     return StepTimes(
-        forward=forward,
-        backward=backward,
+        forward=forward, backward=backward, transfer=transfer, hidden_transfer=hidden_transfer,
         teacher=cache(lambda piece, chunk: base.teacher(piece, chunk) * per_multiply_add),
-        transfer=transfer,
-        hidden_transfer=hidden_transfer,
         update=max(each.reduction + each.update for each in over_dp),
-    )
+    )  # fmt: skip
 
 
 def hidden_exchange_s(sizes: Sizes, machine: Machine) -> float:
