@@ -178,18 +178,10 @@ class DataSource:
     """
 
     def __init__(
-        self,
-        data: DataConfig,
-        tokenizer: Tokenizer,
-        *,
-        num_samples: int,
-        seed: int,
-        cache_path: Path,
-        num_selected: int = 0,
-        tag_inputs: TagInputs | None = None,
-        with_reference_loss: bool = False,
-        held_out_only: bool = False,
-    ) -> None:
+        self, data: DataConfig, tokenizer: Tokenizer, *, num_samples: int, seed: int,
+        cache_path: Path, num_selected: int = 0, tag_inputs: TagInputs | None = None,
+        with_reference_loss: bool = False, held_out_only: bool = False,
+    ) -> None:  # fmt: skip
         self.data, self.tokenizer, self.seed = data, tokenizer, seed
         self.cache_path = cache_path
         prefixes, weights = parse_blend(data.train_data_path, "data.train_data_path")
@@ -215,11 +207,9 @@ class DataSource:
             self.selected = self._order(num_selected, self.selected_parts, self._selected_epoch)
 
     def _order(
-        self,
-        num_samples: int,
-        parts: list[EpochedDataset],
+        self, num_samples: int, parts: list[EpochedDataset],
         build_epoch: Callable[[int, int], Epoch],
-    ) -> EpochedDataset | BlendedDataset:
+    ) -> EpochedDataset | BlendedDataset:  # fmt: skip
         """An endless order long enough for so many rows. Mutates: parts, its datasets."""
         # Greedy blending never strays from the share by more than one sample per dataset.
         needed = [int(np.ceil(share * num_samples)) + len(self.prefixes) for share in self.shares]
@@ -245,19 +235,14 @@ class DataSource:
 
     def _config(self, prefix: str, seed: int, *, held_out: bool) -> GPTDatasetConfig:
         config = GPTDatasetConfig(
-            random_seed=seed,
-            sequence_length=self.data.seq_length,
-            blend=([prefix], None),
-            split=self._split(held_out),
+            random_seed=seed, sequence_length=self.data.seq_length,
+            blend=([prefix], None), split=self._split(held_out),
             # megatron-core's cache key holds the path but not the content: new data under an old
             # name must not meet the old index.
             path_to_cache=str(self.cache_path / dataset_fingerprint(prefix)),
-            tokenizer=self.tokenizer,
-            reset_position_ids=False,
-            reset_attention_mask=False,
-            eod_mask_loss=self.data.eod_mask_loss,
-            create_attention_mask=False,
-        )
+            tokenizer=self.tokenizer, eod_mask_loss=self.data.eod_mask_loss,
+            reset_position_ids=False, reset_attention_mask=False, create_attention_mask=False,
+        )  # fmt: skip
         wanted = 1 if held_out else 0
         # The builder would index every part of the split; one is asked for.
         config.split_matrix = [
@@ -455,12 +440,11 @@ def _stack(samples: Sequence[dict[str, Tensor]]) -> Batch:
         return torch.stack([sample[name] for sample in samples])
 
     return Batch(
-        tokens_RS=stacked("tokens"),
-        labels_RS=stacked("labels"),
+        tokens_RS=stacked("tokens"), labels_RS=stacked("labels"),
         mask_RS=stacked("loss_mask").float(),
         tag_RS=stacked("tag") if "tag" in samples[0] else None,
         reference_loss_RS=stacked("reference_loss") if "reference_loss" in samples[0] else None,
-    )
+    )  # fmt: skip
 
 
 def _apply(mixture: Mixture, batch: Batch, rows: Sequence[int]) -> Batch:

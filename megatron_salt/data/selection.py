@@ -153,11 +153,8 @@ def write_table(path: Path, table: SequenceTable) -> None:
     import pyarrow  # not needed by runs without a selection
     import pyarrow.parquet
 
-    metadata = {
-        "format_version": TABLE_FORMAT,
-        "origin": dataclasses.asdict(table.origin),
-        "rule": table.rule,
-    }
+    origin = dataclasses.asdict(table.origin)
+    metadata = {"format_version": TABLE_FORMAT, "origin": origin, "rule": table.rule}
     arrow = pyarrow.table(table.columns)
     arrow = arrow.replace_schema_metadata({METADATA_KEY: json.dumps(metadata).encode()})
     with atomic_path(path) as temporary:

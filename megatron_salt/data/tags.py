@@ -52,14 +52,12 @@ class DataIdentity:
         lengths = sequence_lengths(prefix)
         manifest = read_dataset_manifest(prefix)
         return cls(
-            name=Path(prefix).name,
-            sequences=len(lengths),
-            tokens=int(lengths.sum(dtype=np.int64)),
-            bin_bytes=bin_path(prefix).stat().st_size,
+            name=Path(prefix).name, sequences=len(lengths),
+            tokens=int(lengths.sum(dtype=np.int64)), bin_bytes=bin_path(prefix).stat().st_size,
             bin_sampled_sha256=sampled_sha256(bin_path(prefix)),
             bin_sha256=None if manifest is None else manifest.bin_sha256,
             idx_sha256=sha256_of(idx_path(prefix)),
-        )
+        )  # fmt: skip
 
     def check(self, prefix: str | Path, source: str | Path) -> None:
         """Raise ValueError, naming both files, unless the dataset at prefix is the one meant."""
@@ -197,12 +195,9 @@ def read_tag_manifest(prefix: str | Path) -> TagManifest:
 
 
 def verify_tags(
-    prefix: str | Path,
-    data_prefix: str | Path,
-    tokenizer_fingerprint: str | None = None,
-    *,
+    prefix: str | Path, data_prefix: str | Path, tokenizer_fingerprint: str | None = None, *,
     hashes: bool = False,
-) -> TagManifest:
+) -> TagManifest:  # fmt: skip
     """Check tags against their manifest and against the data that they are used with.
 
     Sizes and samples of the content always; with `hashes` every byte.

@@ -120,22 +120,17 @@ def open_all(
             _check_one_model(table, manifest, str(tags))
     kinds = manifest.stored if manifest is not None else ()
     return Opened(
-        name=Path(prefix).name,
-        data=open_indexed(prefix),
-        lengths=sequence_lengths(prefix),
-        tokenizer=tokenizer,
-        manifest=manifest,
-        tag_data={kind: open_indexed(tag_prefix(str(tags), kind)) for kind in kinds},
-        table=table,
-    )
+        name=Path(prefix).name, data=open_indexed(prefix), lengths=sequence_lengths(prefix),
+        tokenizer=tokenizer, manifest=manifest,
+        tag_data={kind: open_indexed(tag_prefix(str(tags), kind)) for kind in kinds}, table=table,
+    )  # fmt: skip
 
 
 def _tokenizer(prefix: str, path: str | None) -> Tokenizer:
-    if path is None and not tokenizer_directory(prefix).is_dir():
-        raise FileNotFoundError(
-            f"no {tokenizer_directory(prefix)} beside the dataset; give --tokenizer"
-        )
-    return load_tokenizer(path or tokenizer_directory(prefix))
+    beside = tokenizer_directory(prefix)
+    if path is None and not beside.is_dir():
+        raise FileNotFoundError(f"no {beside} beside the dataset; give --tokenizer")
+    return load_tokenizer(path or beside)
 
 
 def _check_one_model(table: SequenceTable, manifest: TagManifest, tags: str) -> None:

@@ -113,13 +113,10 @@ def job_of(request: TagRequest) -> TaggingJob:
             "beyond that its predictions are worthless"
         )
     settings = tags.TagSettings(
-        window=request.window,
-        max_length=request.window or longest,
-        top_k=request.top_k,
+        window=request.window, max_length=request.window or longest, top_k=request.top_k,
         store=tuple(name for name in ("loss", "entropy") if name in request.store),
-        precision=request.precision or manifest.model.precision,
-        loss_impl=_loss_backend(request),
-    )
+        precision=request.precision or manifest.model.precision, loss_impl=_loss_backend(request),
+    )  # fmt: skip
     if not 1 <= request.top_k < manifest.model.vocab_size:
         raise ValueError(
             f"--top_k {request.top_k}: must lie between 1 and the vocabulary of "
@@ -129,16 +126,12 @@ def job_of(request: TagRequest) -> TaggingJob:
         raise ValueError("--score entropy needs --store entropy")
     if not tags.sequence_lengths(request.data).sum():
         raise ValueError(f"{bin_path(request.data)} holds no tokens")
+    weights, model = weights_fingerprint(manifest), manifest.model
     origin = tags.TagOrigin(
-        data=tags.DataIdentity.of(request.data),
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        model=tags.ModelIdentity(
-            fingerprint=weights_fingerprint(manifest),
-            step=manifest.model.step,
-            name=manifest.model.name,
-        ),
+        data=tags.DataIdentity.of(request.data), tokenizer_fingerprint=tokenizer.fingerprint,
+        model=tags.ModelIdentity(fingerprint=weights, step=model.step, name=model.name),
         settings=settings,
-    )
+    )  # fmt: skip
     return TaggingJob(folder=folder, manifest=manifest, origin=origin, eod=tokenizer.eod)
 
 

@@ -148,9 +148,7 @@ def _check_competitors(sources: Sequence[Source]) -> None:
         mine, theirs = first.table.origin, source.table.origin
         pairs = {
             "model": (mine.model.fingerprint, theirs.model.fingerprint),
-            "reference": tuple(
-                each.reference and each.reference.fingerprint for each in (first, source)
-            ),
+            "reference": tuple(s.reference and s.reference.fingerprint for s in (first, source)),
             "top_k": (mine.settings.top_k, theirs.settings.top_k),
             "window": (mine.settings.window, theirs.settings.window),
         }

@@ -46,14 +46,9 @@ class Scorer:
         size = manifest.model.vocab_size
         self.vocab = VocabShard(size=size, start=0, stop=size)
         self.model = load_frozen(
-            job.folder,
-            manifest,
-            groups,
-            seq_length=self.settings.max_length,
-            dtype=DTYPES[self.settings.precision],
-            head=self.vocab,
-            head_columns=size,
-        )
+            job.folder, manifest, groups, seq_length=self.settings.max_length,
+            dtype=DTYPES[self.settings.precision], head=self.vocab, head_columns=size,
+        )  # fmt: skip
 
     def shard(
         self, sequences: Sequences, first: int, last: int, on_tokens: Callable[[int], Any]

@@ -30,13 +30,9 @@ STORED_DTYPES = {"mask": np.uint8, "loss": np.uint16, "entropy": np.uint16}
 
 
 def write_shard(
-    path: Path,
-    sequences: Sequences,
-    first: int,
-    last: int,
-    scores: ShardScores,
+    path: Path, sequences: Sequences, first: int, last: int, scores: ShardScores,
     settings: tags.TagSettings,
-) -> None:
+) -> None:  # fmt: skip
     bounds = sequences.bounds[first : last + 1]
     lengths = np.diff(bounds)
     with np.errstate(over="ignore"):
@@ -118,12 +114,9 @@ def _check_identity(path: Path, identity: dict[str, Any]) -> None:
 
 
 def publish_tags(
-    request: TagRequest,
-    origin: tags.TagOrigin,
-    folder: Path,
-    sequences: Sequences,
+    request: TagRequest, origin: tags.TagOrigin, folder: Path, sequences: Sequences,
     shards: list[tuple[int, int]],
-) -> tags.TagManifest:
+) -> tags.TagManifest:  # fmt: skip
     """Join the shards, write table and manifest, and give all files their names, manifest last."""
     final, built = Path(request.output_prefix), folder / "built" / "tags"
     built.parent.mkdir(exist_ok=True)
@@ -162,12 +155,9 @@ def publish_tags(
     suffixes = [f"_{kind}{end}" for kind in stored for end in (".bin", ".idx")]
     suffixes.append("_sequences.parquet")
     manifest = tags.TagManifest(
-        origin=origin,
-        sequences=len(table),
-        kept_tokens=kept,
+        origin=origin, sequences=len(table), kept_tokens=kept, versions=installed_versions(),
         files={suffix: tags.FileRecord.of(Path(f"{built}{suffix}")) for suffix in suffixes},
-        versions=installed_versions(),
-    )
+    )  # fmt: skip
     final.parent.mkdir(parents=True, exist_ok=True)
     tags.tag_manifest_path(final).unlink(missing_ok=True)
     for kind in STORED_DTYPES:  # what earlier tags had and these do not

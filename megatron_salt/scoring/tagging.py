@@ -77,12 +77,9 @@ def _say(groups: Groups, text: str) -> None:
 
 
 def _score_shards(
-    scorer: Scorer,
-    sequences: Sequences,
-    shards: list[tuple[int, int]],
-    todo: list[int],
+    scorer: Scorer, sequences: Sequences, shards: list[tuple[int, int]], todo: list[int],
     folder: Path,
-) -> None:
+) -> None:  # fmt: skip
     """Score this rank's part of the shards; a thread writes one while the next is computed."""
     groups = scorer.groups
     mine = todo[groups.rank :: groups.layout.world_size]
