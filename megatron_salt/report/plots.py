@@ -20,18 +20,11 @@ BASELINE_COLOUR = "#555555"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 PLOT_STYLE: dict[Any, Any] = {
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": "medium",
-    "figure.constrained_layout.use": True,
-    "figure.dpi": 110,
-    "font.size": 10,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "lines.linewidth": 1.7,
-    "lines.markersize": 4,
-}
+    "axes.grid": True, "axes.spines.right": False, "axes.spines.top": False,
+    "axes.titlesize": "medium", "figure.constrained_layout.use": True, "figure.dpi": 110,
+    "font.size": 10, "grid.alpha": 0.25, "legend.frameon": False,
+    "lines.linewidth": 1.7, "lines.markersize": 4,
+}  # fmt: skip
 
 
 def _styled(arms: Sequence[Arm]) -> Iterator[tuple[RunLog, dict[str, Any]]]:

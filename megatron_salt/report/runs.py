@@ -156,10 +156,8 @@ def load_run(directory: Path, label: str | None = None) -> RunLog:
         teacher_time_s=np.array([math.nan if t is None else t for t in teacher_time_s]),
         num_tokens=int(steps[-1]["tokens"]),
         evaluations=evaluations,
-        settings={
-            **_read_settings(directory / "config.json"),
-            **_read_settings(directory / "deepspeed.json", "deepspeed."),
-        },
+        settings=_read_settings(directory / "config.json")
+        | _read_settings(directory / "deepspeed.json", "deepspeed."),
     )
 
 
@@ -242,12 +240,9 @@ def _read_evaluation(row: Mapping[str, Any], where: str) -> HeldOutPoint | None:
     ce_nats, accuracy, num_tokens = (_number(row, key, where) for key in VALID_KEYS)
     assert ce_nats is not None and accuracy is not None and num_tokens is not None
     return HeldOutPoint(
-        step=int(row["step"]),
-        ce_nats=ce_nats,
-        accuracy=accuracy,
-        num_tokens=int(num_tokens),
+        step=int(row["step"]), ce_nats=ce_nats, accuracy=accuracy, num_tokens=int(num_tokens),
         teacher_ce_nats=_number(row, "teacher_valid_ce_nats", where, nullable=True),
-    )
+    )  # fmt: skip
 
 
 def _read_settings(path: Path, prefix: str = "") -> dict[str, Any]:

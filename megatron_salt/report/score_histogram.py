@@ -37,7 +37,8 @@ def plot_scores(tables: Mapping[str, SequenceTable], score: str) -> Figure:
             (selected, COLOURS[0], "selected"),
             (~selected, BASELINE_COLOUR, "not selected"),
         ):
-            counts = _counts(scores[side], edges)
+            present = scores[side & ~np.isnan(scores)]
+            counts = np.histogram(np.clip(present, edges[0], edges[-1]), edges)[0]
             ax.bar(
                 edges[:-1], counts, np.diff(edges), bottom=below, align="edge", color=colour,
                 alpha=1.0 if label == "selected" else 0.4,
@@ -67,8 +68,3 @@ def _bin_edges(scores: list[NDArray[np.float32]]) -> tuple[NDArray[np.float64], 
     if low == high:
         low, high = low - 0.5, high + 0.5
     return np.linspace(low, high, HISTOGRAM_BINS + 1), cut
-
-
-def _counts(scores: NDArray[np.float32], edges: NDArray[np.float64]) -> NDArray[np.int64]:
-    present = scores[~np.isnan(scores)]
-    return np.histogram(np.clip(present, edges[0], edges[-1]), edges)[0]

@@ -69,13 +69,10 @@ def seeds_table(arms: Sequence[Arm]) -> str | None:
     for arm in arms:
         pairs = [(run, baseline_of(run, arms[0])) for run in arm.runs]
         row = {
-            "mean (lowest to highest)": arm.label,
-            "seeds": f"{len(arm.runs)}",
+            "mean (lowest to highest)": arm.label, "seeds": f"{len(arm.runs)}",
             "final nats/token": _spread([run.final.ce_nats for run, _ in pairs], "{:.4f}"),
-            "minus the baseline's": "",
-            "step saving": "",
-            "time saving": "",
-        }
+            "minus the baseline's": "", "step saving": "", "time saving": "",
+        }  # fmt: skip
         if arm is not arms[0]:
             differences = [run.final.ce_nats - other.final.ce_nats for run, other in pairs]
             row["minus the baseline's"] = _spread(differences, "{:+.4f}")

@@ -58,11 +58,8 @@ def _draw(ax: Axes, timeline: Timeline, scale: float) -> None:
             [(0, timeline.backward_end * scale)], (stage - 0.42, 0.84), color=IDLE_COLOUR
         )
         for kind, colour in OP_COLOURS.items():
-            bars = [
-                (span.start * scale, (span.stop - span.start) * scale)
-                for span in spans
-                if span.op.kind == kind
-            ]
+            some = [span for span in spans if span.op.kind == kind]
+            bars = [(span.start * scale, (span.stop - span.start) * scale) for span in some]
             ax.broken_barh(
                 bars, (stage - 0.42, 0.84), facecolor=colour, edgecolor="white", linewidth=0.3
             )
