@@ -156,7 +156,7 @@ def test_untrained_teacher_is_let_go_at_the_lower_bound(
                     resumed[number][name], weight, err_msg=f"{points[number]}, {rank}, {name}"
                 )
     manifests = [read_checkpoint_manifest(path) for path in list_checkpoints(tmp_path / "run")]
-    assert manifests[0].switch == SwitchState(streak=1)
+    assert manifests[0].run.switch == SwitchState(streak=1)
     decided = SwitchState(streak=2, decided_at=2, kd_end=5)
     assert all(manifest.run.switch == decided for manifest in manifests[1:])
     assert [manifest.run.phase for manifest in manifests] == ["kd"] * 4 + ["lm"] * 4
@@ -221,9 +221,13 @@ def test_decided_run_is_the_run_with_that_end_from_the_start(
     assert records == expected
     # Once it is over, by the decided end, a resumed run need not have the selection any more.
     manifest = read_checkpoint_manifest(list_checkpoints(tmp_path / "adaptive")[-1])
-    check_same_tag_inputs(config, dataclasses.replace(manifest, step=2), TagInputs())
+    at_step = [
+        dataclasses.replace(manifest, training=dataclasses.replace(manifest.run, step=step))
+        for step in range(3)
+    ]
+    check_same_tag_inputs(config, at_step[2], TagInputs())
     with pytest.raises(ValueError, match="data.tags: the KD phase of this run began with"):
-        check_same_tag_inputs(config, dataclasses.replace(manifest, step=1), TagInputs())
+        check_same_tag_inputs(config, at_step[1], TagInputs())
     for adaptive, fixed in results:
         assert all(np.array_equal(adaptive[name], weight) for name, weight in fixed.items())
 
