@@ -188,7 +188,7 @@ def _adaptive_then_fixed(
     config: RunConfig, deepspeed_config: str, kd_steps: int, fixed_dir: str
 ) -> list[dict[str, np.ndarray]]:
     adaptive: Run = run_to_end(config, deepspeed_config)
-    assert adaptive.teacher is None and adaptive.lesson is None
+    assert adaptive.teacher is None and adaptive.teaching._begun is None
     salt = dataclasses.replace(config.salt, switch="fixed", kd_steps=kd_steps, **RULE)
     train = dataclasses.replace(config.train, output_dir=fixed_dir)
     fixed = dataclasses.replace(config, salt=salt, train=train)
