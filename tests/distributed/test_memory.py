@@ -60,7 +60,7 @@ def _train(config: RunConfig, deepspeed: str) -> None:
     run_to_end(config, deepspeed)
 
 
-def _count(run: Run, first_step: int) -> Count:
+def _count(run: Run, first_step: int, inherited: int) -> Count:
     """Of two steps the smaller peak: what garbage waits for its collection is not the run's."""
     before, peaks = 0, []
     for step in (first_step, first_step + 1):
@@ -78,11 +78,12 @@ def _count(run: Run, first_step: int) -> Count:
         weights=num_bytes(parameters),
         optimizer=num_bytes([*(each for each in states if each.dim()), *masters]),
         teacher=0 if run.teacher is None else run.teacher.num_bytes(),
-        total=min(peaks),
+        total=min(peaks) - inherited,
     )
 
 
 def _measure(config: RunConfig, deepspeed: str) -> dict[str, tuple[Count, StageMemory]]:
+    inherited = alive()  # from tests before this one, in the process that forked this rank
     run = prepare(config, deepspeed)
     sizes = Sizes(
         config=config,
@@ -96,12 +97,12 @@ def _measure(config: RunConfig, deepspeed: str) -> dict[str, tuple[Count, StageM
     stage = run.groups.pp_rank
     if run.teacher is not None:
         with_teacher = replace(sizes, teacher=TeacherSize.of(run.teacher.manifest))
-        counted = _count(run, 1)
+        counted = _count(run, 1, inherited)
         found["KD"] = counted, stage_memory(with_teacher, teaching_plan(with_teacher))[stage]
         step = KD_STEPS - 1
         run.step(step)
         run.step(step + 1)
-    found["LM"] = _count(run, step + 2 if step else 1), stage_memory(sizes)[stage]
+    found["LM"] = _count(run, step + 2 if step else 1, inherited), stage_memory(sizes)[stage]
     return found
 
 

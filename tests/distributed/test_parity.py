@@ -36,7 +36,7 @@ from tiny import (
 from megatron_salt.config.fields import RunConfig
 from megatron_salt.model import student
 from megatron_salt.model.weights import DTYPES
-from megatron_salt.training import engine, instructions
+from megatron_salt.training import engine, gradients, instructions
 from megatron_salt.training.gradients import accumulated
 from megatron_salt.training.run import prepare
 
@@ -325,7 +325,7 @@ def _skip_the_tied_sum() -> None:
 
 
 def _average_over_tp() -> None:
-    add_up = engine.sum_sequence_parallel
+    add_up = gradients.sum_sequence_parallel
 
     def average(module: Any, optimizer: Any, group: Any) -> None:
         add_up(module, optimizer, group)
@@ -333,7 +333,7 @@ def _average_over_tp() -> None:
             if getattr(parameter, "sequence_parallel", False):
                 accumulated(parameter, optimizer).div_(group.size())
 
-    engine.sum_sequence_parallel = average
+    gradients.sum_sequence_parallel = average
 
 
 @pytest.mark.parametrize(

@@ -65,10 +65,10 @@ def tagged_config(dataset: Path, tags: Path, output: Path, kind: str, **settings
 def _read(config: RunConfig, cache: Path, num_samples: int, num_selected: int) -> dict[str, Any]:
     initialize(1, 1, 5.0)
     tokenizer = find_tokenizer(config.data)
-    choice = load_tag_inputs(config, tokenizer)
+    tag_inputs = load_tag_inputs(config, tokenizer)
     source = DataSource(
         config.data, tokenizer, num_samples=num_samples, seed=7, cache_path=cache,
-        num_selected=num_selected, choice=choice, with_reference_loss=True,
+        num_selected=num_selected, tag_inputs=tag_inputs, with_reference_loss=True,
     )  # fmt: skip
     selected, everything = source.read(range(num_selected), "kd"), source.read(range(num_samples))
     assert selected.tag_RS is not None and selected.reference_loss_RS is not None
