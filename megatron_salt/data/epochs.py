@@ -80,7 +80,7 @@ class TaggedDataset(torch.utils.data.Dataset):
         return len(self.epoch)
 
     def __getitem__(self, index: int) -> SampleFields:
-        mask, _ = self.mask._query_document_sample_shuffle_indices(index)
+        mask = self.mask._query_document_sample_shuffle_indices(index)[0]  # of 2 or, later, 3
         bits = None
         if self.loss is not None:
             bits = self.loss._query_document_sample_shuffle_indices(index)[0][1:]
