@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from ranks import run_ranks
 
 from megatron_salt.config.fields import DataConfig
 from megatron_salt.config.values import parse_blend
 from megatron_salt.data.dataset import DataSource, find_tokenizer
+from megatron_salt.data.manifest import tokenizer_directory
 from megatron_salt.data.order import rows_of_rank
 from megatron_salt.parallel.groups import initialize
 
@@ -41,7 +43,17 @@ def data(dataset: Path) -> DataConfig:
     return DataConfig(train_data_path=[str(dataset)], split="90,10", seq_length=32)
 
 
-def test_each_epoch_reads_every_sample_once(data: DataConfig, tmp_path: Path) -> None:
+def test_each_epoch_reads_every_sample_once(dataset: Path, tmp_path: Path) -> None:
+    # Ids drawn at random: in real text two samples may well be equal.
+    prefix, draw = tmp_path / "drawn", np.random.default_rng(0)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for length in draw.integers(20, 200, size=60).tolist():
+        builder.add_document(torch.from_numpy(draw.integers(3, 509, size=length)), [length])
+    builder.finalize(f"{prefix}.idx")
+    data = DataConfig(
+        train_data_path=[str(prefix)], split="90,10", seq_length=32,
+        tokenizer=str(tokenizer_directory(dataset)),
+    )  # fmt: skip
     first = run_ranks(1, _read, data, tmp_path, 1, range(1))[0]
     n = first["per_epoch"][0]
     assert n > 50
