@@ -24,6 +24,7 @@ from megatron_salt.config.fields import DataConfig
 from megatron_salt.corpus.train_tokenizer import train_tokenizer
 from megatron_salt.data.dataset import DataSource, find_tokenizer
 from megatron_salt.data.tokenizer import load_tokenizer
+from megatron_salt.evaluation.checkpoint_score import ScoreRequest, score_checkpoint
 from megatron_salt.files.disk import sha256_of
 from megatron_salt.parallel.groups import initialize
 from megatron_salt.training.resume import lock_output_dir
@@ -129,6 +130,34 @@ def test_teacher_of_zeros(
     rewrite_weights(checkpoint, lambda w: {**w, name: torch.zeros_like(w[name])})
     message = fails(1, dataset, teacher__checkpoint=str(checkpoint), salt__kd_steps=2)
     assert name in message and "all zeros" in message
+
+
+def _score(path: str, data: list[str] | None) -> dict[str, Any]:
+    request = ScoreRequest(
+        data=data, split=None, samples=4, seq_length=None, micro_batch_size=2, precision=None
+    )
+    return score_checkpoint(path, request, initialize(1, 1, 5.0))
+
+
+def test_model_without_its_run_teaches_and_is_scored_but_not_resumed(
+    dataset: Path, teacher: Path, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    """What a converted model is: weights, tokenizer and what the model says about itself."""
+    checkpoint = copy_checkpoint(teacher, tmp_path)
+    whole = run_ranks(1, _score, str(checkpoint), [str(dataset)])[0]
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    (checkpoint / "manifest.json").write_text(json.dumps({**manifest, "training": None}))
+    assert run_ranks(1, _score, str(checkpoint), [str(dataset)])[0] == whole
+    with pytest.raises(RankError, match="holds a model without its run: .* on data that is named"):
+        run_ranks(1, _score, str(checkpoint), None)
+    message = fails(1, dataset, train__resume=str(checkpoint))
+    assert "without its run" in message and "not be resumed" in message
+    config = make_config(
+        dataset, tmp_path / "taught", teacher__checkpoint=str(checkpoint), salt__kd_steps=1,
+        train__steps=2, parallel__tensor_model_parallel_size=2,
+    )  # fmt: skip
+    run_ranks(2, _train, config, make_deepspeed(tmp_path))
+    assert metrics_of(tmp_path / "taught")[1]["kl_nats"] > 0
 
 
 def test_teacher_with_a_missing_weight_fails_on_every_rank(

@@ -225,15 +225,16 @@ def test_random_delays_change_nothing_and_block_nobody(
 
 
 def _train_until_one_dies(config: RunConfig, deepspeed_config: str, victim: int) -> None:
-    run = prepare(config, deepspeed_config)
-    enter = run.student.watchdog.enter
+    class DyingWatchdog(StepWatchdog):
+        """One rank kills itself in the first backward pass of step 2."""
 
-    def die_in_step_2(what: str) -> None:
-        enter(what)
-        if run.groups.rank == victim and what.startswith("BackwardPass") and step == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
+        def enter(self, what: str) -> None:
+            super().enter(what)
+            here = int(os.environ["RANK"]) == victim and what.startswith("BackwardPass")
+            if here and "in step 2," in str(self):
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    run.student.watchdog.enter = die_in_step_2  # type: ignore[method-assign]
+    run = prepare(config, deepspeed_config, watchdog=DyingWatchdog)
     for step in range(config.train.steps):
         run.step(step)
 

@@ -349,6 +349,15 @@ def test_what_fits_is_accepted(settings: dict[str, Any], good: RunConfig) -> Non
     check_config(changed(good, settings))
 
 
+def test_contradictions_are_listed_all_at_once(good: RunConfig) -> None:
+    wrong = {"salt.kd_weight": 2.0, "train.min_lr_ratio": -1.0, "train.eval_interval": -3}
+    with pytest.raises(ValueError) as error:
+        check_config(changed(good, wrong))
+    first, *lines = str(error.value).splitlines()
+    assert first == "3 settings are wrong:"
+    assert sorted(line.split(" = ")[0].strip() for line in lines) == sorted(wrong)
+
+
 def test_contradiction_ends_the_command_line(refused: Callable[..., str]) -> None:
     assert "teacher.checkpoint is not set" in refused("--salt.kd_steps", "3")
 
