@@ -32,8 +32,8 @@ class BuildKernels(build_ext):
         kernels = load_build_module()
         root = HERE if self.inplace or self.editable_mode else Path(self.build_lib)
         folder = root / KERNELS / "lib"
-        for library in folder.glob("*.so"):  # of earlier sources
-            library.unlink()
+        for made in (*folder.glob("*.so"), *folder.glob("*.log")):  # of earlier sources
+            made.unlink()
         wanted = os.environ.get("MEGATRON_SALT_CUDA", "")
         if wanted not in ("", "0", "1"):
             raise SystemExit(f"MEGATRON_SALT_CUDA={wanted}: expected 0 or 1")

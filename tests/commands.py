@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,3 +23,56 @@ def run_command(
     return subprocess.run(
         [sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=seconds
     )
+
+
+def run_forked(*words: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """As `run_command`, in a fork of this process: it need not import PyTorch and DeepSpeed anew.
+
+    For all that is not the start of a process itself. `folder` gets what it prints.
+    """
+    import torch
+
+    if torch.cuda.is_available():  # which a forked process cannot use
+        return run_command(*words, **environment)
+    outputs = [folder / "forked.out", folder / "forked.err"]
+    process = multiprocessing.get_context("fork").Process(
+        target=_run_here, args=(words, environment, outputs)
+    )
+    process.start()
+    process.join(180.0)
+    process.kill()
+    process.join()
+    assert process.exitcode is not None
+    printed = [path.read_text(encoding="utf-8") for path in outputs]
+    for path in outputs:
+        path.unlink()
+    return subprocess.CompletedProcess([*words], process.exitcode, *printed)
+
+
+def _run_here(words: tuple[str, ...], environment: dict[str, str], outputs: list[Path]) -> None:
+    code = 1
+    try:
+        for number, path in enumerate(outputs, 1):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
+        os.environ.update(environment)
+        os.chdir(ROOT)
+        if words[0] == "-m":
+            sys.argv = [*words[1:]]
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = [*words]
+            sys.path.insert(0, str((ROOT / words[0]).parent))
+            runpy.run_path(words[0], run_name="__main__")
+        code = 0
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+        else:
+            code = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

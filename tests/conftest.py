@@ -8,12 +8,23 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
 VOCAB_SIZE = 509  # a prime: no padding rule or shard size divides it
+
+
+def pytest_configure() -> None:
+    """Each worker and the ranks that it forks keep to their share of the cores. On one core of two
+    four ranks take a fifth less time of the processor: none is woken on another core."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    cores = sorted(os.sched_getaffinity(0))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if worker and workers <= len(cores):
+        os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) :: workers])
 
 
 @pytest.hookimpl(wrapper=True)

@@ -33,7 +33,7 @@ from megatron_salt.corpus.preprocess import preprocess
 FILE = Path(__file__).parent / "golden/losses.json"
 STEPS, KD_STEPS, TEACHER_STEPS = 40, 20, 20
 RECORDED = ("loss", "ce_nats", "kl_nats", "grad_norm", "lr", "valid_ce_nats", "valid_accuracy")
-MODELS = {"llama": LLAMA, "gpt": GPT}
+MODELS = {"llama": {**LLAMA, "num_layers": 4}, "gpt": {**GPT, "num_layers": 4}}
 # Model, precision, tp = pp. GPT has what Llama lacks: a tied head, LayerNorm, biases, positions.
 RUNS = [
     ("llama", "fp32", 1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_optimizer_state
 
+from megatron_salt.checkpoint.folder import list_checkpoints
 from megatron_salt.config.fields import RunConfig
 from megatron_salt.config.problems import check_config
 from megatron_salt.model.layers import canonical_parameters
@@ -21,8 +23,9 @@ from megatron_salt.model.student import gathered
 from megatron_salt.model.weights import initial_weight, merge, weight_table
 from megatron_salt.training.run import Run, prepare, train
 
+# Two layers: tests of what depends on their number or their places have four or six.
 LLAMA: dict[str, Any] = {
-    "num_layers": 4,
+    "num_layers": 2,
     "hidden_size": 32,
     "num_attention_heads": 4,
     "num_query_groups": 2,
@@ -30,7 +33,7 @@ LLAMA: dict[str, Any] = {
     "make_vocab_size_divisible_by": 4,
 }
 GPT: dict[str, Any] = {
-    "num_layers": 4,
+    "num_layers": 2,
     "hidden_size": 32,
     "num_attention_heads": 4,
     "ffn_hidden_size": 64,
@@ -45,7 +48,6 @@ GPT: dict[str, Any] = {
 # switch are recognised.
 TEACHER_MODEL: dict[str, Any] = {
     **LLAMA,
-    "num_layers": 2,
     "hidden_size": 20,
     "num_attention_heads": 2,
     "num_query_groups": 1,
@@ -120,6 +122,19 @@ def run_and_kill(config: RunConfig, deepspeed_config: str, kill_after: int) -> N
     for step in range(run.first_step, kill_after):
         run.step(step)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def cut_back(whole: Path, folder: Path, step: int) -> None:
+    """Make `folder` what the finished run in `whole` was when it was killed after the checkpoint of
+    this step: a copy without the later checkpoints, with metrics that the checkpoint does not know.
+
+    The run must keep all checkpoints.
+    """
+    shutil.copytree(whole, folder)
+    for path in list_checkpoints(folder):
+        if path.name > f"step_{step:08d}":
+            shutil.rmtree(path)
+    assert list_checkpoints(folder)[-1].name == f"step_{step:08d}"
 
 
 def metrics_of(output_dir: str | Path) -> list[dict[str, Any]]:

@@ -46,7 +46,7 @@ CXX_FLAGS = (
 )  # fmt: skip
 # -fmad=false: the sources say themselves where a product and a sum share one rounding.
 NVCC_FLAGS = (
-    "-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC", "--threads", "0",
+    "-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC", "--threads", "0", "--resource-usage",
 )  # fmt: skip
 
 _logger = logging.getLogger(__name__)
@@ -160,6 +160,8 @@ def build(
 ) -> Path:
     """Compile one library into `folder`; a build that is cut short leaves no library behind.
 
+    What the compiler said is beside it in a `.log`: of CUDA each kernel's registers and spills.
+
     Raises: BuildError with the compiler's words.
     """
     target = folder / library_name(kind, architectures)
@@ -171,10 +173,13 @@ def build(
         if done.returncode:
             words = (done.stderr or done.stdout).strip()[-4000:]
             raise BuildError(f"{shlex.join(command)}\nfailed ({done.returncode}):\n{words}")
+        log = output.with_suffix(".log")
+        log.write_text(done.stdout + done.stderr, encoding="utf-8")
         # Never in place of a file that is there: on a network file system another node may have it
         # loaded. Whoever comes second has built the same.
-        with contextlib.suppress(FileExistsError):
-            os.link(output, target)
+        for made in (log, output):
+            with contextlib.suppress(FileExistsError):
+                os.link(made, folder / made.name)
     return target
 
 

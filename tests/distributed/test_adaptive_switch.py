@@ -4,7 +4,6 @@ resumed at any point of it as if nothing had happened."""
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from evaluation_keys import STUDENT_KEYS, TEACHER_KEYS
 from ranks import run_ranks
 from tiny import (
     LLAMA,
+    cut_back,
     local_weights,
     make_config,
     make_deepspeed,
@@ -34,7 +34,7 @@ from megatron_salt.planner.dry_run import describe_run
 from megatron_salt.training.resume import check_same_tag_inputs
 from megatron_salt.training.run import Run
 
-SMALL = {**LLAMA, "num_layers": 2, "hidden_size": 20, "num_attention_heads": 2,
+SMALL = {**LLAMA, "hidden_size": 20, "num_attention_heads": 2,
          "num_query_groups": 1, "ffn_hidden_size": 40}  # fmt: skip
 SWITCH_KEYS = ("switch_streak", "kd_end_step")
 # A teacher that knows nothing is never ahead by 0.2 nats, a good one by more for longer than these
@@ -59,7 +59,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
             "parallel__pipeline_model_parallel_size": 2,
             "parallel__sequence_parallel": True,
         },
-        {"zero_optimization": {"stage": 1}},
+        {"zero_optimization": {"stage": 1}, "train_batch_size": 4},
     ),
     "dp2": (2, {}, {}),
 }
@@ -96,9 +96,7 @@ def _train_and_resume(
     for number, (point, changes) in enumerate(points):
         folder = resumed_dir(whole, number)
         if dist.get_rank() == 0:
-            shutil.copytree(whole, folder)
-            for later in list_checkpoints(folder)[point:]:
-                shutil.rmtree(later)
+            cut_back(whole, folder, point)
         dist.barrier()
         again = dataclasses.replace(
             config, train=dataclasses.replace(config.train, output_dir=str(folder)),
@@ -125,13 +123,15 @@ def test_untrained_teacher_is_let_go_at_the_lower_bound(
     dataset: Path, untrained: Path, tmp_path: Path, layout: str
 ) -> None:
     """Resumed with a streak of one, between decision and end, at the end and after it: bit-equal,
-    and a changed rule does not undo the decision."""
+    and a changed rule does not undo the decision. (The state is one for all layouts: four ranks
+    try the two points at which the most changes.)"""
     world_size, parallel, deepspeed = LAYOUTS[layout]
     config = make_config(
         dataset, tmp_path / "run", teacher__checkpoint=str(untrained), **ADAPTIVE, **parallel
     )
     changed = {"switch_margin_nats": -9.0, "min_kd_steps": 0}
-    points: list[tuple[int, dict[str, Any]]] = [(1, {}), (3, changed), (5, {}), (7, {})]
+    points: list[tuple[int, dict[str, Any]]] = [(3, changed), (5, {})]
+    points += [(1, {}), (7, {})] if layout == "dp2" else []
     deepspeed_config = make_deepspeed(tmp_path, **deepspeed)
     results = run_ranks(world_size, _train_and_resume, config, deepspeed_config, points)
     assert switch_lines(tmp_path / "run") == [

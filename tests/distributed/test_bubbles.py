@@ -43,6 +43,7 @@ from megatron_salt.teacher.simulator import StepTimes, simulate
 from megatron_salt.training.instructions import Instructions
 from megatron_salt.training.run import MEASURED_STEP, Run, prepare
 
+FOUR = {**LLAMA, "num_layers": 4}
 # Six layers on four stages: they have unequal work, so shares of the teacher's rows differ too.
 PP4: dict[str, Any] = {
     "model": {**LLAMA, "num_layers": 6},
@@ -82,13 +83,13 @@ def _steps_and_schedules(config: RunConfig, deepspeed_config: str) -> tuple[Any,
 def test_both_placements_give_the_same_bits(
     dataset: Path, teacher: Path, tmp_path: Path, layout: dict[str, Any], world_size: int
 ) -> None:
-    """12 steps through the switch: every metric, and every weight at the end. By the measured
+    """8 steps through the switch: every metric, and every weight at the end. By the measured
     times it is taught from step 3 on, and the window of the decay is later still."""
     found = {}
     for placement in ("bubble", "before_step"):
         config = make_config(
-            dataset, tmp_path / placement, train__steps=12, salt__kd_steps=8,
-            salt__transition="linear_decay", salt__transition_steps=3, train__eval_interval=3,
+            dataset, tmp_path / placement, train__steps=8, salt__kd_steps=6,
+            salt__transition="linear_decay", salt__transition_steps=2, train__eval_interval=3,
             teacher__checkpoint=str(teacher), teacher__placement=placement, **layout,
         )  # fmt: skip
         deepspeed_config = make_deepspeed(tmp_path, train_micro_batch_size_per_gpu=1)
@@ -98,11 +99,11 @@ def test_both_placements_give_the_same_bits(
             np.testing.assert_array_equal(ahead[0][name], weight, err_msg=name)
         # From a process's first step on; the last KD step has nobody to teach, and the LM phase
         # runs DeepSpeed's own schedule.
-        assert ahead[1] == [*["TeachingSchedule"] * 7, *["TrainSchedule"] * 5]
-        assert before[1] == ["TrainSchedule"] * 12
+        assert ahead[1] == [*["TeachingSchedule"] * 5, *["TrainSchedule"] * 3]
+        assert before[1] == ["TrainSchedule"] * 8
     records = [without_times(metrics_of(tmp_path / name)) for name in found]
     assert records[0] == records[1]
-    assert len(records[0]) == 13 and records[0][8]["kl_nats"] > 0
+    assert len(records[0]) == 9 and records[0][6]["kl_nats"] > 0
 
 
 def _both_placements(config: RunConfig, deepspeed_config: str) -> tuple[Any, Any]:
@@ -125,7 +126,7 @@ def test_few_rows_with_prefixes_give_the_same_bits(
     """One micro-batch, of one row for four ranks or of three for three, and a prefix for each;
     evaluations between a teacher_pass and the step that uses it."""
     config = make_config(
-        dataset, tmp_path, train__steps=6, salt__kd_steps=5, train__eval_interval=2,
+        dataset, tmp_path, model=FOUR, train__steps=6, salt__kd_steps=5, train__eval_interval=2,
         data__objective=["0.2", "causal", "0.8", "prefix"], teacher__checkpoint=str(teacher),
         parallel__tensor_model_parallel_size=tp, parallel__pipeline_model_parallel_size=pp,
     )  # fmt: skip
@@ -167,7 +168,7 @@ def test_rows_may_move_to_other_ranks_between_two_steps(
     """By the measured times the first stage should teach nothing, and others more: planned while
     its last teacher_pass is still to be finished, by the plan of before."""
     settings: dict[str, Any] = {
-        "train__steps": 6, "salt__kd_steps": 5, "teacher__checkpoint": str(teacher),
+        "model": FOUR, "train__steps": 6, "salt__kd_steps": 5, "teacher__checkpoint": str(teacher),
         "parallel__tensor_model_parallel_size": tp, "parallel__pipeline_model_parallel_size": pp,
     }  # fmt: skip
     deepspeed_config = make_deepspeed(tmp_path, train_micro_batch_size_per_gpu=1)
@@ -205,11 +206,11 @@ def _train_with_delays(config: RunConfig, deepspeed_config: str, seconds: float)
 def test_random_delays_change_nothing_and_block_nobody(
     dataset: Path, teacher: Path, tmp_path: Path
 ) -> None:
-    """200 steps in which every instruction on every rank may be late by up to 3 ms."""
+    """80 steps in which every instruction on every rank may be late by up to 3 ms."""
     settings = {
         **PP4,
-        "train__steps": 200,
-        "salt__kd_steps": 150,
+        "train__steps": 80,
+        "salt__kd_steps": 60,
         "teacher__checkpoint": str(teacher),
     }
     deepspeed_config = make_deepspeed(tmp_path, train_micro_batch_size_per_gpu=2)
@@ -221,7 +222,7 @@ def test_random_delays_change_nothing_and_block_nobody(
     expected = [record["loss"] for record in metrics_of(tmp_path / "punctual")[1:]]
     records = metrics_of(tmp_path / "late")
     assert [record["loss"] for record in records[1:21]] == expected
-    assert len(records) == 201 and records[-1]["phase"] == "lm"
+    assert len(records) == 81 and records[-1]["phase"] == "lm"
 
 
 def _train_until_one_dies(config: RunConfig, deepspeed_config: str, victim: int) -> None:
@@ -300,7 +301,7 @@ def test_what_the_teacher_took_is_returned_on_every_rank(
     dataset: Path, teacher: Path, tmp_path: Path, tp: int, pp: int, placement: str
 ) -> None:
     config = make_config(
-        dataset, tmp_path / "run", salt__kd_steps=3, teacher__checkpoint=str(teacher),
+        dataset, tmp_path / "run", model=FOUR, salt__kd_steps=3, teacher__checkpoint=str(teacher),
         teacher__placement=placement, parallel__tensor_model_parallel_size=tp,
         parallel__pipeline_model_parallel_size=pp,
     )  # fmt: skip

@@ -24,7 +24,12 @@ from megatron_salt.planner.memory import StageMemory, layer_bytes, stage_memory
 from megatron_salt.planner.sizes import Sizes, TeacherSize
 from megatron_salt.training.run import Run, prepare
 
-WIDER: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 8, "ffn_hidden_size": 160}
+WIDER: dict[str, Any] = {
+    "num_layers": 4,
+    "hidden_size": 64,
+    "num_attention_heads": 8,
+    "ffn_hidden_size": 160,
+}
 MODELS = {"llama": {**LLAMA, **WIDER, "num_query_groups": 4}, "gpt": {**GPT, **WIDER}}
 KD_STEPS, LENGTH, VOCAB_SIZE = 4, 64, 509
 TOLERANCE = 0.10
@@ -46,7 +51,7 @@ def teachers(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     found = {}
     for kind, whole in (("llama", LLAMA), ("gpt", GPT)):
         folder = tmp_path_factory.mktemp(kind)
-        model = {**whole, "num_layers": 2, "hidden_size": 40, "num_attention_heads": 2,
+        model = {**whole, "hidden_size": 40, "num_attention_heads": 2,
                  "num_query_groups": 1, "ffn_hidden_size": 48}  # fmt: skip
         config = make_config(
             dataset, folder / "run", model=model, data__seq_length=LENGTH, train__steps=1

@@ -43,8 +43,9 @@ from megatron_salt.training.run import prepare
 # The package has a function of the module's name.
 linear_kd_loss = importlib.import_module("megatron_salt.kernels.linear_kd_loss")
 VOCAB_SIZE = 509
-MODELS = {"llama": LLAMA, "gpt": GPT}  # untied and tied
-STEPS, KD_STEPS = 8, 4
+# Untied and tied.
+MODELS = {"llama": {**LLAMA, "num_layers": 4}, "gpt": {**GPT, "num_layers": 4}}
+STEPS, KD_STEPS = 5, 4
 KD = {
     "salt__kd_steps": KD_STEPS,
     "salt__kd_weight": 0.6,
@@ -185,24 +186,18 @@ def reference(
     return make
 
 
+# Without ZeRO gradients go another way than with it. With it, 16 bits say what fp32 would say.
 FP32_LAYOUTS = [
     ("llama", Layout(tp=2)),
     ("llama", Layout(tp=2, sp=True, zero=1)),
-    ("llama", Layout(pp=2)),
     ("llama", Layout(pp=2, zero=1, recompute=True)),
     ("llama", Layout(tp=2, pp=2)),
-    ("llama", Layout(tp=2, pp=2, sp=True, zero=1)),
     ("llama", Layout(dp=2)),
-    ("llama", Layout(dp=2, zero=1)),
     ("llama", Layout(dp=2, zero=2)),
     ("llama", Layout(dp=2, zero=3)),
-    ("llama", Layout(tp=2, dp=2, zero=2)),
-    ("llama", Layout(tp=2, dp=2, sp=True, zero=3)),
-    ("gpt", Layout(tp=2, sp=True)),
     ("gpt", Layout(tp=2, pp=2, sp=True)),
-    ("gpt", Layout(pp=2, zero=1)),
     ("gpt", Layout(dp=2, zero=3, recompute=True)),
-    ("gpt", Layout(tp=2, pp=2, dp=2, zero=1)),
+    ("gpt", Layout(pp=2, dp=2, zero=1)),
 ]
 
 
@@ -231,28 +226,24 @@ def test_fp32_computes_what_one_process_computes(
         assert error < (1e-5 if step == 1 else 1e-3), f"{name}, step {step}: {error:.2e}"
 
 
-EVERYWHERE = [
-    Layout(tp=2, sp=True, zero=1),
-    Layout(pp=2, zero=1),
-    Layout(dp=2, zero=1),
-    Layout(dp=2, zero=2),
-    Layout(dp=2, zero=3),
-    Layout(tp=2, pp=2, sp=True, zero=1),
-    Layout(tp=2, dp=2, zero=2),
-    Layout(tp=2, dp=2, sp=True, zero=3),
-    Layout(pp=2, dp=2, zero=1, recompute=True),
-    Layout(tp=2, pp=2, dp=2, zero=1),
-    Layout(pp=4, zero=1),
-]
-# A tied embedding is another case where it lies on two stages, and where ZeRO 3 gathers it twice.
+# By optimizer (one for each precision and ZeRO stage) every way in which a rank has a part of the
+# model. A tied embedding is another case where it lies on two stages, and under ZeRO 3.
 LAYOUTS_16BIT = [
-    (model, dataclasses.replace(layout, precision=precision))
-    for layout in EVERYWHERE
-    for model, precision in (
-        ("llama", "bf16"),
-        *([("gpt", "bf16")] if layout.pp > 1 or layout.zero == 3 else []),
-        ("gpt" if layout.pp > 1 else "llama", "fp16"),
+    (name.split()[0], dataclasses.replace(layout, precision=name.split()[1]))
+    for layout, names in (
+        (Layout(tp=2, sp=True, zero=1), ["llama bf16", "llama fp16"]),
+        (Layout(pp=2, zero=1), ["llama bf16", "gpt bf16", "gpt fp16"]),
+        (Layout(dp=2, zero=1), ["llama bf16"]),
+        (Layout(dp=2, zero=2), ["llama bf16", "llama fp16"]),
+        (Layout(dp=2, zero=3), ["gpt bf16", "llama fp16"]),
+        (Layout(tp=2, pp=2, sp=True, zero=1), ["llama bf16", "gpt bf16", "gpt fp16"]),
+        (Layout(tp=2, dp=2, zero=2), ["llama bf16"]),
+        (Layout(tp=2, dp=2, sp=True, zero=3), ["gpt bf16"]),
+        (Layout(pp=2, dp=2, zero=1, recompute=True), ["llama bf16"]),
+        (Layout(tp=2, pp=2, dp=2, zero=1), ["gpt bf16"]),
+        (Layout(pp=4, zero=1), ["llama bf16", "gpt fp16"]),
     )
+    for name in names
 ]
 LAYOUTS_16BIT += [
     ("gpt", Layout(tp=2, pp=2, zero=1, precision="bf16", immediate=False)),
@@ -369,9 +360,8 @@ def _train(config: RunConfig, deepspeed_config: str) -> None:
     run_to_end(config, deepspeed_config)
 
 
-@pytest.mark.parametrize("model", MODELS)
 def test_fifty_steps_of_the_papers_settings_end_where_one_process_does(
-    dataset: Path, teacher: Path, tmp_path: Path, model: str
+    dataset: Path, teacher: Path, tmp_path: Path
 ) -> None:
     """examples/deepspeed/paper_zero1_bf16.json on a tiny model, tp 2 x pp 2, through the switch."""
     values = json.loads((ROOT / "examples/deepspeed/paper_zero1_bf16.json").read_text())
@@ -379,13 +369,13 @@ def test_fifty_steps_of_the_papers_settings_end_where_one_process_does(
     losses = []
     for size in (1, 2):
         config = make_config(
-            dataset, tmp_path / f"run{size}", model=MODELS[model], train__steps=50,
+            dataset, tmp_path / f"run{size}", train__steps=50,
             salt__kd_steps=25, teacher__checkpoint=str(teacher),
             parallel__sequence_parallel=size > 1,
             parallel__tensor_model_parallel_size=size, parallel__pipeline_model_parallel_size=size,
         )  # fmt: skip
         run_ranks(size * size, _train, config, make_deepspeed(tmp_path, **values))
         losses.append(metrics_of(tmp_path / f"run{size}")[-1]["loss"])
-    print(f"{model}: loss after 50 steps {losses}, ratio {losses[1] / losses[0]:.6f}")
+    print(f"loss after 50 steps {losses}, ratio {losses[1] / losses[0]:.6f}")
     assert losses[1] == pytest.approx(losses[0], rel=3e-3)
     assert losses[0] < 6.1  # it has learnt something: chance is ln 509 = 6.23

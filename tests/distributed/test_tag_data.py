@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+import runpy
 import shutil
 import signal
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from commands import run_command
+from commands import ROOT, run_forked
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from ranks import RankError, run_ranks
 
@@ -47,7 +50,7 @@ from megatron_salt.scoring.tagging import tag
 VOCAB_SIZE = 509
 TOP_K = 10
 MAX_LENGTH = 16  # the teacher's
-SHARD = 800  # tokens: a dozen shards
+SHARD = 400  # tokens: a dozen shards
 SUFFIXES = ("_mask.bin", "_mask.idx", "_loss.bin", "_loss.idx", "_entropy.bin", "_entropy.idx",
             "_sequences.parquet")  # fmt: skip
 
@@ -101,7 +104,8 @@ def _slow_scores(dataset: Path, teacher: Path, window: int | None) -> dict[str, 
                 centred = (row - row.max())[None]
                 ce = centred.exp().sum(dim=1).log() - centred[:, label]
                 sequence_loss.append(float(ce))
-                likelier = [v for v in row.tolist() if v > row[label].item()]
+                own = row[label].item()
+                likelier = [v for v in row.tolist() if v > own]
                 sequence_kept.append(len(likelier) < TOP_K)
                 p = row.double().softmax(dim=0)
                 entropy.append(float(-(p * p.log()).sum()))
@@ -123,9 +127,9 @@ def _slow_scores(dataset: Path, teacher: Path, window: int | None) -> dict[str, 
 
 @pytest.fixture(scope="module")
 def text(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prefix of the first 40 documents of the tests' dataset."""
+    """Prefix of the first 20 documents of the tests' dataset."""
     folder = tmp_path_factory.mktemp("text")
-    lines = (dataset.parent / "short.jsonl").read_text(encoding="utf-8").splitlines()[:40]
+    lines = (dataset.parent / "short.jsonl").read_text(encoding="utf-8").splitlines()[:20]
     (folder / "text.jsonl").write_text("\n".join(lines), encoding="utf-8")
     tokenizer = dataset.parent / "tokenizer.model"
     preprocess([folder / "text.jsonl"], folder / "some", tokenizer, workers=1)
@@ -318,7 +322,8 @@ def test_damaged_shard_is_named(tagged: TagRequest, tmp_path: Path) -> None:
         run_ranks(1, _tag_and_die, again, 3)
     shard = tmp_path / "slm.tags.partial" / "shard_00000001.npz"
     content = bytearray(shard.read_bytes())
-    content[len(content) // 3] ^= 1
+    with np.load(shard) as arrays:
+        content[content.index(arrays["loss"].tobytes()) + 10] ^= 1
     shard.write_bytes(content)
     with pytest.raises(RankError, match=r"shard_00000001\.npz is damaged .* delete it"):
         run_ranks(1, _tag, again)
@@ -504,21 +509,27 @@ def test_a_loss_that_is_not_finite_stops(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_command_line(text: Path, teacher: Path, tmp_path: Path) -> None:
-    """Two ranks under torchrun; the errors of bad arguments."""
+def _as_launched(words: list[str]) -> None:
+    sys.argv = words
+    sys.path.insert(0, str(ROOT / "tools"))
+    with contextlib.suppress(SystemExit):
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+
+
+def test_command_line(
+    text: Path, teacher: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two ranks as a launcher starts them; the errors of bad arguments."""
     words = ["tools/tag_data.py", "--data", str(text), "--teacher", str(teacher),
              "--output-prefix", str(tmp_path / "slm"), "--tokens-per-shard", "9000"]  # fmt: skip
-    done = run_command(
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words,
-        "--window", "16", "--bottom-fraction", "0.25", PYTHONPATH=".",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "% among the 10 most likely" in done.stdout and "tokens/s" in done.stderr
+    run_ranks(2, _as_launched, [*words, "--window", "16", "--bottom-fraction", "0.25"])
+    printed = capfd.readouterr()
+    assert "% among the 10 most likely" in printed.out and "tokens/s" in printed.err
     manifest = json.loads((tmp_path / "slm.tags.json").read_text(encoding="utf-8"))
     assert manifest["origin"]["settings"]["window"] == 16
     assert sorted(manifest["files"]) == ["_mask.bin", "_mask.idx", "_sequences.parquet"]
     assert read_table(tmp_path / "slm_sequences.parquet").rule["kind"] == "bottom"
-    failed = run_command(*words, "--top-fraction", "2", PYTHONPATH=".")
+    failed = run_forked(*words, "--top-fraction", "2", folder=tmp_path)
     assert failed.returncode == 1 and "Traceback" not in failed.stderr
     assert failed.stderr.endswith("tag_data: error: top fraction 2.0: must be above 0, at most 1\n")
 

@@ -42,9 +42,13 @@ Parse = Callable[..., CommandLine]
 @pytest.fixture
 def files(tmp_path: Path) -> list[str]:
     """The options that every command line here begins with."""
-    (tmp_path / "run.yaml").write_text(RUN)
-    (tmp_path / "ds.json").write_text(json.dumps(DEEPSPEED))
-    return ["--config", str(tmp_path / "run.yaml"), "--deepspeed_config", str(tmp_path / "ds.json")]
+    return write_files(tmp_path)
+
+
+def write_files(folder: Path) -> list[str]:
+    (folder / "run.yaml").write_text(RUN)
+    (folder / "ds.json").write_text(json.dumps(DEEPSPEED))
+    return ["--config", str(folder / "run.yaml"), "--deepspeed_config", str(folder / "ds.json")]
 
 
 @pytest.fixture
@@ -297,10 +301,11 @@ def changed(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
     return config
 
 
-@pytest.fixture
-def good(files: list[str]) -> RunConfig:
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    folder = tmp_path_factory.mktemp("good")
     teaching = ["--salt.kd_steps", "40", "--teacher.checkpoint", "slm"]
-    return parse_command_line([*files, *teaching]).config
+    return parse_command_line([*write_files(folder), *teaching]).config
 
 
 @pytest.mark.parametrize(

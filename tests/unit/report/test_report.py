@@ -13,11 +13,22 @@ import pytest
 from commands import ROOT
 from matplotlib.image import imread
 
-from megatron_salt.report import load_run, write_report
+from megatron_salt.report import load_run, markdown, write_report
 from megatron_salt.report.markdown import describe_machine
 from megatron_salt.report.runs import find_crossing, find_teachers
 
 REPO = ROOT
+
+
+@pytest.fixture(autouse=True)
+def plots_only_where_asked_for(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drawing takes most of a report's time; one test looks at what is drawn."""
+    if request.node.originalname != "test_plots_exist_are_linked_and_show_something":
+        monkeypatch.setattr(markdown, "_save", lambda figure, path: path.touch())
+
+
 PLOTS = ("heldout-steps", "heldout-time", "kd-weight", "train-ce", "step-time")
 
 
