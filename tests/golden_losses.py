@@ -31,7 +31,7 @@ from megatron_salt.config.fields import RunConfig
 from megatron_salt.corpus.preprocess import preprocess
 
 FILE = Path(__file__).parent / "golden/losses.json"
-STEPS, KD_STEPS, TEACHER_STEPS = 40, 20, 20
+STEPS, KD_STEPS, TEACHER_STEPS, EVAL_SAMPLES = 40, 20, 20, 5
 RECORDED = ("loss", "ce_nats", "kl_nats", "grad_norm", "lr", "valid_ce_nats", "valid_accuracy")
 MODELS = {"llama": {**LLAMA, "num_layers": 4}, "gpt": {**GPT, "num_layers": 4}}
 # Model, precision, tp = pp. GPT has what Llama lacks: a tied head, LayerNorm, biases, positions.
@@ -97,7 +97,11 @@ def make_inputs(folder: Path) -> tuple[Path, Path]:
     preprocess([folder / "text.jsonl"], folder / "words", folder / "tokenizer.json", workers=1)
     prefix = folder / "words_text_document"
     config = make_config(
-        prefix, folder / "teacher", model=TEACHER_MODEL, train__steps=TEACHER_STEPS
+        prefix,
+        folder / "teacher",
+        model=TEACHER_MODEL,
+        train__steps=TEACHER_STEPS,
+        train__eval_samples=EVAL_SAMPLES,
     )
     run_ranks(1, _train, config, make_deepspeed(folder))
     return prefix, folder / "teacher"
@@ -120,7 +124,7 @@ def losses_of(
         salt__kd_steps=KD_STEPS, salt__kd_weight=0.6, salt__transition="linear_decay",
         salt__transition_steps=8, salt__teacher_temperature=2.0, salt__student_temperature=1.5,
         train__steps=STEPS, train__eval_interval=10, train__lr_schedule="cosine",
-        train__lr_warmup_steps=4,
+        train__lr_warmup_steps=4, train__eval_samples=EVAL_SAMPLES,
     )  # fmt: skip
     run_ranks(size * size, _train, config, make_deepspeed(folder, **sections))
     return recorded(output_dir)

@@ -79,7 +79,7 @@ def make_config(
             "steps": 5,
             "output_dir": str(output_dir),
             "lr_schedule": "constant",
-            "eval_samples": 5,
+            "eval_samples": 2,
             "tensorboard": False,
             "log_interval": 1000,
         },

@@ -92,7 +92,9 @@ def test_both_placements_give_the_same_bits(
             salt__transition="linear_decay", salt__transition_steps=2, train__eval_interval=3,
             teacher__checkpoint=str(teacher), teacher__placement=placement, **layout,
         )  # fmt: skip
-        deepspeed_config = make_deepspeed(tmp_path, train_micro_batch_size_per_gpu=1)
+        deepspeed_config = make_deepspeed(
+            tmp_path, train_micro_batch_size_per_gpu=1, train_batch_size=8 if world_size == 4 else 4
+        )
         found[placement] = run_ranks(world_size, _steps_and_schedules, config, deepspeed_config)
     for ahead, before in zip(found["bubble"], found["before_step"], strict=True):
         for name, weight in before[0].items():
@@ -206,11 +208,11 @@ def _train_with_delays(config: RunConfig, deepspeed_config: str, seconds: float)
 def test_random_delays_change_nothing_and_block_nobody(
     dataset: Path, teacher: Path, tmp_path: Path
 ) -> None:
-    """80 steps in which every instruction on every rank may be late by up to 3 ms."""
+    """50 steps in which every instruction on every rank may be late by up to 3 ms."""
     settings = {
         **PP4,
-        "train__steps": 80,
-        "salt__kd_steps": 60,
+        "train__steps": 50,
+        "salt__kd_steps": 40,
         "teacher__checkpoint": str(teacher),
     }
     deepspeed_config = make_deepspeed(tmp_path, train_micro_batch_size_per_gpu=2)
@@ -222,7 +224,7 @@ def test_random_delays_change_nothing_and_block_nobody(
     expected = [record["loss"] for record in metrics_of(tmp_path / "punctual")[1:]]
     records = metrics_of(tmp_path / "late")
     assert [record["loss"] for record in records[1:21]] == expected
-    assert len(records) == 81 and records[-1]["phase"] == "lm"
+    assert len(records) == 51 and records[-1]["phase"] == "lm"
 
 
 def _train_until_one_dies(config: RunConfig, deepspeed_config: str, victim: int) -> None:

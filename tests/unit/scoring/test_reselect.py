@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib import image
-from matplotlib.figure import Figure
 from tiny_tags import write_scores, write_tags
 
 from megatron_salt.data.manifest import read_dataset_manifest
@@ -17,22 +16,11 @@ from megatron_salt.data.selection import SequenceTable, load_selection, read_tab
 from megatron_salt.data.sequences import Sequences
 from megatron_salt.data.tags import DataIdentity, open_indexed, read_stream, sequence_lengths
 from megatron_salt.data.tokenizer import load_tokenizer
-from megatron_salt.report import score_histogram
 from megatron_salt.report.score_histogram import plot_scores
 from megatron_salt.scoring.reselect import sample_places
 from tools import select_data
 
 NAN = float("nan")
-
-
-@pytest.fixture(autouse=True)
-def pictures_only_where_asked_for(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Drawing takes most of a selection's time; one test looks at what is drawn."""
-    if request.node.originalname != "test_picture_holds_every_score_by_its_side":
-        monkeypatch.setattr(Figure, "savefig", lambda self, path, **about: Path(path).touch())
-        monkeypatch.setattr(score_histogram, "plot_scores", lambda *about: Figure())
 
 
 def run(output: Path, *words: object, tags: Any) -> None:
