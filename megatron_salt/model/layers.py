@@ -248,7 +248,13 @@ class DecoderLayer(TransformerLayer):
         return self._layer(hidden_SBD, mask_B1SS)
 
     def _layer(self, hidden_SBD: Tensor, mask_B1SS: Tensor | None) -> Tensor:
-        output_SBD, _ = super().forward(hidden_SBD, attention_mask=mask_B1SS)
+        try:
+            output_SBD, _ = super().forward(hidden_SBD, attention_mask=mask_B1SS)
+        finally:
+            # megatron-core 0.19 keeps the MLP's input here and drops it at its end, which a
+            # recomputation does not reach: PyTorch stops it by an exception when it has enough. All
+            # that it has made of the attention would stay until the layer's next forward.
+            self.mlp_norm_manager = None
         return output_SBD
 
 
