@@ -56,6 +56,8 @@ def _run_here(words: tuple[str, ...], environment: dict[str, str], outputs: list
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
         os.environ.update(environment)
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            os.environ.pop(name, None)
         os.chdir(ROOT)
         if words[0] == "-m":
             sys.argv = [*words[1:]]

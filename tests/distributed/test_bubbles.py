@@ -208,11 +208,11 @@ def _train_with_delays(config: RunConfig, deepspeed_config: str, seconds: float)
 def test_random_delays_change_nothing_and_block_nobody(
     dataset: Path, teacher: Path, tmp_path: Path
 ) -> None:
-    """50 steps in which every instruction on every rank may be late by up to 3 ms."""
+    """200 steps in which every instruction on every rank may be late by up to 3 ms."""
     settings = {
         **PP4,
-        "train__steps": 50,
-        "salt__kd_steps": 40,
+        "train__steps": 200,
+        "salt__kd_steps": 150,
         "teacher__checkpoint": str(teacher),
     }
     deepspeed_config = make_deepspeed(tmp_path, train_micro_batch_size_per_gpu=2)
@@ -224,7 +224,7 @@ def test_random_delays_change_nothing_and_block_nobody(
     expected = [record["loss"] for record in metrics_of(tmp_path / "punctual")[1:]]
     records = metrics_of(tmp_path / "late")
     assert [record["loss"] for record in records[1:21]] == expected
-    assert len(records) == 51 and records[-1]["phase"] == "lm"
+    assert len(records) == 201 and records[-1]["phase"] == "lm"
 
 
 def _train_until_one_dies(config: RunConfig, deepspeed_config: str, victim: int) -> None:
