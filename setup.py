@@ -58,9 +58,11 @@ class BuildKernels(build_ext):
 
 
 setup(
-    packages=find_packages(include=["megatron_salt*"]),
+    # The examples lie beside the package in a checkout and in it in a wheel.
+    packages=[*find_packages(include=["megatron_salt*"]), "megatron_salt.examples"],
+    package_dir={"megatron_salt.examples": "examples"},
     # The sources travel with the package, so that the kernels can be built at first use.
-    package_data={"megatron_salt": ["kernels/csrc/*"]},
+    package_data={"megatron_salt": ["kernels/csrc/*"], "megatron_salt.examples": ["*/*"]},
     # Named so that setuptools runs build_ext and tags the wheel with the machine; see BuildKernels.
     ext_modules=[Extension("megatron_salt.kernels.lib.libraries", sources=[])],
     cmdclass={"build_ext": BuildKernels},

@@ -15,42 +15,56 @@ from collections.abc import Sequence
 
 from megatron_salt.config.command_line import parse_command_line
 from megatron_salt.noise import silence_known_warnings
+from megatron_salt.parallel import endings
 from megatron_salt.parallel.machine import set_cuda_connections
+
+PROGRAM = "megatron-salt pretrain"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, then train or describe. Bad settings and bad files end with one line and status 2."""
-    command = parse_command_line(argv, prog="python -m megatron_salt.pretrain")
+    command = parse_command_line(argv, prog=PROGRAM)
     tp_size = command.config.parallel.tensor_model_parallel_size
     warning = set_cuda_connections(tp_size, os.environ)
-    if warning and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+    if warning and endings.is_first_rank():
         print(f"WARNING {warning}", file=sys.stderr)
-    silence_known_warnings()
-    # torch, megatron-core and deepspeed take seconds to import: after the settings are known good.
-    import torch.distributed as dist
-
-    from megatron_salt.parallel.groups import FailedElsewhere
-
+    endings.interrupt_on_sigterm()
+    run = None
     try:
-        if command.dry_run:
-            from megatron_salt.planner.dry_run import describe_run
+        silence_known_warnings()
+        # torch, megatron-core and deepspeed take seconds to import: after the settings are known
+        # good.
+        import torch.distributed as dist
 
-            print(describe_run(command.config, command.deepspeed_config))
-            return
-        from megatron_salt.training.run import prepare, train
+        from megatron_salt.parallel.groups import FailedElsewhere, leave
 
-        run = prepare(command.config, command.deepspeed_config)
-    except FailedElsewhere as error:
-        raise SystemExit(2) from error
-    except (ValueError, FileNotFoundError) as error:
-        # Before the ranks have met (a world size that does not fit) all of them see the same.
-        if dist.is_initialized() or os.environ.get("RANK", "0") == "0":
-            print(f"pretrain: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-    train(run)
+        try:
+            if command.dry_run:
+                from megatron_salt.planner.dry_run import describe_run
+
+                print(describe_run(command.config, command.deepspeed_config))
+                return
+            from megatron_salt.training.run import prepare, train
+            from megatron_salt.training.start import NothingToDo
+
+            try:
+                run = prepare(command.config, command.deepspeed_config)
+            except NothingToDo as done:
+                if endings.is_first_rank():
+                    print(done)
+        except (ValueError, OSError, FailedElsewhere) as error:
+            # Before the ranks have met (a world size that does not fit) all of them see the same.
+            here = not isinstance(error, FailedElsewhere) if dist.is_initialized() else None
+            endings.refuse(PROGRAM, error, here=here)
+        if run is not None:
+            train(run)
+    except KeyboardInterrupt:
+        endings.end_interrupted(PROGRAM, run.where_it_is() if run else "before the first step")
+    except Exception as error:
+        endings.tell_launcher(f"{type(error).__name__}: {error}")
+        raise
     del run
-    # Its threads, left to the interpreter's end, can abort a rank that is done.
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

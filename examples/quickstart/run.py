@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = Path("examples/configs")
-DEEPSPEED = Path("examples/deepspeed/tiny.json")
+EXAMPLES = Path(os.path.relpath(Path(__file__).resolve().parents[1]))
+CONFIGS, DEEPSPEED = EXAMPLES / "configs", EXAMPLES / "deepspeed" / "tiny.json"
+MARK = ".quickstart"  # a folder with it was made here, and may be made anew
 VOCAB_SIZE = 2048
 CORPUS_BYTES = 2_000_000
 FIRST_SEED = 1234
@@ -90,12 +90,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     output: Path = arguments.output
-    text: Path | None = arguments.text and arguments.text.resolve()
-    os.chdir(ROOT)
-    if output.exists():
-        shutil.rmtree(output)
-    (output / "data").mkdir(parents=True)
-    (output / "logs").mkdir()
+    text: Path | None = arguments.text
+    make_folder(output)
     # One thread for each task, and as many tasks as cores. Two threads that spin while they wait
     # for each other take 2.5 to 2.9 s for a step where others use the cores (load 9 to 20 on 2
     # cores), two that sleep 0.17 s: a factor of 15. One thread waits for nobody: a busy loop on one
@@ -113,6 +109,23 @@ def main() -> None:
     print(f"Done in {time.monotonic() - started:.0f} s. Read {output / 'report.md'}", flush=True)
 
 
+def make_folder(output: Path) -> None:
+    """Make the folder of the quick start, in place of an earlier one.
+
+    Raises: SystemExit if there is something else.
+    """
+    if output.is_dir() and (output / MARK).exists():
+        shutil.rmtree(output)
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise SystemExit(
+            f"quickstart: error: --output {output} is there and was not made by the quick start: "
+            "name another folder"
+        )
+    for folder in ("data", "logs"):
+        (output / folder).mkdir(parents=True)
+    (output / MARK).touch()
+
+
 def data_tasks(output: Path, text: Path | None) -> list[Task]:
     """From text to an indexed dataset."""
     data = output / "data"
@@ -120,7 +133,15 @@ def data_tasks(output: Path, text: Path | None) -> list[Task]:
     make_corpus = Task(
         name="corpus",
         title="corpus: this Python's standard library",
-        command=["tools/make_corpus.py", "--output", str(corpus), "--max-bytes", str(CORPUS_BYTES)],
+        command=[
+            "-m",
+            "megatron_salt",
+            "corpus",
+            "--output",
+            str(corpus),
+            "--max-bytes",
+            str(CORPUS_BYTES),
+        ],
         needs=(),
         light=True,
     )
@@ -129,7 +150,7 @@ def data_tasks(output: Path, text: Path | None) -> list[Task]:
         Task(
             name="tokenizer",
             title="tokenizer",
-            command=["tools/train_tokenizer.py", "--input", str(corpus),
+            command=["-m", "megatron_salt", "tokenizer", "--input", str(corpus),
                      "--output", str(tokenizer), "--vocab-size", str(VOCAB_SIZE)],
             needs=("corpus",) if text is None else (),
             light=True,
@@ -137,7 +158,7 @@ def data_tasks(output: Path, text: Path | None) -> list[Task]:
         Task(
             name="dataset",
             title="indexed dataset",
-            command=["tools/preprocess_data.py", "--input", str(corpus),
+            command=["-m", "megatron_salt", "preprocess", "--input", str(corpus),
                      "--tokenizer", str(tokenizer), "--output-prefix", str(data / "corpus")],
             needs=("tokenizer",),
             light=True,
@@ -148,7 +169,7 @@ def data_tasks(output: Path, text: Path | None) -> list[Task]:
 def pretrain(name: str, title: str, config: str, output: Path, *extra: str, needs: str) -> Task:
     prefix = output / "data" / "corpus_text_document"
     command = [
-        "-m", "megatron_salt.pretrain", "--config", str(CONFIGS / config),
+        "-m", "megatron_salt", "pretrain", "--config", str(CONFIGS / config),
         "--deepspeed_config", str(DEEPSPEED), "--data.train_data_path", f"[{prefix}]",
         "--train.output_dir", str(output / name), *extra,
     ]  # fmt: skip
@@ -172,14 +193,15 @@ def model_tasks(output: Path, teacher: str, seeds: int) -> list[Task]:
         Task(
             name="tags",
             title=f"tags: losses of all sequences under the small model after {early} steps",
-            command=["tools/tag_data.py", "--data", data, "--output-prefix", str(tags), "--teacher",
-                     str(slm / "checkpoints" / f"step_{early:08d}"), "--window", "128"],
+            command=["-m", "megatron_salt", "tag", "--data", data, "--output-prefix", str(tags),
+                     "--teacher", str(slm / "checkpoints" / f"step_{early:08d}"),
+                     "--window", "128"],
             needs=("slm",),
         ),
         Task(
             name="chosen",
             title="selection: the half of the sequences with the highest median loss",
-            command=["tools/select_data.py", "--tags", str(tags), "--data", data,
+            command=["-m", "megatron_salt", "select", "--tags", str(tags), "--data", data,
                      "--output-prefix", str(chosen), "--top-fraction", "0.5"],
             needs=("tags",),
         ),
@@ -218,8 +240,8 @@ def report_task(output: Path, teacher: str, seeds: int, tasks: list[Task]) -> Ta
     return Task(
         name="report",
         title="report",
-        command=["tools/compare_runs.py", "--baseline", *runs[:seeds], "--run", *runs[seeds:],
-                 "--teacher", str(output / "slm"), "--label", *labels,
+        command=["-m", "megatron_salt", "compare", "--baseline", *runs[:seeds],
+                 "--run", *runs[seeds:], "--teacher", str(output / "slm"), "--label", *labels,
                  "--title", f"Quick start: SALT with a {teacher} teacher",
                  "--output", str(output / "report.md")],
         needs=tuple(task.name for task in tasks),

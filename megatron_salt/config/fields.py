@@ -221,6 +221,8 @@ class TrainConfig:
     """Steps of the learning rate's decay; null: until train.steps (cosine), 10 % of them (wsd)."""
     min_lr_ratio: float = 0.1
     """Final learning rate as a share of its peak."""
+    allow_lr_jump: bool = False
+    """Resume although another length or schedule makes the learning rate jump at that step."""
     log_interval: int = 10
     """Steps between console lines; metrics.jsonl has every step."""
     eval_interval: int = 0

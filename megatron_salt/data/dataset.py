@@ -29,10 +29,17 @@ from torch import Tensor
 from megatron_salt.config.fields import DataConfig, RunConfig
 from megatron_salt.config.values import check_split, parse_blend
 from megatron_salt.data.epochs import Epoch, EpochedDataset, TaggedDataset, Tags, WindowDataset
-from megatron_salt.data.manifest import read_dataset_manifest, tokenizer_directory, verify_dataset
+from megatron_salt.data.manifest import (
+    check_exists,
+    read_dataset_manifest,
+    tokenizer_directory,
+    verify_dataset,
+)
 from megatron_salt.data.objective import Mixture, make_mixture
 from megatron_salt.data.order import epoch_seed
+from megatron_salt.data.parts import HeldOutParts
 from megatron_salt.data.selection import Selection, check_same_origin, load_selection, rule_text
+from megatron_salt.data.sources import read_sources
 from megatron_salt.data.tags import TagManifest, tag_manifest_path, verify_tags
 from megatron_salt.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_salt.method.salt import Phase
@@ -58,6 +65,8 @@ class Batch:
     prefix_R: Tensor | None = None
     """How many of a row's first tokens see each other in both directions, int64, always on the CPU:
     it decides which attention runs. None where every row is causal."""
+    part_RS: Tensor | None = None
+    """Held-out rows of several parts: which part each label is of, int64, see `HeldOutParts`."""
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
         moving = {k: v for k, v in vars(self).items() if v is not None and k != "prefix_R"}
@@ -79,6 +88,7 @@ def find_tokenizer(data: DataConfig) -> Tokenizer:
     if data.tokenizer is not None:
         return load_tokenizer(data.tokenizer)
     prefix = parse_blend(data.train_data_path, "data.train_data_path")[0][0]
+    check_exists(prefix)
     beside = tokenizer_directory(prefix)
     if not beside.exists():
         raise ValueError(
@@ -188,6 +198,9 @@ class DataSource:
         shares = np.asarray(weights) / sum(weights)
         self.prefixes, self.shares = prefixes, shares.tolist()
         self.valid = self._held_out(prefixes)
+        self.valid_prefixes = [str(prefix) for prefix in data.valid_data_path or prefixes]
+        sources = [read_sources(prefix) for prefix in self.valid_prefixes]
+        self.valid_parts = HeldOutParts(self.valid, self.valid_prefixes, sources)
         self.num_samples, self.num_selected = num_samples, num_selected
         self.tag_inputs = tag_inputs or TagInputs()
         self.selections = self.tag_inputs.selections
@@ -362,10 +375,13 @@ class DataSource:
         for row in rows:
             index, which = divmod(max(row, 0), len(self.valid))
             sample = dict(self.valid[which][index])
+            if self.valid_parts.names:
+                length = len(sample["labels"])
+                sample["part"] = self.valid_parts.of_labels(which, index, length)
             if row < 0:
                 sample["loss_mask"] = torch.zeros_like(sample["loss_mask"])
             samples.append(sample)
-        batch, names = _stack(samples), self.data.valid_data_path or self.prefixes
+        batch, names = _stack(samples), self.valid_prefixes
         self._check_ids(batch, "held-out", rows, [names[max(row, 0) % len(names)] for row in rows])
         return batch
 
@@ -395,8 +411,7 @@ class DataSource:
 
     def evaluation_fingerprint(self, num_samples: int) -> str:
         """Identity of the held-out samples that an evaluation scores."""
-        prefixes = self.data.valid_data_path or self.prefixes
-        parts = [dataset_fingerprint(prefix) for prefix in prefixes]
+        parts = [dataset_fingerprint(prefix) for prefix in self.valid_prefixes]
         total = min(num_samples, self.num_held_out())
         held_out = [bool(self.data.valid_data_path), self._split(True), EVALUATION_SEED]
         text = repr((parts, held_out, self.data.seq_length, self.data.eod_mask_loss, total))
@@ -444,6 +459,7 @@ def _stack(samples: Sequence[dict[str, Tensor]]) -> Batch:
         mask_RS=stacked("loss_mask").float(),
         tag_RS=stacked("tag") if "tag" in samples[0] else None,
         reference_loss_RS=stacked("reference_loss") if "reference_loss" in samples[0] else None,
+        part_RS=stacked("part") if "part" in samples[0] else None,
     )  # fmt: skip
 
 

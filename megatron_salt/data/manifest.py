@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from megatron_salt.config.values import nearest
 from megatron_salt.data.tokenizer import Tokenizer, check_same_tokens, load_tokenizer
 from megatron_salt.files.disk import sha256_of
 
@@ -113,6 +114,29 @@ def read_dataset_manifest(prefix: str | Path) -> DatasetManifest | None:
     )
 
 
+def check_exists(prefix: str | Path) -> None:
+    """Raise FileNotFoundError unless there is a dataset at `prefix`, with the nearest one's prefix.
+
+    What is wrong with a prefix is said before anything else of it is looked at.
+    """
+    if idx_path(prefix).is_file() and bin_path(prefix).is_file():
+        return
+    if str(prefix).endswith((".bin", ".idx")) and Path(prefix).is_file():
+        raise FileNotFoundError(f"{prefix} is a file of a dataset: give the prefix without its end")
+    for here, other in ((idx_path(prefix), bin_path(prefix)), (bin_path(prefix), idx_path(prefix))):
+        if other.is_file():
+            raise FileNotFoundError(f"missing dataset file {here}; {PREPROCESS_AGAIN}")
+    place = Path(prefix).parent
+    beside = sorted(str(path.with_suffix("")) for path in place.glob("*.idx"))
+    begun = [other for other in beside if other.startswith(f"{prefix}_")]
+    hint = f" Did you mean {begun[0]!r}?" if begun else nearest(str(prefix), beside)
+    if not place.is_dir():
+        hint = f" The folder {place} does not exist."
+    if not Path(prefix).is_absolute():
+        hint += f" (Looked for from {Path.cwd()})"
+    raise FileNotFoundError(f"there is no dataset {prefix}: {idx_path(prefix)} is missing.{hint}")
+
+
 def verify_dataset(
     prefix: str | Path, tokenizer: Tokenizer | None = None, *, hashes: bool = False
 ) -> DatasetManifest | None:
@@ -124,11 +148,7 @@ def verify_dataset(
 
     Raises: FileNotFoundError or ValueError naming the file, what is wrong and what to do.
     """
-    if str(prefix).endswith((".bin", ".idx")) and Path(prefix).is_file():
-        raise FileNotFoundError(f"{prefix} is a file of a dataset: give the prefix without its end")
-    for path in (bin_path(prefix), idx_path(prefix)):
-        if not path.is_file():
-            raise FileNotFoundError(f"missing dataset file {path}; {PREPROCESS_AGAIN}")
+    check_exists(prefix)
     index = _check_index(idx_path(prefix))
     _check_size(bin_path(prefix), index.bin_bytes, "its index")
     manifest = read_dataset_manifest(prefix)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,16 +17,21 @@ from megatron_salt.checkpoint.folder import resolve
 from megatron_salt.checkpoint.manifest import read_checkpoint_manifest
 from megatron_salt.checkpoint.weights import load_frozen
 from megatron_salt.config.fields import DataConfig, TextOrNumber
+from megatron_salt.config.values import parse_blend
 from megatron_salt.data.dataset import Batch, DataSource, verify_datasets
+from megatron_salt.data.manifest import idx_path
 from megatron_salt.data.order import evaluation_rows
 from megatron_salt.data.tokenizer import load_tokenizer
-from megatron_salt.evaluation.score_sums import ScoreSums
+from megatron_salt.evaluation.score_sums import ScoreSums, part_sums
 from megatron_salt.kernels import VocabShard, token_scores
 from megatron_salt.model.frozen import FrozenModel
 from megatron_salt.model.loss import HELD_OUT_SCORES
 from megatron_salt.model.weights import DTYPES
 from megatron_salt.parallel.groups import Groups, from_rank_0
 from megatron_salt.teacher.find import check_teacher_fits
+
+DATA_FOLDERS = "MEGATRON_SALT_DATA"
+"""Environment: folders, between colons, in which datasets are looked for that have moved."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,8 +56,33 @@ def held_out_data(own: DataConfig, request: ScoreRequest) -> DataConfig:
             data, train_data_path=equal_parts, valid_data_path=[], split=request.split
         )
     if not request.data:
-        return data
+        prefixes = [find_moved(path) for path in data.valid_data_path]
+        blend, weights = parse_blend(data.train_data_path, "data.train_data_path")
+        if not prefixes:
+            blend = [find_moved(path) for path in blend]
+        pairs = zip(weights, blend, strict=True)
+        train = [TextOrNumber(word) for weight, path in pairs for word in (weight, path)]
+        return dataclasses.replace(
+            data, valid_data_path=[TextOrNumber(path) for path in prefixes], train_data_path=train
+        )
     return dataclasses.replace(data, valid_data_path=[TextOrNumber(path) for path in request.data])
+
+
+def find_moved(prefix: str) -> str:
+    """Where a run's dataset lies now: at its path, or under a folder of MEGATRON_SALT_DATA.
+
+    Raises: FileNotFoundError saying what the path is relative to, and what to do.
+    """
+    folders = os.environ.get(DATA_FOLDERS, "")
+    places = [Path(prefix), *(Path(each) / Path(prefix).name for each in folders.split(os.pathsep))]
+    for place in places:
+        if idx_path(place).is_file():
+            return str(place)
+    raise FileNotFoundError(
+        f"the run's held-out data {prefix} is not there, seen from {Path.cwd()} (the path is as "
+        f"the run was given it): give --data PREFIX, or set {DATA_FOLDERS} to the folder that "
+        f"holds {Path(prefix).name}"
+    )
 
 
 def score_checkpoint(path: str, request: ScoreRequest, groups: Groups) -> dict[str, Any]:
@@ -86,10 +117,19 @@ def score_checkpoint(path: str, request: ScoreRequest, groups: Groups) -> dict[s
             groups.layout.dp_size,
         )  # fmt: skip
         batches = [source.read_held_out(rows) for rows in rounds]
-        packed = packed_scores(model, vocab, batches, groups.device)
+        names = source.valid_parts.names
+        packed, parts = packed_scores(model, vocab, batches, groups.device, len(names))
         dist.all_reduce(packed)
+        dist.all_reduce(parts)
+        stored = manifest.model.evaluation
+        same = stored is not None and stored.data == source.evaluation_fingerprint(request.samples)
     sums = ScoreSums.unpack(packed)
-    return {
+    by_part = {
+        f"valid_ce_nats/{name}": ce_nats / tokens
+        for name, (tokens, ce_nats) in zip(names, parts.T.tolist(), strict=True)
+        if tokens
+    }
+    return by_part | {
         "checkpoint": path,
         "step": manifest.model.step,
         "valid_ce_nats": sums.ce_nats / sums.tokens,
@@ -97,14 +137,18 @@ def score_checkpoint(path: str, request: ScoreRequest, groups: Groups) -> dict[s
         "valid_tokens": int(sums.tokens),
         "seq_length": data.seq_length,
         "precision": precision,
+        "text_of_its_run": same,
     }
 
 
 def packed_scores(
-    model: FrozenModel, vocab: VocabShard, batches: Sequence[Batch], device: torch.device
-) -> Tensor:
-    """`ScoreSums` of this rank's batches, packed, as a run's own evaluations add them up."""
+    model: FrozenModel, vocab: VocabShard, batches: Sequence[Batch], device: torch.device,
+    num_parts: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`ScoreSums` of this rank's batches, packed, as a run's own evaluations add them up; and
+    [2, P] of the parts: tokens and CE."""
     packed = ScoreSums.zeros(device)
+    parts = torch.zeros((2, num_parts), dtype=torch.float64, device=device)
     assert model.head_WE is not None
     for batch in batches:
         on_device = batch.to(device)
@@ -113,5 +157,9 @@ def packed_scores(
             hidden_TE, model.head_WE, on_device.labels_RS.flatten(), vocab=vocab,
             want=HELD_OUT_SCORES,
         )  # fmt: skip
-        packed += ScoreSums.pack(scores, on_device.mask_RS.flatten())
-    return packed
+        mask_T = on_device.mask_RS.flatten()
+        packed += ScoreSums.pack(scores, mask_T)
+        if on_device.part_RS is not None:
+            assert scores.ce_T is not None
+            parts += part_sums([scores.ce_T], mask_T, on_device.part_RS.flatten(), num_parts)
+    return packed, parts

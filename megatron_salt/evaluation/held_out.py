@@ -24,7 +24,7 @@ from megatron_salt.config.deepspeed import DeepSpeedSettings
 from megatron_salt.config.fields import RunConfig
 from megatron_salt.data.dataset import Batch, DataSource
 from megatron_salt.data.order import evaluation_rows
-from megatron_salt.evaluation.score_sums import THIRDS, ScoreSums, ThirdCuts
+from megatron_salt.evaluation.score_sums import THIRDS, ScoreSums, ThirdCuts, part_sums
 from megatron_salt.kernels import TokenScores
 from megatron_salt.model.loss import LossFunction, by_sample, in_order_of_tokens
 from megatron_salt.parallel.groups import Groups
@@ -163,13 +163,15 @@ class HeldOut:
         note = "the same text" if same else "other text, so only a rough comparison"
         return f"{line}; stored when it was saved: {stored.ce_nats:.4f} ({note})"
 
-    def score_student(self) -> ScoreSums:
+    def score_student(self) -> tuple[ScoreSums, Tensor]:
         """Sums over the held-out samples, M micro-batches at a time: the memory of a step.
 
+        Returns: of all, and [3, P] of the parts: tokens, the student's CE, the teacher's (or 0).
         Collectives: those of forward passes; one all-reduce of a few hundred bytes over all ranks.
         """
-        device = self.groups.device
+        device, num_parts = self.groups.device, len(self.data.valid_parts.names)
         packed = ScoreSums.zeros(device)
+        parts = torch.zeros((3, num_parts), dtype=torch.float64, device=device)
         for start in range(0, len(self.rounds), self.batches_per_forward):
             rounds = self.rounds[start : start + self.batches_per_forward]
             batches = [self.data.read_held_out(rows).to(device) for rows in rounds]
@@ -177,25 +179,35 @@ class HeldOut:
             if self.groups.tp_rank != 0:
                 continue
             for rows, batch, scores in zip(rounds, batches, scored, strict=bool(scored)):
-                mask_T = in_order_of_tokens(batch.mask_RS)
-                if self.teacher is None:
-                    packed += ScoreSums.pack(scores, mask_T)
-                    continue
-                # Row -1 fills up and counts for nothing, whatever loss it is given.
-                teacher_T = in_order_of_tokens(self.teacher.loss_NS[rows].to(device))
-                packed += ScoreSums.pack(scores, mask_T, teacher_T, self.teacher.cuts)
-        dist.all_reduce(packed)
-        return ScoreSums.unpack(packed)
+                mask_T, teacher_T, cuts = in_order_of_tokens(batch.mask_RS), None, None
+                if self.teacher is not None:
+                    # Row -1 fills up and counts for nothing, whatever loss it is given.
+                    teacher_T = in_order_of_tokens(self.teacher.loss_NS[rows].to(device))
+                    cuts = self.teacher.cuts
+                packed += ScoreSums.pack(scores, mask_T, teacher_T, cuts)
+                if batch.part_RS is not None:
+                    assert scores.ce_T is not None
+                    theirs_T = torch.zeros_like(mask_T) if teacher_T is None else teacher_T
+                    part_T = in_order_of_tokens(batch.part_RS)
+                    parts += part_sums([scores.ce_T, theirs_T], mask_T, part_T, num_parts)
+        every = torch.cat([packed, parts.flatten()])
+        dist.all_reduce(every)
+        return ScoreSums.unpack(every[: len(packed)]), every[len(packed) :].view(3, num_parts)
 
     def evaluate(self) -> dict[str, float]:
         """Score the student as it is, beside the teacher as far as it is known; docs/metrics.md."""
-        sums, teacher = self.score_student(), self.teacher
+        (sums, parts), teacher = self.score_student(), self.teacher
         values = {
             "valid_ce_nats": sums.ce_nats / sums.tokens,
             "valid_accuracy": sums.correct / sums.tokens,
             "valid_tokens": int(sums.tokens),
             "valid_ece": sums.calibration_error,
         }
+        by_part = zip(self.data.valid_parts.names, parts.T.tolist(), strict=True)
+        for name, (tokens, mine, theirs) in ((n, sums) for n, sums in by_part if sums[0]):
+            values[f"valid_ce_nats/{name}"] = mine / tokens
+            if teacher is not None:
+                values[f"teacher_valid_ce_nats/{name}"] = theirs / tokens
         if teacher is None:
             return values
         values["teacher_valid_ce_nats"] = teacher.ce_nats

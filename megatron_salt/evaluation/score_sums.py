@@ -7,6 +7,7 @@ B samples, S sequence, C thirds, K bins of confidence.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -136,6 +137,13 @@ class ScoreSums:
         """Mean CE of each third in nats; nan for one that ties have left empty."""
         pairs = zip(self.third_ce_nats, self.third_tokens, strict=True)
         return [ce / tokens if tokens else math.nan for ce, tokens in pairs]
+
+
+def part_sums(losses: Sequence[Tensor], mask_T: Tensor, part_T: Tensor, num_parts: int) -> Tensor:
+    """[1 + N, P] fp64: counted tokens of each of P parts, and sums of N losses [T] over them."""
+    of_part_PT = (part_T == torch.arange(num_parts, device=part_T.device)[:, None]) * mask_T
+    rows = [of_part_PT.sum(dim=1), *(_sums_of(loss_T, of_part_PT) for loss_T in losses)]
+    return torch.stack(rows).double()
 
 
 def _sums_of(values_T: Tensor, rows_RT: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -50,14 +50,17 @@ def sha256_of(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def lock_file(path: Path, *, busy: str, wait_s: float = 0.0) -> IO[str]:
+def lock_file(
+    path: Path, *, busy: str, wait_s: float = 0.0, on_wait: Callable[[], None] = lambda: None
+) -> IO[str]:
     """Claim the lock of a file, which is made; it lasts as long as the returned file stays open.
 
     A network file system may keep the lock of a node that has died for its lease's time: `wait_s`.
+    `on_wait` is called once before waiting.
     File systems without locks only cost the protection.
     Raises: ValueError with the message `busy` if another process holds it for that long.
     """
-    deadline = time.monotonic() + wait_s
+    deadline, waited = time.monotonic() + wait_s, False
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         stream = path.open("w", encoding="utf-8")
@@ -67,6 +70,9 @@ def lock_file(path: Path, *, busy: str, wait_s: float = 0.0) -> IO[str]:
             stream.close()
             if time.monotonic() >= deadline:
                 raise ValueError(busy) from error
+            if not waited:
+                on_wait()
+            waited = True
             time.sleep(2.0)
             continue
         except OSError as error:

@@ -158,6 +158,15 @@ def initialize(tp_size: int, pp_size: int, timeout_minutes: float) -> Groups:
     )  # fmt: skip
 
 
+def leave() -> None:
+    """Wait for all ranks and end the process groups; at the end of a command.
+
+    Their threads, left to the interpreter's end, can abort a rank that is done.
+    """
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 class FailedElsewhere(RuntimeError):
     """Another rank failed and has reported why; this one only stops."""
 

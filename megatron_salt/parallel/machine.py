@@ -96,6 +96,21 @@ def check_fused_adam(values: Mapping[str, Any], path: str, facts: Mapping[str, A
         )
 
 
+def adam_to_compile(values: Mapping[str, Any]) -> str | None:
+    """DeepSpeed's Adam that this JSON asks for and that was never compiled here, or None."""
+    from deepspeed.git_version_info import installed_ops
+    from torch.utils.cpp_extension import _get_build_directory
+
+    offload = (values.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device")
+    optimizer = values.get("optimizer", {})
+    name = "cpu_adam" if offload in ("cpu", "nvme") else "fused_adam"
+    adam = str(optimizer.get("type", "")).lower() in ("adam", "adamw")
+    if not adam or optimizer.get("params", {}).get("torch_adam") or installed_ops.get(name):
+        return None
+    built = Path(_get_build_directory(name, verbose=False)) / f"{name}.so"
+    return None if built.exists() else name
+
+
 def why_not_compiled() -> str | None:
     """Why torch.compile cannot work on CUDA here, or None: Triton compiles launchers in C."""
     compiler = os.environ.get("CC")

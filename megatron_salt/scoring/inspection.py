@@ -14,7 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_salt.data.manifest import bin_path, idx_path, tokenizer_directory, verify_dataset
+from megatron_salt.data.manifest import (
+    bin_path,
+    check_exists,
+    idx_path,
+    read_dataset_manifest,
+    tokenizer_directory,
+    verify_dataset,
+)
 from megatron_salt.data.scores import MASKED, SCORES, column
 from megatron_salt.data.selection import (
     Rule,
@@ -108,6 +115,7 @@ def open_all(
 
     Raises: ValueError or FileNotFoundError naming the files that are wrong or do not fit.
     """
+    check_exists(prefix)
     tokenizer = _tokenizer(prefix, tokenizer_path)
     verify_dataset(prefix, tokenizer)
     manifest = verify_tags(tags, prefix, tokenizer.fingerprint) if tags is not None else None
@@ -124,6 +132,32 @@ def open_all(
         tokenizer=tokenizer, manifest=manifest,
         tag_data={kind: open_indexed(tag_prefix(str(tags), kind)) for kind in kinds}, table=table,
     )  # fmt: skip
+
+
+def overview(prefix: str, tags: str | None, tokenizer_path: str | None) -> list[str]:
+    """What a dataset holds and what it was made of; with tags, what they say of all of it.
+
+    Raises: as `open_all`.
+    """
+    opened = open_all(prefix, tags, None, tokenizer_path)
+    lengths, made = opened.lengths, read_dataset_manifest(prefix)
+    tokens = int(lengths.sum(dtype=np.int64))
+    size = bin_path(prefix).stat().st_size / 2**20
+    lines = [f"{prefix}: {len(lengths)} documents, {tokens} tokens, {size:.1f} MiB"]
+    if len(lengths):
+        low, middle, high = np.percentile(lengths, [0, 50, 100]).astype(int)
+        lines.append(f"tokens of a document: {low} to {high}, median {middle}")
+    own = opened.tokenizer
+    lines.append(f"tokenizer: {own.path}, {own.vocab_size} tokens, end of document {own.eod}")
+    if made is not None:
+        inputs = ", ".join(f"{each.name} ({each.size_bytes} bytes)" for each in made.inputs)
+        lines.append(f"made of: {inputs}; left out: {made.empty_documents} empty documents, "
+                     f"{made.bad_lines} bad lines")  # fmt: skip
+    if opened.manifest is not None:
+        by, kept = opened.manifest.origin, opened.manifest.kept_tokens
+        lines.append(f"tags: {', '.join(opened.manifest.stored)} by {by.model.name}; "
+                     f"{kept / max(tokens, 1):.1%} of the tokens kept")  # fmt: skip
+    return lines
 
 
 def _tokenizer(prefix: str, path: str | None) -> Tokenizer:

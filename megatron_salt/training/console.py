@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ class Console:
     def __init__(self, train: TrainConfig, groups: Groups) -> None:
         self.train, self.groups = train, groups
         self._first_step, self._started = 0, time.perf_counter()
+        self._seconds: dict[str, list[float]] = {"evaluation": [], "checkpoint": []}
 
     def say(self, text: str) -> None:
         if self.groups.rank == 0:
@@ -45,13 +48,31 @@ class Console:
     def start_clock(self, first_step: int) -> None:
         """The time that is left is reckoned from here."""
         self._first_step, self._started = first_step, time.perf_counter()
+        self._before = {what: len(found) for what, found in self._seconds.items()}
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """An evaluation or a checkpoint: those to come are taken to last as long."""
+        started = time.perf_counter()
+        yield
+        self._seconds[what].append(time.perf_counter() - started)
+
+    def left_s(self, step: int) -> float:
+        """Seconds from the end of a step to the end of the run, by what was measured so far."""
+        train, left = self.train, 0.0
+        stepping = time.perf_counter() - self._started
+        for what, interval in (
+            ("evaluation", train.eval_interval), ("checkpoint", train.checkpoint_interval)
+        ):  # fmt: skip
+            seconds = self._seconds[what]
+            stepping -= sum(seconds[self._before[what] :])
+            left += times_due(step, train.steps, interval) * mean(seconds or [0.0])
+        return left + stepping / (step - self._first_step) * (train.steps - step)
 
     def step_line(self, record: Mapping[str, Any]) -> None:
         """Collective: one line for a step's metrics: where the run is, how it does, how long it
         will take, with the memory of all ranks."""
         step, total, norm = record["step"], self.train.steps, record["grad_norm"]
-        elapsed = time.perf_counter() - self._started
-        per_step = elapsed / (step - self._first_step)
         parts = [f"step {step}/{total}", record["phase"], f"ce {record['ce_nats']:.4f}"]
         if record["kl_nats"] is not None:
             parts.append(f"kl {record['kl_nats']:.4f} w {record['kd_weight']:.3f}")
@@ -61,7 +82,7 @@ class Console:
             f"lr {record['lr']:.3g}",
             "norm -" if norm is None else f"norm {norm:.3f}",
             f"{record['tokens_per_s']:.0f} tokens/s",
-            f"left {duration(per_step * (total - step))}",
+            f"time left {duration(self.left_s(step))}",
             self.memory_of_ranks(),
         ]
         self.say(" | ".join(parts))
@@ -73,7 +94,17 @@ class Console:
         every = [torch.zeros_like(mine) for _ in range(self.groups.layout.world_size)]
         dist.all_gather(every, mine)
         sizes = [value.item() for value in every]
+        if len(sizes) == 1:
+            return f"memory {sizes[0]:.2f} GiB"
         return f"memory {min(sizes):.2f} to {max(sizes):.2f} GiB per rank"
+
+
+def times_due(step: int, total: int, interval: int) -> int:
+    """How often something is due after `step`, every `interval` steps (0: not) and at the end."""
+    if step >= total:
+        return 0
+    due = total // interval - step // interval if interval else 0
+    return due + (not interval or total % interval != 0)
 
 
 def duration(seconds: float) -> str:

@@ -33,14 +33,27 @@ def read_metrics(path: Path, up_to_step: int) -> list[str]:
     return kept
 
 
+def board_tag(key: str) -> str:
+    """A metric's name on TensorBoard, which groups by what stands before the first slash."""
+    for start, group in (("teacher_valid_", "teacher/"), ("teacher_", "teacher/"),
+                         ("valid_", "valid/")):  # fmt: skip
+        if key.startswith(start):
+            return group + key.removeprefix(start)
+    return f"train/{key}"
+
+
 class MetricsLog:
     """Writes the metrics of rank 0. Lines of steps that a resumed run repeats are dropped first.
 
     Args:
         resumed_step: steps done by the checkpoint that the run starts from; 0 for a new run.
+        settings: what TensorBoard shows of the run beside its curves.
     """
 
-    def __init__(self, output_dir: Path, *, resumed_step: int, tensorboard: bool) -> None:
+    def __init__(
+        self, output_dir: Path, *, resumed_step: int, tensorboard: bool,
+        settings: Mapping[str, Any],
+    ) -> None:  # fmt: skip
         self.path = output_dir / METRICS_FILE
         kept = read_metrics(self.path, resumed_step) if self.path.exists() else []
         rewritten = self.path.with_suffix(".partial")
@@ -50,10 +63,13 @@ class MetricsLog:
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import; optional
+            from torch.utils.tensorboard.summary import hparams
 
             self._board = SummaryWriter(
                 str(output_dir / "tensorboard"), purge_step=resumed_step + 1, max_queue=100
             )
+            for summary in hparams(settings, {}):
+                self._board.file_writer.add_summary(summary)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one step. Infinite and missing numbers become null: the file stays JSON."""
@@ -66,7 +82,7 @@ class MetricsLog:
         if self._board is not None:
             for key, value in clean.items():
                 if key != "step" and isinstance(value, int | float):
-                    self._board.add_scalar(key, value, record["step"])
+                    self._board.add_scalar(board_tag(key), value, record["step"])
 
     def sync(self) -> None:
         """Make everything written so far survive a crash of the machine; before a checkpoint."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,6 +15,7 @@ from megatron_salt.data.dataset import TagInputs
 from megatron_salt.files.disk import lock_file
 from megatron_salt.method.switch import carried_over, effective
 from megatron_salt.parallel.layout import Layout
+from megatron_salt.training.learning_rate import learning_rate
 
 LOCK_WAIT_S = 120.0
 
@@ -30,16 +31,21 @@ def changed_settings(before: RunConfig, now: RunConfig) -> list[str]:
     ]
 
 
-def lock_output_dir(output_dir: str) -> IO[str]:
+def lock_output_dir(output_dir: str, say: Callable[[str], None]) -> IO[str]:
     """Claim a run's output_dir as long as the returned file stays open; a requeued job waits.
 
-    Raises: ValueError if another run holds it.
+    Raises: ValueError if another run holds it, or the path is a file.
     """
+    if Path(output_dir).exists() and not Path(output_dir).is_dir():
+        raise ValueError(f"train.output_dir = {output_dir} is a file: name a folder")
     busy = (
         f"train.output_dir = {output_dir} is in use by another run; end that one, or choose "
         "another output_dir"
     )
-    return lock_file(Path(output_dir) / ".lock", busy=busy, wait_s=LOCK_WAIT_S)
+    wait = f"another run holds {output_dir}: waiting up to {LOCK_WAIT_S:.0f} s for its end"
+    return lock_file(
+        Path(output_dir) / ".lock", busy=busy, wait_s=LOCK_WAIT_S, on_wait=lambda: say(wait)
+    )
 
 
 def decide_start(
@@ -91,10 +97,41 @@ def check_start(
             f"{output_dir} has later checkpoints up to {existing[-1].name}, which a later resume "
             "would take for this run's: choose another output_dir, or move them away"
         )
-    _check_same_run(config, layout, settings, tokenizer_fingerprint, resumed)
-    _check_same_order(config, settings, resumed)
     assert resume_from is not None
+    try:
+        _check_same_run(config, layout, settings, tokenizer_fingerprint, resumed)
+        _check_same_order(config, settings, resumed)
+    except ValueError as error:
+        raise ValueError(f"{resume_from}: {error}") from None
     _check_deepspeed(read_json(str(resume_from / "deepspeed.json")), settings)
+
+
+def check_schedule_goes_on(config: RunConfig, resumed: CheckpointManifest, peak: float) -> None:
+    """Raise ValueError where the schedule of the learning rate is not the one it has followed, or
+    the KD phase would end in the past.
+
+    Math: the new schedule must say of the last step done what the old one said, within 1 %.
+    """
+    before, now, step = resumed.run.config, config, resumed.run.step
+    taught = min(before.salt.kd_steps, step)
+    if before.salt.switch == now.salt.switch == "fixed" and now.salt.kd_steps < taught:
+        raise ValueError(
+            f"salt.kd_steps = {now.salt.kd_steps}, but {taught} steps of the KD phase are done and "
+            f"cannot change: give {taught} to end it here, or keep {before.salt.kd_steps}"
+        )
+    was = learning_rate(before.train, peak, step - 1)
+    would = learning_rate(now.train, peak, step - 1)
+    if abs(would - was) > 0.01 * max(was, would) and not now.train.allow_lr_jump:
+        changes = [line for line in changed_settings(before, now) if line.startswith("train.")]
+        length = before.train.lr_decay_steps or before.train.steps - before.train.lr_warmup_steps
+        keep = ""
+        if before.train.lr_schedule == now.train.lr_schedule == "cosine":
+            keep = f"train.lr_decay_steps {length} keeps the old curve and then its floor; "
+        raise ValueError(
+            f"the learning rate would jump from {was:.3g} (step {step}) to "
+            f"{learning_rate(now.train, peak, step):.3g} ({'; '.join(changes)}): {keep}"
+            "--train.allow_lr_jump true accepts the jump"
+        )
 
 
 def _check_same_run(
@@ -111,18 +148,24 @@ def _check_same_run(
     if saved != now:
         raise ValueError(
             f"the checkpoint was saved with (tp, pp, dp, ZeRO stage) = {saved}, this run has "
-            f"{now}: resume with the same layout"
+            f"{now}: resume with the same layout, or choose another train.output_dir"
         )
     if model.tokenizer_fingerprint != tokenizer_fingerprint:
-        raise ValueError("the checkpoint was trained with another tokenizer than data.tokenizer")
+        raise ValueError(
+            "the checkpoint was trained with another tokenizer than data.tokenizer: give its own "
+            "(the folder tokenizer in the checkpoint), or choose another train.output_dir"
+        )
     changes = changed_settings(run.config, config)
     wrong = [change for change in changes if change.startswith(("model.", "data.seq_length:"))]
     if wrong:
-        raise ValueError(f"the checkpoint's model is not this run's: {'; '.join(wrong)}")
+        raise ValueError(
+            f"the checkpoint's model is not this run's: {'; '.join(wrong)}: give the same model, "
+            "or choose another train.output_dir"
+        )
     if model.precision != settings.precision:
         raise ValueError(
             f"{settings.path}: precision {settings.precision}, the checkpoint was trained in "
-            f"{model.precision}"
+            f"{model.precision}: keep it, or choose another train.output_dir"
         )
 
 
@@ -136,7 +179,8 @@ def _check_same_order(
         raise ValueError(
             f"the checkpoint has read {run.data_rows} sequences in {run.step} steps; with "
             f"train_batch_size = {settings.global_batch_size} this run would go on at sequence "
-            f"{rows}: keep the batch size"
+            f"{rows}: keep train_batch_size = {run.data_rows // max(run.step, 1)} in "
+            f"{settings.path}, or choose another train.output_dir"
         )
     for (what, now, consequence), (_, before, _) in zip(
         _deciding_order(config), _deciding_order(run.config), strict=True

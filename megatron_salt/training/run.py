@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from deepspeed import comm
 
+from megatron_salt.checkpoint.folder import list_checkpoints
 from megatron_salt.checkpoint.manifest import Evaluation
 from megatron_salt.config.fields import RunConfig
 from megatron_salt.data.dataset import Batch
@@ -47,13 +48,15 @@ def prepare(
 ) -> Run:
     """Join the ranks, check everything there is to check, and build the run up to its first step.
 
-    Raises: ValueError or FileNotFoundError naming the setting or file that is wrong.
+    Raises: ValueError or FileNotFoundError naming the setting or file that is wrong;
+        `start.NothingToDo`.
     """
     settings, groups = start.join_ranks(config, deepspeed_config)
     console = Console(config.train, groups)
     agreed = start.agree_on_start(config, settings, groups, console)
     data = start.build_data(config, settings, agreed, console)
     start.prepare_loss(config, settings, groups, console)
+    console.say(start.announce_build(settings))
     student = StudentEngine(
         config, settings, groups, vocab_size=agreed.tokenizer.vocab_size,
         watchdog=watchdog(groups, config.parallel.timeout_minutes),
@@ -73,7 +76,8 @@ def prepare(
     run = Run(config, agreed, student, teaching, held_out, saver)
     if agreed.step == 0:
         # The untrained student's score: where every curve begins.
-        values = held_out.evaluate()
+        with console.timed("evaluation"):
+            values = held_out.evaluate()
         if log:
             log.write({"step": 0, "tokens": 0, **values})
     return run
@@ -103,7 +107,7 @@ class Run:
         self.data, self.log = self.held_out.data, self.saver.log
         self.kd, self.console = self.teaching.kd, self.teaching.console
         train, device = self.config.train, self.groups.device
-        self.first_step = self.agreed.step
+        self.first_step = self.done = self.agreed.step
         resumed = self.agreed.resumed
         self.tokens = resumed.run.tokens if resumed else 0
         self.evaluation = resumed.model.evaluation if resumed else None
@@ -115,6 +119,13 @@ class Run:
     @property
     def teacher(self) -> Teacher | None:
         return self.teaching.teacher
+
+    def where_it_is(self) -> str:
+        """For whoever interrupts the run: what is done, what is kept, and how to go on."""
+        found = list_checkpoints(self.config.train.output_dir)
+        newest = f"the newest checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+        how = "the same command" if self.config.train.resume == "auto" else "train.resume auto"
+        return f"after step {self.done}; {newest}; {how} goes on from there"
 
     def _read(self, step: int) -> Batch:
         """This rank's rows of a step, on the CPU."""
@@ -149,6 +160,7 @@ class Run:
             record = self._record(step, sums, weight, lr)
             self.tokens = record["tokens"]
             self.checks.look(step + 1, sums.loss, record["grad_norm"])
+            self.done = step + 1
             self._after_step(step + 1, record)
 
     def _after_step(self, done: int, record: dict[str, Any]) -> None:
@@ -156,14 +168,17 @@ class Run:
         train, last = self.config.train, done == self.config.train.steps
         if last or (train.eval_interval and done % train.eval_interval == 0):
             self.student.watchdog.enter("the evaluation after it")
-            record.update(self._evaluate(done))
+            with self.console.timed("evaluation"):
+                record.update(self._evaluate(done))
         if self.log:
             self.log.write(record)
-        if done % train.log_interval == 0 or last or done == self.first_step + 1:
+        first = done == self.first_step + 1
+        if done % train.log_interval == 0 or first or "valid_ce_nats" in record:
             self.console.step_line(record)
         if last or (train.checkpoint_interval and done % train.checkpoint_interval == 0):
             self.student.watchdog.enter("the checkpoint after it")
-            self.save(done)
+            with self.console.timed("checkpoint"):
+                self.save(done)
 
     def _start_trace(self, step: int) -> bool:
         """Note the times of this step's instructions, if somebody wants them."""

@@ -31,11 +31,15 @@ from megatron_salt.parallel.groups import (
     make_deterministic,
     same_error_everywhere,
 )
-from megatron_salt.parallel.machine import check_fused_adam, fused_adam_facts
+from megatron_salt.parallel.machine import adam_to_compile, check_fused_adam, fused_adam_facts
 from megatron_salt.training import resume
 from megatron_salt.training.console import Console
 from megatron_salt.training.engine import StudentEngine
 from megatron_salt.training.metrics import MetricsLog
+
+
+class NothingToDo(Exception):
+    """The run that was asked for is done; no file has been changed."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def agree_on_start(
 ) -> Start:
     """Check data and checkpoint, claim output_dir, and verify what the run resumes from.
 
-    Raises: ValueError or FileNotFoundError on all ranks, naming the file or setting.
+    Raises: ValueError or FileNotFoundError on all ranks, naming the file or setting; NothingToDo.
     """
     lock: IO[str] | None = None
     with same_error_everywhere("checking data and checkpoint"):
@@ -92,14 +96,20 @@ def agree_on_start(
             dataset.verify_datasets(config.data, tokenizer)
             check_sentinels(config.data, tokenizer)
             tag_inputs = dataset.load_tag_inputs(config, tokenizer)
-            lock = resume.lock_output_dir(config.train.output_dir)
+            lock = resume.lock_output_dir(config.train.output_dir, console.say)
             found = resume.decide_start(config, groups.layout, settings, tokenizer.fingerprint)
-            if found[1] is not None:
+            if found[1] is not None and found[1].run.step < config.train.steps:
                 resume.check_same_tag_inputs(config, found[1], tag_inputs)
+                resume.check_schedule_goes_on(config, found[1], settings.learning_rate)
     # One rank looks and decides: shared file systems show different ranks different folders.
     resume_from, resumed, warnings = from_rank_0(found)
     tag_inputs = from_rank_0(tag_inputs)
     console.warn(warnings)
+    if resumed and resumed.run.step >= config.train.steps:
+        raise NothingToDo(
+            f"already at step {resumed.run.step} of {config.train.steps}, nothing to do: "
+            f"{resume_from}; a larger train.steps goes on"
+        )
     switch = SwitchState()
     with same_error_everywhere("verifying the checkpoint to resume from"):
         if resumed:
@@ -162,6 +172,15 @@ def prepare_loss(
         console.say(f"attention: the first of {order} that serves the tensors at hand")
 
 
+def announce_build(settings: DeepSpeedSettings) -> str:
+    """A line for people before the student is built, which may take long without a word."""
+    line = "building student and optimizer; the first step follows"
+    operator = adam_to_compile(settings.values)
+    if operator:
+        line += f", after DeepSpeed's {operator} is compiled, once on this machine (a minute or so)"
+    return line
+
+
 def resume_student(
     student: StudentEngine, config: RunConfig, start: Start, console: Console
 ) -> None:
@@ -184,4 +203,14 @@ def open_log(config: RunConfig, student: StudentEngine, first_step: int) -> Metr
     write_config(config, output_dir / "config.json")
     text = json.dumps(dict(student.settings.values), indent=2) + "\n"
     (output_dir / "deepspeed.json").write_text(text, encoding="utf-8")
-    return MetricsLog(output_dir, resumed_step=first_step, tensorboard=config.train.tensorboard)
+    plain = (str, int, float, bool)
+    shown = {
+        f"{section}.{key}": value if isinstance(value, plain) else json.dumps(value)
+        for section, values in config.to_dict().items()
+        for key, value in values.items()
+    }
+    shown["optimizer.params.lr"] = student.settings.learning_rate
+    shown["train_batch_size"] = student.settings.global_batch_size
+    return MetricsLog(
+        output_dir, resumed_step=first_step, tensorboard=config.train.tensorboard, settings=shown
+    )

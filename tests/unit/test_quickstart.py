@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 
+from megatron_salt.commands.table import make_parser
 from megatron_salt.config.command_line import parse_command_line
 
 REPO = Path(__file__).parents[2]
@@ -38,15 +39,31 @@ def test_commands_exist_and_parse(
     assert len(set(names)) == len(names) == 3 - (text is not None) + 3 + 4 * 2 + 1
     for place, task in enumerate(tasks):
         assert set(task.needs) <= set(names[:place]), task.name
-        script, *words = task.command
-        if script == "-m":
-            config = parse_command_line(words[1:]).config
+        module, package, command, *words = task.command
+        assert (module, package) == ("-m", "megatron_salt")
+        if command == "pretrain":
+            config = parse_command_line(words).config
             assert Path(config.train.output_dir) == tmp_path / task.name
             # A teacher to the end is one for all of the run's steps.
             if config.salt.transition == "constant":
                 assert config.salt.kd_steps == config.train.steps
         else:
-            assert (REPO / script).is_file()
+            make_parser(command).parse_args(words)
+
+
+def test_only_an_earlier_quick_start_is_replaced(quickstart: ModuleType, tmp_path: Path) -> None:
+    output = tmp_path / "runs"
+    for _ in range(2):
+        quickstart.make_folder(output)
+        assert not (output / "data" / "old").exists()
+        (output / "data" / "old").touch()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    for path in (mine, mine / "thesis.txt"):
+        with pytest.raises(SystemExit, match=f"--output {path} is there and was not made by"):
+            quickstart.make_folder(path)
+    assert (mine / "thesis.txt").read_text() == "years of work"
 
 
 def test_tasks_wait_for_what_they_need(quickstart: ModuleType, tmp_path: Path) -> None:

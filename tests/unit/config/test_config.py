@@ -23,7 +23,7 @@ from megatron_salt.config.deepspeed import (
     read_json,
     resolve_batch_sizes,
 )
-from megatron_salt.config.fields import KEYS, RunConfig
+from megatron_salt.config.fields import KEYS, SECTIONS, RunConfig
 from megatron_salt.config.problems import check_config
 
 RUN = """
@@ -136,7 +136,7 @@ def test_dictionary_of_another_version_is_refused(
         ("salt:", ["section 'salt' holds None"]),
         ("[1, 2]", ["expected sections"]),
         ("", ["expected sections"]),
-        ("train: {steps: 3", ["not valid YAML", "line 1"]),
+        ("train: {steps: 3", ["not valid YAML", "slip.yaml:1:17"]),
         ("train: {steps: many}", ["train.steps", "many"]),
         ("model: {activation: relu}", ["model.activation", "relu", "swiglu"]),
     ],
@@ -607,7 +607,7 @@ except SystemExit as stopped:
 @pytest.mark.parametrize(
     ("options", "code", "text"),
     [
-        (["--help"], "0", "--salt.kd_steps"),
+        (["--help", "salt"], "0", "--salt.kd_steps"),
         (["--train.stepps", "3"], "2", "'train.steps'"),
         (["--salt.kd_steps", "3"], "2", "teacher.checkpoint is not set"),
     ],
@@ -625,12 +625,19 @@ def test_help_and_slips_answer_without_importing_torch(
 
 
 def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        parse_command_line(["--help"])
-    assert stopped.value.code == 0
-    shown = capsys.readouterr().out
-    assert all(f"--{key}" in shown for key in KEYS)
-    assert "Length n_KD of the KD phase" in shown
+    def shown(*words: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            parse_command_line(words)
+        assert stopped.value.code == 0
+        return capsys.readouterr().out
+
+    overview = shown("--help")
+    assert overview.count("\n") < 24 and all(f"\n  {name} " in overview for name in SECTIONS)
+    sections = "".join(shown("--config", "absent.yaml", "-h", name) for name in SECTIONS)
+    assert all(sections.count(f"--{key} (") == 1 for key in KEYS)
+    assert "--salt.kd_steps (whole number; default: 0):\n  Length n_KD of the KD" in sections
+    assert shown("--help", "train.steps").startswith("--train.steps (whole number; required):")
+    assert shown("--version") == "megatron-salt 0.1.0\n"
     assert len(KEYS) <= 80
 
 

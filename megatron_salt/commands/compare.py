@@ -1,0 +1,54 @@
+"""Compares runs with a baseline at equal steps and at equal training seconds.
+
+    megatron-salt compare --baseline runs/plain --run runs/salt --output reports/salt.md
+
+Writes a Markdown report, with its plots as PNG files beside it, and prints its main tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    several: dict[str, Any] = {"nargs": "+", "action": "extend"}
+    add("--baseline", dest="baselines", type=Path, required=True, metavar="DIR", **several,
+        help="baseline run; or several, of different seeds")  # fmt: skip
+    add("--run", dest="runs", type=Path, required=True, metavar="DIR", **several,
+        help="run to compare with the baseline; or several")  # fmt: skip
+    add("--label", dest="labels", default=[], metavar="NAME", **several,
+        help="names of the runs in their order, instead of their directories'; as many more in "
+        "front of them as there are baselines name these. Runs with the same name are seeds of one "
+        "setting, each compared with the baseline of its seed")  # fmt: skip
+    add("--teacher", type=Path, metavar="DIR", help="the teacher's own run")
+    add("--output", type=Path, required=True, metavar="FILE.md")
+    add("--title", default="Comparison of runs")
+
+
+def run(args: argparse.Namespace) -> int:
+    # matplotlib takes a second to import: --help does not wait for it
+    from megatron_salt.report import load_run, write_report
+
+    directories = [*args.baselines, *args.runs]
+    if args.labels and len(args.labels) not in (len(args.runs), len(directories)):
+        raise ValueError(
+            f"{len(args.labels)} labels for {len(args.runs)} runs: give one for each, "
+            f"or {len(args.baselines)} more in front for --baseline"
+        )
+    if args.output.suffix != ".md":
+        raise ValueError(
+            f"--output names the Markdown file to write, such as report.md: {args.output}"
+        )
+    # Baselines without names of their own are called like the first of them.
+    labels = [args.baselines[0].resolve().name] * len(args.baselines)
+    labels += args.labels or [directory.resolve().name for directory in args.runs]
+    if len(args.labels) == len(directories):
+        labels = args.labels
+    runs = [load_run(*pair) for pair in zip(directories, labels, strict=True)]
+    teacher_run = load_run(args.teacher) if args.teacher else None
+    tables = write_report(runs, args.output, title=args.title, teacher_run=teacher_run)
+    print(f"{tables}\n\nwritten: {args.output}")
+    return 0

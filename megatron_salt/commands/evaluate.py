@@ -1,0 +1,58 @@
+"""Held-out nats per token of checkpoints, at any layout they were saved.
+
+    megatron-salt evaluate --checkpoint runs/baseline runs/salt --data data/held_out_text_document
+
+Runs alone or under `torchrun`/`srun`; ranks share the rows. Every model is scored with the same
+frozen forward pass that a teacher uses, so student and teacher are compared on equal terms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--checkpoint", nargs="+", action="extend", required=True, metavar="DIR",
+        help="checkpoints, or output_dirs of runs")  # fmt: skip
+    add("--data", nargs="+", action="extend", metavar="PREFIX",
+        help="datasets (default: the held-out data of its own run)")  # fmt: skip
+    add("--split", help="with --data: score the second part of this split, as 95,5 (default: all)")
+    add("--samples", type=int, default=1024, help="sequences to score at most (default: 1024)")
+    add("--seq_length", type=int, help="(default: the checkpoint's)")
+    add("--micro_batch_size", type=int, default=8, help="(default: 8)")
+    add("--precision", choices=["fp32", "bf16", "fp16"], help="(default: the checkpoint's)")
+    add("--output", type=Path, metavar="FILE", help="also write the results as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    asked = vars(args).copy()
+    for name in ("samples", "micro_batch_size"):
+        if asked[name] < 1:
+            raise ValueError(f"--{name} {asked[name]}: must be at least 1")
+    paths, output = asked.pop("checkpoint"), asked.pop("output")
+    # torch takes seconds to import: `--help` does not wait for it.
+    from megatron_salt.evaluation.checkpoint_score import ScoreRequest, score_checkpoint
+    from megatron_salt.parallel.groups import initialize, leave
+
+    groups = initialize(1, 1, timeout_minutes=30.0)
+    results = []
+    for path in paths:
+        result = score_checkpoint(path, ScoreRequest(**asked), groups)
+        results.append(result)
+        if groups.rank == 0:
+            print(
+                f"{path}: {result['valid_ce_nats']:.4f} nats/token, accuracy "
+                f"{result['valid_accuracy']:.4f}, {result['valid_tokens']} tokens"
+                + ("" if result["text_of_its_run"] else " (not the text of the run's own score)"),
+                flush=True,
+            )
+            for key, value in result.items():
+                if "/" in key:
+                    print(f"    {key.partition('/')[2]}: {value:.4f}", flush=True)
+    if groups.rank == 0 and output:
+        output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    leave()
+    return 0
