@@ -136,13 +136,14 @@ def timed_run(text: Path, tokenizer: Path, directory: Path) -> Times:
     """Seconds of the command as a user starts it, with its default settings."""
     tool = REPO / "tools" / "preprocess_data.py"
     command = [sys.executable, str(tool), "--input", str(text), "--tokenizer", str(tokenizer)]
-    command += ["--output-prefix", str(directory / "out")]
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    started_s = time.perf_counter()
-    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
-    wall_s = time.perf_counter() - started_s
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with tempfile.TemporaryDirectory(dir=directory) as output:
+        command += ["--output-prefix", str(Path(output, "out"))]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        started_s = time.perf_counter()
+        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+        wall_s = time.perf_counter() - started_s
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return Times(wall_s, cpu_s)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,9 @@ class BadLine:
 
 
 def iter_line_blocks(
-    path: str | Path,
-    *,
-    block_bytes: int = BLOCK_BYTES,
+    path: str | Path, *, block_bytes: int = BLOCK_BYTES,
     on_read: Callable[[bytes], None] | None = None,
-) -> Iterator[LineBlock]:
+) -> Iterator[LineBlock]:  # fmt: skip
     """Yields the lines of a `.gz`, `.zst` or plain file in blocks of about `block_bytes`.
 
     `on_read` sees every byte of the file as it is on disk (for hashes and progress). A line is
@@ -134,24 +132,24 @@ def _decompress(
         raise ValueError(f"{path}: truncated compressed data; copy the file again")
 
 
-def parse_documents(block: LineBlock, json_key: str) -> tuple[list[str], list[BadLine]]:
-    """The texts of a block's lines, in order, and the lines that hold none.
+def parse_documents(block: LineBlock, *keys: str) -> tuple[list[list[str]], list[BadLine]]:
+    """The strings under the keys of a block's lines, in order, and the lines that lack any.
 
-    A bad line is one that is not UTF-8 or not a JSON object, lacks `json_key`, or whose value is
-    not a string of valid Unicode. Blank lines are neither documents nor bad.
+    A bad line is one that is not UTF-8 or not a JSON object, lacks a key, or has a value there that
+    is not a string of valid Unicode. Blank lines are neither documents nor bad.
     """
-    texts: list[str] = []
+    documents: list[list[str]] = []
     bad: list[BadLine] = []
     for number, line in enumerate(_decoded_lines(block.data), block.first_line):
         try:
-            text = _document_text(line, json_key)
+            document = _document(line, keys)
         except (ValueError, RecursionError) as error:
             reason = str(error) or type(error).__name__
             bad.append(BadLine(block.path, number, reason))
         else:
-            if text is not None:
-                texts.append(text)
-    return texts, bad
+            if document is not None:
+                documents.append(document)
+    return documents, bad
 
 
 def _decoded_lines(data: bytes) -> Iterable[str | bytes]:
@@ -161,8 +159,8 @@ def _decoded_lines(data: bytes) -> Iterable[str | bytes]:
         return data.split(b"\n")  # decoded line by line, so that only the broken ones are lost
 
 
-def _document_text(line: str | bytes, json_key: str) -> str | None:
-    """The text of one JSONL line, or None for a blank one. Raises ValueError saying what is bad."""
+def _document(line: str | bytes, keys: Sequence[str]) -> list[str] | None:
+    """The strings of one JSONL line, None if it is blank. Raises ValueError saying what is bad."""
     if isinstance(line, bytes):
         line = line.decode("utf-8")
     if not line or line.isspace():
@@ -173,14 +171,17 @@ def _document_text(line: str | bytes, json_key: str) -> str | None:
         raise ValueError(f"not JSON: {error.msg} (column {error.colno})") from None
     if not isinstance(record, dict):
         raise ValueError(f"not a JSON object but {type(record).__name__}")
-    if json_key not in record:
-        raise ValueError(f"no key {json_key!r}")
-    text = record[json_key]
-    if not isinstance(text, str):
-        raise ValueError(f"the value of {json_key!r} is {type(text).__name__}, not a string")
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise ValueError(f"the value of {json_key!r} holds a lone surrogate") from None
-    return text
+    texts = []
+    for key in keys:
+        if key not in record:
+            raise ValueError(f"no key {key!r}")
+        text = record[key]
+        if not isinstance(text, str):
+            raise ValueError(f"the value of {key!r} is {type(text).__name__}, not a string")
+        if not text.isascii():
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError:
+                raise ValueError(f"the value of {key!r} holds a lone surrogate") from None
+        texts.append(text)
+    return texts

@@ -45,19 +45,15 @@ def _iter_texts(
 ) -> Iterator[str]:
     for path in paths:
         for block in iter_line_blocks(path):
-            texts, bad = parse_documents(block, json_key)
+            documents, bad = parse_documents(block, json_key)
             bad_lines.extend(bad)
-            yield from texts
+            yield from (text for (text,) in documents)
 
 
 def train_tokenizer(
-    texts: Sequence[str],
-    output: str | Path,
-    *,
-    vocab_size: int,
-    model_type: str = "bpe",
+    texts: Sequence[str], output: str | Path, *, vocab_size: int, model_type: str = "bpe",
     num_sentinels: int = 0,
-) -> None:
+) -> None:  # fmt: skip
     """Trains on `texts` and writes `output`: `.model` sentencepiece, `.json` Hugging Face.
 
     `num_sentinels` of the `vocab_size` tokens are `<extra_id_0>`, `<extra_id_1>`, …, which no text

@@ -86,6 +86,10 @@ def dataset_manifest_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.manifest.json")
 
 
+def sources_path(prefix: str | Path) -> Path:
+    return Path(f"{prefix}.sources.parquet")
+
+
 def tokenizer_directory(prefix: str | Path) -> Path:
     return Path(f"{prefix}.tokenizer")
 
@@ -167,8 +171,10 @@ def verify_dataset(
             f" manifest {manifest.tokens} in {manifest.documents}; {PREPROCESS_AGAIN}"
         )
     if hashes:
-        _check_hash(bin_path(prefix), manifest.bin_sha256)
-        _check_hash(idx_path(prefix), manifest.idx_sha256)
+        check_hash(bin_path(prefix), manifest.bin_sha256)
+        check_hash(idx_path(prefix), manifest.idx_sha256)
+        if "sources_sha256" in manifest.settings or sources_path(prefix).exists():
+            check_hash(sources_path(prefix), manifest.settings.get("sources_sha256"))
     if tokenizer is not None:
         _check_tokenizer(prefix, manifest, tokenizer)
     return manifest
@@ -215,7 +221,10 @@ def _check_size(path: Path, expected_bytes: int, authority: str) -> None:
         )
 
 
-def _check_hash(path: Path, expected_sha256: str) -> None:
+def check_hash(path: Path, expected_sha256: str | None) -> None:
+    """Raises: FileNotFoundError or ValueError unless a dataset's file is its manifest's."""
+    if not path.is_file():
+        raise FileNotFoundError(f"missing dataset file {path}; {PREPROCESS_AGAIN}")
     actual = sha256_of(path)
     if actual != expected_sha256:
         raise ValueError(

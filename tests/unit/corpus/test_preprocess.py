@@ -21,12 +21,16 @@ import numpy as np
 import pytest
 import zstandard
 from commands import ROOT
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from small_datasets import assert_bytes_of_builder
+from small_datasets import documents_of as documents
 
 from megatron_salt.corpus import preprocess as library
 from megatron_salt.corpus.preprocess import PreprocessSettings, preprocess
 from megatron_salt.corpus.text_files import LineBlock, iter_line_blocks, parse_documents
 from megatron_salt.data.manifest import read_dataset_manifest, verify_dataset
+from megatron_salt.data.sources import load_sources
+from megatron_salt.data.tags import open_indexed
 from megatron_salt.data.tokenizer import load_tokenizer
 from tools import preprocess_data
 
@@ -54,10 +58,6 @@ def copied(dataset: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy" / dataset.name
 
 
-def documents(prefix: Path) -> list[list[int]]:
-    return [tokens.tolist() for tokens in IndexedDataset(str(prefix))]
-
-
 def file_names(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
 
@@ -70,7 +70,7 @@ def test_megatron_reads_back_exactly_the_tokens(
 ) -> None:
     tokenizer = load_tokenizer(sentencepiece_path)
     expected = [[*ids, tokenizer.eod] for ids in tokenizer.encode_batch(corpus_texts)]
-    data = IndexedDataset(str(dataset))
+    data = open_indexed(dataset)
     assert documents(dataset) == expected
     assert data.sequence_lengths.tolist() == [len(ids) for ids in expected]
     assert data.document_indices.tolist() == list(range(len(expected) + 1))
@@ -79,13 +79,7 @@ def test_megatron_reads_back_exactly_the_tokens(
 
 
 def test_bytes_are_those_of_the_builders_own_add_document(dataset: Path, tmp_path: Path) -> None:
-    builder = IndexedDatasetBuilder(str(tmp_path / "plain.bin"), dtype=np.uint16)
-    for tokens in documents(dataset):
-        builder.add_document(tokens, [len(tokens)])
-    builder.finalize(str(tmp_path / "plain.idx"))
-    for suffix in ("bin", "idx"):
-        written = Path(f"{dataset}.{suffix}").read_bytes()
-        assert written == (tmp_path / f"plain.{suffix}").read_bytes()
+    assert_bytes_of_builder(dataset, documents(dataset), tmp_path)
 
 
 def test_number_of_workers_changes_no_byte(
@@ -156,7 +150,7 @@ def test_large_vocabulary_is_written_in_int32(
     content["model"]["vocab"]["z"] = 70_000
     (tmp_path / "large.json").write_text(json.dumps(content))
     preprocess([write_jsonl("in.jsonl", ["z"])], tmp_path / "out", tmp_path / "large.json")
-    data = IndexedDataset(str(tmp_path / "out_text_document"))
+    data = open_indexed(tmp_path / "out_text_document")
     assert data.index.dtype == np.int32 and data[0].tolist() == [70_000, 0]
 
 
@@ -169,6 +163,111 @@ def test_ids_outside_the_vocabulary_are_never_written(
     block = LineBlock("in.jsonl", 5, b'{"text": "import os"}\n')
     with pytest.raises(ValueError, match=r"outside its vocabulary of 100, near in.jsonl:5"):
         library._encode_block(block, sentencepiece_path, PreprocessSettings())
+
+
+# Sources, duplicates, order
+
+RECORDS = [  # three files: so many blocks; text, source
+    [("one", "a"), ("two", "b"), ("one", "b"), ("", "c"), ("three", "b")],
+    [("four", "a"), ("two", "a"), *((f"more {number}", "d") for number in range(40))],
+    [("one", "a"), ("five", "e"), ("more 3", "e"), ("six", "a")],
+]
+
+
+@pytest.fixture
+def record_paths(tmp_path: Path) -> list[Path]:
+    paths = []
+    for number, records in enumerate(RECORDS):
+        paths.append(tmp_path / f"{number}.jsonl")
+        lines = [json.dumps({"text": text, "source": source}) for text, source in records]
+        paths[-1].write_text("\n".join(lines))
+    return paths
+
+
+def test_sources_change_no_byte(
+    record_paths: list[Path], sentencepiece_path: Path, tmp_path: Path
+) -> None:
+    settings = PreprocessSettings(source_key="source")
+    made = preprocess(record_paths, tmp_path / "out", sentencepiece_path, settings, workers=1)
+    kept = [record for records in RECORDS for record in records if record[0]]
+    tokenizer = load_tokenizer(sentencepiece_path)
+    expected = [[*ids, tokenizer.eod] for ids in tokenizer.encode_batch([text for text, _ in kept])]
+    prefix = tmp_path / "out_text_document"
+    assert_bytes_of_builder(prefix, expected, tmp_path)
+    found = load_sources(prefix)
+    assert found is not None and found.names == ["a", "b", "d", "e"]
+    assert [found.names[place] for place in found.of_documents] == [name for _, name in kept]
+    assert (made.empty_documents, made.bad_lines, made.settings["duplicates"]) == (1, 0, 0)
+    assert verify_dataset(prefix, hashes=True) == made
+    preprocess(record_paths, tmp_path / "out", sentencepiece_path, workers=1, overwrite=True)
+    assert_bytes_of_builder(prefix, expected, tmp_path)
+    assert load_sources(prefix) is None  # the old set went as a whole
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_first_duplicates_stay_and_the_order_is_drawn(
+    workers: int,
+    record_paths: list[Path],
+    sentencepiece_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    settings = PreprocessSettings(source_key="source", deduplicate=True, shuffle_seed=7)
+    made = preprocess(record_paths, tmp_path / "out", sentencepiece_path, settings, workers=workers)
+    first: dict[str, str] = {}
+    for text, source in [record for records in RECORDS for record in records]:
+        first.setdefault(text, source)
+    del first[""]
+    state = np.random.RandomState(np.random.SeedSequence([7]).generate_state(4))
+    kept = [list(first.items())[place] for place in state.permutation(len(first))]
+    assert kept[-5:] != list(first.items())[-5:]
+    tokenizer = load_tokenizer(sentencepiece_path)
+    expected = [[*ids, tokenizer.eod] for ids in tokenizer.encode_batch([text for text, _ in kept])]
+    prefix = tmp_path / "out_text_document"
+    assert_bytes_of_builder(prefix, expected, tmp_path)
+    found = load_sources(prefix)
+    assert found is not None
+    assert [found.names[place] for place in found.of_documents] == [name for _, name in kept]
+    assert (made.documents, made.tokens) == (len(kept), sum(map(len, expected)))
+    assert (made.settings["duplicates"], made.empty_documents) == (4, 1)
+    assert made.settings["deduplicate"] and made.settings["shuffle_seed"] == 7
+    assert verify_dataset(prefix, tokenizer, hashes=True) == made
+    # A log tells of tokens that are there, not of bytes that were only read.
+    text = capsys.readouterr().err
+    lines = text.splitlines()
+    assert "\r" not in text and lines[0].startswith("tokenising: ") and "tokens/s" in lines[0]
+    assert ", 0 tokens/s" not in text and any("tokenising: 100%" in line for line in lines)
+    assert lines[-1].startswith("writing: 100%")
+
+
+def test_duplicates_leave_alone_the_order(
+    record_paths: list[Path], sentencepiece_path: Path, tmp_path: Path
+) -> None:
+    settings = PreprocessSettings(deduplicate=True, append_eod=False)
+    preprocess(record_paths, tmp_path / "out", sentencepiece_path, settings, workers=1)
+    tokenizer = load_tokenizer(sentencepiece_path)
+    texts = dict.fromkeys(text for records in RECORDS for text, _ in records if text)
+    decoded = [tokenizer.decode(ids) for ids in documents(tmp_path / "out_text_document")]
+    assert decoded == list(texts)
+
+
+def test_a_line_without_a_source_is_bad(sentencepiece_path: Path) -> None:
+    lines = ['{"text": "no"}', '{"text": "x", "source": 5}', '{"text": "good", "source": "a"}']
+    block = LineBlock("in.jsonl", 1, "\n".join(lines).encode())
+    encoded = library._encode_block(
+        block, sentencepiece_path, PreprocessSettings(source_key="source")
+    )
+    assert encoded.bad_lines == 2 and encoded.sources == ["a"] and len(encoded.lengths) == 1
+    assert [bad.reason for bad in encoded.shown_bad_lines] == [
+        "no key 'source'", "the value of 'source' is int, not a string",
+    ]  # fmt: skip
+    assert library._encode_block(block, sentencepiece_path, PreprocessSettings()).bad_lines == 0
+
+
+def test_a_seed_below_zero_is_refused_at_once(record_paths: list[Path], tmp_path: Path) -> None:
+    settings = PreprocessSettings(shuffle_seed=-1)
+    with pytest.raises(ValueError, match="--shuffle-seed is -1, it must not be negative"):
+        preprocess(record_paths, tmp_path / "out", tmp_path / "no tokenizer", settings)
 
 
 # Bad input
@@ -241,7 +340,7 @@ def test_line_numbers_hold_across_blocks(tmp_path: Path) -> None:
             good, bad = parse_documents(block, "text")
             texts += good
             bad_numbers += [line.line for line in bad]
-        assert texts == [str(index) for index in range(1, 400) if index % 7]
+        assert texts == [[str(index)] for index in range(1, 400) if index % 7]
         assert bad_numbers == list(range(7, 400, 7))
 
 
@@ -392,13 +491,37 @@ def test_interrupted_replacement_never_mixes_two_runs(
     monkeypatch.setattr(library.os, "rename", rename)
     with pytest.raises(KeyboardInterrupt):
         output = str(copied).removesuffix("_text_document")
-        preprocess([write_jsonl("in.jsonl", TEXTS)], output, hugging_face_path, workers=1)
+        path = write_jsonl("in.jsonl", TEXTS)
+        preprocess([path], output, hugging_face_path, workers=1, overwrite=True)
     assert not Path(f"{copied}.manifest.json").exists()
     if renames < 3:
         with pytest.raises(FileNotFoundError, match="missing dataset file"):
             verify_dataset(copied)
     else:  # complete but for the manifest
         assert verify_dataset(copied) is None and len(documents(copied)) == 3
+    monkeypatch.undo()
+    if renames == 2:  # a part of a dataset is nobody's, so the next run clears up
+        preprocess([path], output, hugging_face_path, workers=1)
+        assert verify_dataset(copied, hashes=True) is not None
+
+
+@pytest.mark.parametrize("lost", [[], ["manifest.json"], ["bin", "idx"]])
+def test_a_dataset_is_not_overwritten_unasked(
+    lost: list[str],
+    copied: Path,
+    write_jsonl: WriteJsonl,
+    hugging_face_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for end in lost:  # one without a manifest may be Megatron-LM's
+        Path(f"{copied}.{end}").unlink()
+    before = {path: path.read_bytes() for path in copied.parent.iterdir() if path.is_file()}
+    monkeypatch.setattr(library, "_encode_all", lambda *arguments: pytest.fail("it tokenises"))
+    output = str(copied).removesuffix("_text_document")
+    with pytest.raises(ValueError, match=rf"{copied} is a dataset; --overwrite replaces it, or "):
+        preprocess([write_jsonl("in.jsonl", TEXTS)], output, hugging_face_path, workers=1)
+    assert before == {path: path.read_bytes() for path in copied.parent.iterdir() if path.is_file()}
+    assert not Path(f"{copied}.partial").exists()
 
 
 def test_leftovers_of_a_killed_run_are_cleared(
@@ -497,6 +620,19 @@ def test_dataset_of_megatron_itself_verifies_with_a_warning(
     with caplog.at_level(logging.WARNING):
         assert verify_dataset(tmp_path / "plain", load_tokenizer(sentencepiece_path)) is None
     assert "nothing tells which tokenizer made this dataset" in caplog.text
+
+
+def test_a_plain_dataset_is_one_of_older_releases(copied: Path) -> None:
+    path = Path(f"{copied}.manifest.json")
+    content = json.loads(path.read_text())
+    assert list(content) == [
+        "format_version", "tokenizer_fingerprint", "vocab_size", "eod", "documents", "tokens",
+        "bad_lines", "empty_documents", "input_bytes", "inputs", "settings", "versions",
+        "bin_bytes", "bin_sha256", "idx_bytes", "idx_sha256",
+    ]  # fmt: skip
+    content["settings"] = {"json_key": "text", "append_eod": True, "strict": False}
+    path.write_text(json.dumps(content))
+    assert verify_dataset(copied, hashes=True) is not None and load_sources(copied) is None
 
 
 def test_unreadable_manifest_is_an_error(copied: Path) -> None:
