@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+BYTE_UNITS = ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"))
+TIME_UNITS = ((3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms"))
+
+
+def unit_for(largest: float, units: Sequence[tuple[float, str]]) -> tuple[float, str]:
+    """The unit in which numbers up to `largest` read well: how much of the base it is, its name."""
+    return next((unit for unit in units if largest >= unit[0]), units[-1])
+
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table, padded so that it also reads well in a terminal; numbers to the right."""

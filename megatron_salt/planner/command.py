@@ -18,6 +18,8 @@ def make_plan(options: argparse.Namespace, run_options: list[str]) -> PlanReport
 
     Raises: ValueError naming option, file or setting; SystemExit for run_options, as training does.
     """
+    if options.teacher_config is not None:  # stands for a checkpoint that need not be there yet
+        run_options = [*run_options, "--teacher.checkpoint", options.teacher_config]
     command = parse_command_line(run_options, prog="plan")
     machine = make_machine(options)
     measured = read_measured(options.measured) if options.measured else None
@@ -72,5 +74,5 @@ def plan_run(
         problem = str(error)
     return PlanReport(
         inputs=inputs, machine=machine, own=own, overheads=by_number, ranking=ranking,
-        problem=problem, steps_saved=steps_saved,
+        problem=problem, steps_saved=steps_saved, measured=measured is not None,
     )  # fmt: skip

@@ -22,6 +22,7 @@ from megatron_salt.config.values import parse_blend, parse_objective
 from megatron_salt.data.dataset import TagInputs, find_tokenizer, load_tag_inputs, verify_datasets
 from megatron_salt.data.manifest import read_dataset_manifest
 from megatron_salt.data.objective import check_sentinels, spans_of_rows
+from megatron_salt.files.markdown import BYTE_UNITS, unit_for
 from megatron_salt.method.switch import carried_over, effective
 from megatron_salt.model.costs import layer_costs
 from megatron_salt.model.weights import num_parameters
@@ -175,13 +176,13 @@ def _teacher_lines(sizes: Sizes) -> list[str]:
 
 def _stage_lines(sizes: Sizes) -> list[str]:
     """Layers, share of the work and bytes of every stage; in the KD phase if there is a teacher."""
-    gib, config = 2.0**30, sizes.config
+    config, memory = sizes.config, stage_memory(sizes, teaching_plan(sizes))
+    size, unit = unit_for(max(part.total for part in memory), BYTE_UNITS)
     costs = layer_costs(config.model, sizes.vocab_size, config.data.seq_length)
     lines = [
-        "stages (GiB per rank on CUDA; the allocator's gaps and the libraries' own not counted):",
+        f"stages ({unit} a rank on CUDA; the allocator's gaps and the libraries' own not counted):",
         "  either masks, activations, buckets and loss at once, or the update's copies",
     ]
-    memory = stage_memory(sizes, teaching_plan(sizes))
     for stage, part in enumerate(memory):
         start, stop = sizes.bounds[stage], sizes.bounds[stage + 1]
         cost = sum(costs[1 + start : 1 + stop]) + (costs[-1] if stage == len(memory) - 1 else 0)
@@ -193,10 +194,10 @@ def _stage_lines(sizes: Sizes) -> list[str]:
             "activations": part.activations, "gradient buckets": part.buckets,
             "loss or teacher at work": part.loss, "update": part.update,
         }  # fmt: skip
-        shown = ", ".join(f"{name} {size / gib:.2f}" for name, size in bytes_of.items() if size)
+        shown = ", ".join(f"{name} {n / size:.2f}" for name, n in bytes_of.items() if n)
         lines.append(
             f"  stage {stage}: layers [{start}, {stop}), {part.parameters:,} parameters a rank, "
-            f"{cost / sum(costs):.1%} of the work; {shown}; in all {part.total / gib:.2f}"
+            f"{cost / sum(costs):.1%} of the work; {shown}; in all {part.total / size:.2f}"
         )
     return lines
 

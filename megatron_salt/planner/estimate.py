@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -24,7 +25,8 @@ class Steps:
     bubbles."""
 
     lm_s: float
-    lm: Timeline
+    """NaN where a KD step was measured and the plain forward was not."""
+    lm: Timeline | None
     kd_before_s: float | None = None
     kd_before: Timeline | None = None
     kd_bubble_s: float | None = None
@@ -42,19 +44,24 @@ class Steps:
 
 def simulated(sizes: Sizes, machine: Machine, measured: MeasuredTimes | None = None) -> Steps:
     """The steps of a layout, by the instruction lists that training runs."""
-    measured = measured or MeasuredTimes()
-    plain_sizes = replace(sizes, teacher=None)
+
+    def times_of(some: Sizes) -> StepTimes:
+        return measured.step_times(some) if measured else step_times(some, machine)
+
     programs = plain_programs(sizes.settings.num_micro_batches, sizes.layout.pp_size)
-    lm = simulate(programs, measured.applied_to(step_times(plain_sizes, machine), plain_sizes))
+    lm, lm_s = None, math.nan
+    if sizes.teacher is None or measured is None or measured.forward_s is not None:
+        lm = simulate(programs, times_of(replace(sizes, teacher=None)))
+        lm_s = lm.step_time
     if sizes.teacher is None:
-        return Steps(lm_s=lm.step_time, lm=lm)
-    times = measured.applied_to(step_times(sizes, machine), sizes)
-    exchange = hidden_exchange_s(sizes, machine)
+        return Steps(lm_s=lm_s, lm=lm)
+    times = times_of(sizes)
+    exchange = 0.0 if measured else hidden_exchange_s(sizes, machine)
     kd_before = _before_the_step(sizes, times, programs)
+    arrival = times.hidden_transfer if measured else _arrival(sizes, machine, times)
     steps = Steps(
-        lm_s=lm.step_time, lm=lm, kd_before=kd_before,
-        kd_before_s=kd_before.step_time + exchange + _arrival(sizes, machine, times),
-    )  # fmt: skip
+        lm_s=lm_s, lm=lm, kd_before=kd_before, kd_before_s=kd_before.step_time + exchange + arrival
+    )
     plan = plan_teacher(sizes.shape, times, in_bubbles=True)
     if plan.placement is None:  # one stage
         return steps

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_salt.files.markdown import markdown_table
+from megatron_salt.files.markdown import BYTE_UNITS, TIME_UNITS, markdown_table, unit_for
 from megatron_salt.planner.estimate import Estimate, Overheads
 from megatron_salt.planner.hardware import Machine
 from megatron_salt.planner.inputs import PlannerInputs
 from megatron_salt.planner.memory import StageMemory
 from megatron_salt.planner.ranking import Ranking
-from megatron_salt.teacher.plan import TeacherPlan
 from megatron_salt.teacher.simulator import Timeline
 
-GIB = 2.0**30
 # Columns whose heading is not the name of the field.
 HEADINGS = {"teacher_head": "its head", "hidden_states": "hidden states", "total": "in all"}
 
@@ -30,7 +29,8 @@ class PlanReport:
     own: Estimate | None
     """The config's own layout; None: the GPUs do not allow it."""
     overheads: list[Overheads]
-    """Of the own layout."""
+    """Of the own layout, computed."""
+    measured: bool = False
     ranking: Ranking | None
     problem: str = ""
     """Why there is no ranking."""
@@ -66,6 +66,8 @@ def _estimate_dict(plan: PlanReport, one: Estimate) -> dict[str, Any]:
         "fits": one.largest_bytes <= plan.machine.usable_bytes, "simulated": steps is not None,
         "lm_step_s": one.lm_s, "kd_step_s": one.kd_s, "run": totals(plan, one),
     }  # fmt: skip
+    if math.isnan(one.lm_s):
+        found |= {"lm_step_s": None, "run": None}
     if steps is not None:
         found["kd_before_step_s"] = steps.kd_before_s
         found["kd_bubble_s"] = steps.kd_bubble_s
@@ -128,59 +130,69 @@ def _describe_own(plan: PlanReport, own: Estimate) -> list[str]:
     sizes, usable = own.sizes, plan.machine.usable_bytes
     layout, settings = sizes.layout, sizes.settings
     fits = "fits" if own.largest_bytes <= usable else "does NOT fit"
+    size, unit = unit_for(own.largest_bytes, BYTE_UNITS)
     lines = [
         f"The config's own layout: tp {layout.tp_size}, pp {layout.pp_size}, dp {layout.dp_size}, "
-        f"{settings.num_micro_batches} micro-batches of {settings.micro_batch_size}. It {fits}: "
-        f"{own.largest_bytes / GIB:.1f} of {usable / GIB:.1f} GiB."
+        f"{settings.num_micro_batches} micro-batch{'es' * (settings.num_micro_batches > 1)} of "
+        f"{settings.micro_batch_size}. It {fits}: "
+        f"{own.largest_bytes / size:.1f} of {usable / size:,.1f} {unit}."
     ]
     lines += [
-        f"Memory of a rank in the {phase} phase, GiB\n\n{memory_table(parts)}"
+        f"Memory of a rank in the {phase} phase, {unit}\n\n{memory_table(parts, size)}"
         for phase, parts in own.memory.items()
     ]
     assert own.steps is not None
-    if own.steps.plan is not None:
-        lines.append(_describe_teaching(own.steps.plan))
-    lines.append(f"A step\n\n{steps_table(own)}")
+    if (teaching := own.steps.plan) is not None:
+        counts = ", ".join(f"{len(ranks[0])}" for ranks in teaching.pieces_of)
+        lines.append(
+            f"In the bubbles the teacher reads a replica's step in {teaching.work}, a rank of each "
+            f"stage {counts} of them, in {teaching.num_chunks} chunks each."
+        )
+    kind = ", measured; what the file does not have counts nothing" * plan.measured
+    lines.append(f"A step{kind}\n\n{steps_table(own)}")
     if plan.overheads:
-        lines.append(f"A KD step by number of micro-batches\n\n{overheads_table(plan.overheads)}")
+        kind = ", computed" * plan.measured
+        table = overheads_table(plan.overheads)
+        lines.append(f"A KD step by number of micro-batches{kind}\n\n{table}")
     return [*lines, _describe_run(plan, own)]
 
 
-def _describe_teaching(plan: TeacherPlan) -> str:
-    rows = plan.pieces[0][1] - plan.pieces[0][0]
-    counts = ", ".join(f"{len(ranks[0])}" for ranks in plan.pieces_of)
-    return (
-        f"In the bubbles the teacher reads a replica's step in {len(plan.pieces)} pieces of {rows} "
-        f"rows, a rank of each stage {counts} of them, in {plan.num_chunks} chunks each."
-    )
-
-
 def _describe_run(plan: PlanReport, own: Estimate) -> str:
-    config, found = own.sizes.config, totals(plan, own)
+    config, settings, found = own.sizes.config, own.sizes.settings, totals(plan, own)
+    if math.isnan(own.lm_s):
+        return (
+            "No plain step to compare with: --measured has no forward_s, a run's file is of its KD "
+            "phase. `wall_clock_breakdown` in the DeepSpeed JSON prints a step's milliseconds by "
+            f"stage: give forward of an LM step / {1000 * settings.num_micro_batches} as forward_s."
+        )
+    size, unit = unit_for(own.total_s, TIME_UNITS)
+
+    def take(name: str) -> str:
+        hours, gpu_hours = found[f"{name}_h"], found[f"{name}_gpu_h"]
+        return f"{hours * 3600 / size:,.1f} {unit}, {gpu_hours * 3600 / size:,.1f} GPU {unit}"
+
     text = (
         f"The run: {config.salt.kd_steps:,} KD and "
-        f"{config.train.steps - config.salt.kd_steps:,} LM steps take {found['salt_h']:,.1f} h, "
-        f"{found['salt_gpu_h']:,.0f} GPU hours; {config.train.steps:,} plain steps "
-        f"{found['baseline_h']:,.1f} h, {found['baseline_gpu_h']:,.0f} GPU hours: "
+        f"{config.train.steps - config.salt.kd_steps:,} LM steps take {take('salt')}; "
+        f"{config.train.steps:,} plain steps {take('baseline')}: "
         f"{found['salt_h'] / found['baseline_h'] - 1:+.1%}. The teacher's own training is not "
         "counted."
     )
     if plan.steps_saved is not None:
         text += (
             f"\nIf SALT needs {plan.steps_saved:.0%} fewer steps (--steps-saved, not a claim): "
-            f"{found['fewer_steps_h']:,.1f} h, {found['fewer_steps_gpu_h']:,.0f} GPU hours, "
-            f"{found['fewer_steps_h'] / found['baseline_h'] - 1:+.1%}."
+            f"{take('fewer_steps')}, {found['fewer_steps_h'] / found['baseline_h'] - 1:+.1%}."
         )
     return text
 
 
-def memory_table(parts: Sequence[StageMemory]) -> str:
-    """GiB; columns that are zero everywhere are left out."""
+def memory_table(parts: Sequence[StageMemory], size: float) -> str:
+    """In units of so many bytes; columns that are zero everywhere are left out."""
     names = [field.name for field in dataclasses.fields(StageMemory)]
     names.remove("parameters")
     shown = [n for n in [*names, "total"] if any(getattr(part, n) for part in parts)]
     rows = [
-        [str(stage), f"{part.parameters:,}", *(f"{getattr(part, n) / GIB:.2f}" for n in shown)]
+        [str(stage), f"{part.parameters:,}", *(f"{getattr(part, n) / size:.2f}" for n in shown)]
         for stage, part in enumerate(parts)
     ]
     return markdown_table(["stage", "parameters", *(HEADINGS.get(n, n) for n in shown)], rows)
@@ -190,15 +202,17 @@ def steps_table(one: Estimate) -> str:
     """Seconds, overhead and idle share of every stage, of each placement."""
     steps = one.steps
     assert steps is not None
-    seconds = [s for s in (steps.kd_before_s, steps.kd_bubble_s, steps.lm_s) if s is not None]
+    seconds = [s for s in (steps.kd_before_s, steps.kd_bubble_s, steps.lm_s) if s and s > 0]
     rows = []
     for (name, timeline), step_s in zip(timelines(one).items(), seconds, strict=True):
         idle = " ".join(f"{share:.1%}" for share in idle_shares(timeline))
         rows.append([name, f"{step_s:.4g}", f"{step_s / steps.lm_s - 1:+.1%}", idle])
     if steps.kd_bound_s is not None:
         bound = steps.kd_bound_s
-        rows.insert(-1, ["  no placement can beat", f"{bound:.4g}",
-                         f"{bound / steps.lm_s - 1:+.1%}", ""])  # fmt: skip
+        rows.insert(2, ["  no placement can beat", f"{bound:.4g}",
+                        f"{bound / steps.lm_s - 1:+.1%}", ""])  # fmt: skip
+    if steps.lm is None:
+        rows = [[*row[:2], "-", row[3]] for row in rows]
     return markdown_table(["", "s", "against LM", "idle by stage"], rows)
 
 
@@ -213,25 +227,27 @@ def overheads_table(found: Sequence[Overheads]) -> str:
 
 def _describe_ranking(plan: PlanReport, ranking: Ranking) -> list[str]:
     rows = []
+    size, unit = unit_for(max((one.largest_bytes for one in ranking.listed), default=0), BYTE_UNITS)
+    span, time = unit_for(max((one.total_s for one in ranking.listed), default=0), TIME_UNITS)
     for place, one in enumerate(ranking.listed, start=1):
         layout, settings = one.sizes.layout, one.sizes.settings
-        hours = totals(plan, one)
         rows.append(
             [
                 f"{place}", f"{layout.tp_size}", f"{layout.pp_size}", f"{layout.dp_size}",
                 f"{settings.micro_batch_size}", f"{settings.num_micro_batches}",
-                f"{one.largest_bytes / GIB:.1f}", f"{one.lm_s:.4g}", f"{one.kd_s:.4g}",
-                f"{one.kd_s / one.lm_s - 1:+.1%}", f"{hours['salt_h']:,.1f}",
-                f"{hours['salt_gpu_h']:,.0f}", "" if one.steps else "closed form",
+                f"{one.largest_bytes / size:.1f}", f"{one.lm_s:.4g}", f"{one.kd_s:.4g}",
+                f"{one.kd_s / one.lm_s - 1:+.1%}", f"{one.total_s / span:,.1f}",
+                f"{one.total_s / span * layout.world_size:,.1f}",
+                "" if one.steps else "closed form",
             ]
         )  # fmt: skip
-    header = ["", "tp", "pp", "dp", "micro-batch", "number", "GiB", "LM s", "KD s", "KD against LM",
-              "run h", "GPU h", "times from"]  # fmt: skip
+    header = ["", "tp", "pp", "dp", "micro-batch", "number", unit, "LM s", "KD s", "KD against LM",
+              f"run, {time}", f"GPU {time}", "times from"]  # fmt: skip
     if all(one.steps for one in ranking.listed):
         header, rows = header[:-1], [row[:-1] for row in rows]
     counts = "".join(f"\n- {number}: {reason}" for reason, number in ranking.refused.items())
     return [
         f"The fastest of {ranking.num_fitting} layouts and micro-batch sizes that fit, one of "
-        f"each layout\n\n{markdown_table(header, rows)}",
+        f"each layout{', by computed times' * plan.measured}\n\n{markdown_table(header, rows)}",
         f"Refused{counts}" if counts else "Refused: none",
     ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
@@ -144,7 +144,8 @@ def hidden_exchange_s(sizes: Sizes, machine: Machine) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredTimes:
-    """Seconds that were measured, of the config's own layout; each replaces what is computed."""
+    """Seconds that were measured, of the config's own layout. They stand in the place of all that
+    is computed: a measured second is never held against a computed one."""
 
     forward_s: Sequence[float] | None = None
     """Of one micro-batch, by stage, in the LM phase."""
@@ -158,31 +159,33 @@ class MeasuredTimes:
     """Of a piece's hidden states to the last stage."""
     update_s: float | None = None
 
-    def applied_to(self, times: StepTimes, sizes: Sizes) -> StepTimes:
-        forward = self.forward_kd_s if sizes.teacher is not None else self.forward_s
-        changes: dict[str, object] = {}
-        for name, values in (("forward", forward), ("backward", self.backward_s)):
-            if values is None:
-                continue
-            if len(values) != sizes.layout.pp_size:
-                raise ValueError(
-                    f"measured times: {name} of {len(values)} stages, the config has "
-                    f"{sizes.layout.pp_size}: give one number for each"
-                )
-            changes[name] = list(values)
-        for name in ("transfer", "hidden_transfer", "update"):
-            if (value := getattr(self, f"{name}_s")) is not None:
-                changes[name] = value
-        if self.teacher_row_s is not None and sizes.teacher is not None:
-            pieces, num_layers = sizes.shape.pieces, sizes.teacher.model.num_layers
-            chunks, row_s = sizes.shape.chunk_bounds, self.teacher_row_s
+    def step_times(self, sizes: Sizes) -> StepTimes:
+        """Of a KD step, or of a plain one where `sizes` has no teacher. What a run does not trace,
+        `hidden_transfer_s` and `update_s`, counts nothing unless it is given.
 
-            def teacher(piece: int, chunk: int) -> float:
-                (start, stop), (first, end) = pieces[piece], chunks[chunk]
-                return row_s * (stop - start) * (end - first) / num_layers
+        Raises: ValueError naming what is missing.
+        """
+        pp_size, teacher = sizes.layout.pp_size, sizes.teacher
+        lists = ("forward_s" if teacher is None else "forward_kd_s", "backward_s")
+        single = ["teacher_row_s"] * (teacher is not None) + ["transfer_s"] * (pp_size > 1)
+        wrong = [name for name in lists if len(getattr(self, name) or ()) != pp_size]
+        if wrong := wrong + [name for name in single if getattr(self, name) is None]:
+            raise ValueError(
+                f"--measured: {', '.join(f'{name} is {getattr(self, name)}' for name in wrong)}: "
+                f"give seconds, by stage {pp_size} of them; nothing computed stands in for them"
+            )
+        forward, backward = (list(getattr(self, name)) for name in lists)
 
-            changes["teacher"] = teacher
-        return replace(times, **changes)  # type: ignore[arg-type]
+        def taught(piece: int, chunk: int) -> float:
+            assert teacher is not None and self.teacher_row_s is not None
+            (start, stop), (first, end) = sizes.shape.pieces[piece], sizes.shape.chunk_bounds[chunk]
+            return self.teacher_row_s * (stop - start) * (end - first) / teacher.model.num_layers
+
+        return StepTimes(
+            forward=forward, backward=backward, teacher=cache(taught),
+            transfer=self.transfer_s or 0.0, hidden_transfer=self.hidden_transfer_s or 0.0,
+            update=self.update_s or 0.0,
+        )  # fmt: skip
 
 
 def read_measured(path: str) -> MeasuredTimes:

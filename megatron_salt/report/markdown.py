@@ -19,7 +19,7 @@ from megatron_salt.report.runs import Arm, RunLog, find_teachers, group_by_label
 def write_report(
     runs: Sequence[RunLog], output: Path, *, title: str, teacher_run: RunLog | None = None
 ) -> str:
-    """Writes the Markdown report to `output` and its plots beside it; returns the main tables.
+    """Writes the Markdown report to `output`, its plots beside it; returns tables and warnings.
 
     The first of `runs` is the baseline. Runs with the same label are seeds of one arm; each is
     compared with the baseline of its seed. The plots are named after the report, so that several
@@ -28,16 +28,18 @@ def write_report(
     arms = group_by_label(runs)
     output.parent.mkdir(parents=True, exist_ok=True)
     teachers = find_teachers(runs, teacher_run)
-    seeds = tables.seeds_table(arms)
-    results = [] if seeds is None else [seeds]
-    results.append(tables.results_table(arms, teachers, teacher_run))
+    main = tables.results_table(arms, teachers, teacher_run)
+    found = (tables.seeds_table(arms), main, tables.datasets_table(arms))
+    results = [table for table in found if table is not None]
+    notes = tables.held_out_notes(arms, teacher_run)
     crossings = tables.crossing_table(arms)
     images = _write_plots(arms, teachers, output)
     settings = tables.settings_table(arms)
     sections = [
         f"# {title}",
-        _what_is_compared(arms, runs),
+        _what_is_compared(arms),
         _caution(arms),
+        *notes,
         "## Results",
         *results,
         f"![Held-out loss against steps]({images['heldout-steps']})",
@@ -57,7 +59,7 @@ def write_report(
         f"This report was written on: {describe_machine()}.",
     ]
     output.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
-    return "\n\n".join([*results, crossings])
+    return "\n\n".join([*results, crossings, *notes])
 
 
 def _write_plots(
@@ -87,15 +89,15 @@ def _save(figure: Figure, path: Path) -> None:
     small.save(path, optimize=True)
 
 
-def _what_is_compared(arms: Sequence[Arm], runs: Sequence[RunLog]) -> str:
+def _what_is_compared(arms: Sequence[Arm]) -> str:
     return (
         f"The baseline is *{arms[0].label}*. Losses are held-out nats per token, measured on "
-        f"{_describe_heldout(runs)}. Training seconds are those of the steps: the teacher's "
-        f"forwards are in them; evaluations, checkpoints and the teacher's own training are not. "
-        f"Each phase is counted as its number of steps times its median step time. The plain sum "
-        f"of the step times stands beside it: on a shared machine a few slow steps change it. "
-        f"*KD* is the first phase, with the teacher (or, at `salt.kd_weight` 0, with its selection "
-        f"of the data alone), *LM* the rest."
+        f"{arms[0].runs[0].final.num_tokens:,} tokens. Training seconds are those of the steps: "
+        f"the teacher's forwards are in them; evaluations, checkpoints and the teacher's own "
+        f"training are not. Each phase is counted as its number of steps times its median step "
+        f"time. The plain sum of the step times stands beside it: on a shared machine a few slow "
+        f"steps change it. *KD* is the first phase, with the teacher (or, at `salt.kd_weight` 0, "
+        f"with its selection of the data alone), *LM* the rest."
     )
 
 
@@ -125,17 +127,6 @@ def _how_crossings_are_found(baseline: Arm) -> str:
         f"and the one before; seconds are the training seconds at that step. Savings are relative "
         f"to {whose}, to which the same rule applies; a negative saving is a loss."
     )
-
-
-def _describe_heldout(runs: Sequence[RunLog]) -> str:
-    """How many held-out tokens were used; loud when the runs were not measured on equally many."""
-    sizes = {run.label: sorted({e.num_tokens for e in run.evaluations}) for run in runs}
-    if len({size for some in sizes.values() for size in some}) == 1:
-        return f"{runs[0].final.num_tokens:,} tokens"
-    listed = "; ".join(
-        f"{label}: {', '.join(f'{size:,}' for size in some)}" for label, some in sizes.items()
-    )
-    return f"**unequal numbers of tokens ({listed}), so the losses may not be comparable**"
 
 
 def describe_machine() -> str:

@@ -13,12 +13,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from megatron_salt.report.runs import Arm, RunLog, baseline_of, find_crossing
+from megatron_salt.files.markdown import TIME_UNITS, unit_for
+from megatron_salt.report.runs import Arm, RunLog, baseline_of, find_crossing, marked, same_text
 
-# Okabe and Ito's colours, told apart with any kind of colour vision; the baseline is always grey.
+# Okabe and Ito's colours, told apart with any kind of colour vision, and two of Tol's; the baseline
+# is always grey.
 BASELINE_COLOUR = "#555555"
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 PLOT_STYLE: dict[Any, Any] = {
     "axes.grid": True, "axes.spines.right": False, "axes.spines.top": False,
     "axes.titlesize": "medium", "figure.constrained_layout.use": True, "figure.dpi": 110,
@@ -31,7 +33,8 @@ def _styled(arms: Sequence[Arm]) -> Iterator[tuple[RunLog, dict[str, Any]]]:
     """Every run with its style; of an arm's seeds the first has the label, for the legend."""
     for index, arm in enumerate(arms):
         for number, run in enumerate(arm.runs):
-            label = arm.label if number == 0 else "_nolegend_"
+            name = marked(arm.label, run, baseline_of(run, arms[0]))
+            label = name if number == 0 else "_nolegend_"
             width = {} if len(arm.runs) == 1 else {"linewidth": 1.1}
             yield run, _style(index) | width | {"label": label}
 
@@ -48,17 +51,11 @@ def _style(index: int) -> dict[str, Any]:
     }
 
 
-def _time_unit(longest_s: float) -> tuple[float, str]:
-    if longest_s <= 600:
-        return 1.0, "s"
-    return (60.0, "min") if longest_s <= 4 * 3600 else (3600.0, "h")
-
-
 def plot_heldout(arms: Sequence[Arm], teachers: Mapping[str, float], *, by_time: bool) -> Figure:
     """Held-out nats/token against steps or training time: the whole of it, and the end enlarged."""
     runs = [run for arm in arms for run in arm.runs]
     targets = [run.final.ce_nats for run in arms[0].runs]
-    scale, unit = _time_unit(max(run.median_s[-1] for run in runs))
+    scale, unit = unit_for(max(run.median_s[-1] for run in runs), TIME_UNITS)
     figure = Figure(figsize=(10, 4.6))
     axes = figure.subplots(1, 2)
     for run, style in _styled(arms):
@@ -69,7 +66,7 @@ def plot_heldout(arms: Sequence[Arm], teachers: Mapping[str, float], *, by_time:
         for ax in axes:
             ax.plot(x, y, **style)
             _mark_phase_end(ax, run, style, run.median_s / scale if by_time else None)
-        if crossing is not None and run is not baseline:
+        if crossing is not None and run is not baseline and same_text(run, baseline):
             at = crossing.median_s / scale if by_time else crossing.step
             axes[1].scatter(
                 at, baseline.final.ce_nats, s=170 if len(targets) == 1 else 90, marker="*",
@@ -132,6 +129,8 @@ def _legend_below(figure: Figure, ax: Axes, runs: Sequence[RunLog], more: Sequen
     longest = max(len(str(handle.get_label())) for handle in handles)
     characters = 11 * figure.get_figwidth()
     columns = min(len(handles), max(1, int(characters // (longest + 7))))
+    # Its rows, but for one, are added to the figure: the axes stay as they are.
+    figure.set_figheight(figure.get_figheight() + 0.2 * ((len(handles) - 1) // columns))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 
@@ -140,13 +139,15 @@ def plot_kd_weight(arms: Sequence[Arm]) -> Figure:
     figure = Figure(figsize=(8, 3.8))
     ax = figure.subplots()
     for run, style in _styled(arms):
-        # Schedules often coincide: earlier arms are wider, so that they show beneath later ones.
-        above = next(index for index, arm in enumerate(reversed(arms)) if run in arm.runs)
-        x = np.arange(1, run.num_steps + 1)
-        ax.plot(x, run.kd_weight, **style | {"marker": "", "linewidth": min(1.5 + above, 5.0)})
+        # Schedules often coincide: the arms' markers take turns, so that all of them show.
+        turn = next(place for place, arm in enumerate(arms) if run in arm.runs) / len(arms)
+        every = max(1, run.num_steps // 5)
+        style |= {"markevery": (int(turn * every), every), "markersize": 6}
+        x = np.arange(run.num_steps + 1)
+        ax.plot(x, [*run.kd_weight, run.kd_weight[-1]], drawstyle="steps-post", **style)
         _mark_phase_end(ax, run, style)
     ax.set_xlabel("training step")
-    ax.set_ylabel("kd_weight (share of the KL term)")
+    ax.set_ylabel("weight w of the KL term")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_ylim(bottom=-0.02 * max(1.0, ax.get_ylim()[1]))
     _legend_below(figure, ax, [run for arm in arms for run in arm.runs], [])

@@ -9,7 +9,7 @@ Evaluations describe the model after their step; step 0 is the initial model.
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 STEP_KEYS = ("phase", "ce_nats", "kl_nats", "kd_weight", "loss", "lr", "grad_norm", "tokens",
              "step_time_s", "tokens_per_s", "teacher_time_s")  # fmt: skip
 VALID_KEYS = ("valid_ce_nats", "valid_accuracy", "valid_tokens")
+BY_DATASET = f"{VALID_KEYS[0]}/"
 
 # Where a run keeps its own files: it differs between all runs and says nothing about them.
 OWN_FOLDERS = ("train.output_dir", "data.cache_path")
@@ -35,6 +36,8 @@ class HeldOutPoint:
     accuracy: float
     num_tokens: int
     teacher_ce_nats: float | None
+    by_dataset: Mapping[str, float]
+    """Nats per token of each held-out dataset; empty where there is only one."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,6 +54,8 @@ class RunLog:
     evaluations: tuple[HeldOutPoint, ...]
     settings: Mapping[str, Any]
     """Of config.json, and of deepspeed.json under `deepspeed.`; empty where neither file is."""
+    held_out: str | None
+    """Fingerprint of the held-out samples; None: no checkpoint is there to say it."""
 
     @property
     def num_steps(self) -> int:
@@ -81,6 +86,12 @@ class RunLog:
             if phase.any():
                 steady_s[phase] = np.median(self.step_time_s[phase])
         return np.concatenate([[0.0], np.cumsum(steady_s)])
+
+    @property
+    def held_out_text(self) -> str:
+        """On what it was measured: two runs' losses can be compared where these are alike."""
+        sizes = sorted({f"{evaluation.num_tokens:,}" for evaluation in self.evaluations})
+        return f"{self.held_out or 'fingerprint unknown'}, {' and '.join(sizes)} tokens"
 
     @property
     def seed(self) -> int | None:
@@ -158,6 +169,7 @@ def load_run(directory: Path, label: str | None = None) -> RunLog:
         evaluations=evaluations,
         settings=_read_settings(directory / "config.json")
         | _read_settings(directory / "deepspeed.json", "deepspeed."),
+        held_out=_read_held_out(directory),
     )
 
 
@@ -242,7 +254,19 @@ def _read_evaluation(row: Mapping[str, Any], where: str) -> HeldOutPoint | None:
     return HeldOutPoint(
         step=int(row["step"]), ce_nats=ce_nats, accuracy=accuracy, num_tokens=int(num_tokens),
         teacher_ce_nats=_number(row, "teacher_valid_ce_nats", where, nullable=True),
+        by_dataset={
+            key.removeprefix(BY_DATASET): value for key in row if key.startswith(BY_DATASET)
+            if (value := _number(row, key, where, nullable=True)) is not None
+        },
     )  # fmt: skip
+
+
+def _read_held_out(directory: Path) -> str | None:
+    """From the manifest of the newest checkpoint with an evaluation, read as it is: the room that
+    knows checkpoints imports torch, and weights need not be there any more."""
+    manifests = sorted(directory.glob("checkpoints/step_*/manifest.json"), reverse=True)
+    found = (_read_settings(path).get("model.evaluation.data") for path in manifests)
+    return next((str(one) for one in found if one is not None), None)
 
 
 def _read_settings(path: Path, prefix: str = "") -> dict[str, Any]:
@@ -275,6 +299,18 @@ def different_settings(runs: Sequence[RunLog]) -> list[str]:
         if name not in OWN_FOLDERS
         and any(settings.get(name) != known[0].get(name) for settings in known[1:])
     ]
+
+
+def same_text(run: RunLog, other: RunLog) -> bool:
+    """Whether held-out losses of two runs may be compared, as far as the runs say it."""
+    if run.held_out is None or other.held_out is None:
+        run, other = replace(run, held_out=None), replace(other, held_out=None)
+    return run.held_out_text == other.held_out_text
+
+
+def marked(name: str, run: RunLog, baseline: RunLog) -> str:
+    """The run's name, with a dagger where its held-out text is not the baseline's."""
+    return name if same_text(run, baseline) else f"{name} †"
 
 
 def group_by_label(runs: Sequence[RunLog]) -> list[Arm]:
@@ -341,14 +377,14 @@ def find_teachers(runs: Sequence[RunLog], teacher_run: RunLog | None) -> dict[st
     """Held-out nats/token of the teachers, by label; runs that share a teacher share an entry.
 
     A measurement within a run is preferred to the end of the teacher's own run, because it is made
-    on the same held-out tokens.
+    on the same held-out tokens. On other text than the first run's neither counts.
     """
     distinct: list[tuple[str, float]] = []
-    for run in runs:
+    for run in (each for each in runs if same_text(each, runs[0])):
         ce_nats = run.teacher_ce_nats
         if ce_nats is not None and all(abs(ce_nats - seen) > 1e-4 for _, seen in distinct):
             distinct.append((run.label, ce_nats))
-    if not distinct and teacher_run is not None:
+    if not distinct and teacher_run is not None and same_text(teacher_run, runs[0]):
         return {"teacher": teacher_run.final.ce_nats}
     if len(distinct) == 1:
         return {"teacher": distinct[0][1]}

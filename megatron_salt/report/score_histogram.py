@@ -15,6 +15,10 @@ from megatron_salt.files.disk import atomic_path
 from megatron_salt.report.plots import BASELINE_COLOUR, COLOURS, PLOT_STYLE
 
 HISTOGRAM_BINS = 80
+IN_WORDS = {
+    "median": "median loss", "mean": "mean loss", "entropy": "mean entropy", "drop": "kept tokens",
+    "zero": "all tokens, those not kept as 0", "all": "all tokens",
+}  # fmt: skip
 
 
 def write_score_histogram(path: Path, tables: Mapping[str, SequenceTable], score: str) -> None:
@@ -50,7 +54,11 @@ def plot_scores(tables: Mapping[str, SequenceTable], score: str) -> Figure:
         ax.set_axisbelow(True)  # the grid behind the bars
         ax.set_ylabel("sequences")
         ax.legend()
-    panels[-1].set_xlabel(f"{score} (nats)" + ("; the outermost bars hold the rest" if cut else ""))
+    kind, masked = score.removeprefix("difference of ").split("_")
+    words = f"{IN_WORDS[kind]} of {IN_WORDS[masked]} (nats)"
+    if score.startswith("difference"):
+        words = f"reference model's less the tagging model's {words}"
+    panels[-1].set_xlabel(words + ("; the outermost bars hold the rest" if cut else ""))
     return figure
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from megatron_salt.files.markdown import markdown_table
 from megatron_salt.report import runs
-from megatron_salt.report.runs import Arm, RunLog, baseline_of, find_crossing
+from megatron_salt.report.runs import Arm, RunLog, baseline_of, find_crossing, marked, same_text
 
 
 def _table(rows: Sequence[Mapping[str, str]]) -> str:
@@ -22,7 +22,8 @@ def _named_runs(arms: Sequence[Arm]) -> Iterator[tuple[str, RunLog, RunLog]]:
     """Every run with its name in the tables and the baseline that it is compared with."""
     for arm in arms:
         for run in arm.runs:
-            yield arm.name_of(run), run, baseline_of(run, arms[0])
+            baseline = baseline_of(run, arms[0])
+            yield marked(arm.name_of(run), run, baseline), run, baseline
 
 
 def results_table(
@@ -36,6 +37,8 @@ def results_table(
     def ahead(run: RunLog) -> str:
         if len(teachers) != 1:
             return ""
+        if not same_text(run, baseline_of(run, arms[0])):
+            return "-"
         crossing = find_crossing(run, next(iter(teachers.values())))
         return f"{crossing.evaluation_step}" if crossing is not None else "never"
 
@@ -57,8 +60,44 @@ def results_table(
     for label, ce_nats in teachers.items():
         rows.append({"run": f"*{label}*", "final nats/token": f"{ce_nats:.4f}"})
     if teacher_run is not None:
-        rows.append(row(f"*{teacher_run.label}, its own run*", teacher_run))
+        name = f"*{teacher_run.label}, its own run*"
+        rows.append(row(marked(name, teacher_run, arms[0].runs[0]), teacher_run))
     return _table(rows)
+
+
+def datasets_table(arms: Sequence[Arm]) -> str | None:
+    """Final losses on each held-out dataset; None where no run has several."""
+    names = dict.fromkeys(name for _, run, _ in _named_runs(arms) for name in run.final.by_dataset)
+
+    def cell(name: str, run: RunLog, baseline: RunLog) -> str:
+        own, other = (each.final.by_dataset.get(name) for each in (run, baseline))
+        if own is None or other is None or run is baseline:
+            return "" if own is None else f"{own:.4f}"
+        return f"{own:.4f} ({f'{own - other:+.4f}' if same_text(run, baseline) else '-'})"
+
+    header = ["run", *(f"{name}, nats/token (minus the baseline's)" for name in names)]
+    rows = [[label, *(cell(name, *both) for name in names)] for label, *both in _named_runs(arms)]
+    return markdown_table(header, rows) if names else None
+
+
+def held_out_notes(arms: Sequence[Arm], teacher_run: RunLog | None) -> list[str]:
+    """Which runs were not, or may not have been, measured on their baseline's held-out text."""
+    named = list(_named_runs(arms))
+    if teacher_run is not None:
+        pair = teacher_run, arms[0].runs[0]
+        named.append((marked(teacher_run.label, *pair), *pair))
+    notes = [
+        f"**{name}: other held-out text** ({run.held_out_text}) than the baseline's "
+        f"({baseline.held_out_text}): losses cannot be compared, what would follow is given as -."
+        for name, run, baseline in named
+        if not same_text(run, baseline)
+    ]
+    if unknown := ", ".join(name for name, run, _ in named if run.held_out is None):
+        notes.append(
+            f"**Held-out text not checked**: no checkpoint says on which text {unknown} was "
+            f"measured; losses on different text cannot be compared."
+        )
+    return notes
 
 
 def seeds_table(arms: Sequence[Arm]) -> str | None:
@@ -73,7 +112,9 @@ def seeds_table(arms: Sequence[Arm]) -> str | None:
             "final nats/token": _spread([run.final.ce_nats for run, _ in pairs], "{:.4f}"),
             "minus the baseline's": "", "step saving": "", "time saving": "",
         }  # fmt: skip
-        if arm is not arms[0]:
+        if other := [pair for pair in pairs if not same_text(*pair)]:
+            row |= {next(iter(row)): marked(arm.label, *other[0])} | dict.fromkeys([*row][3:], "-")
+        elif arm is not arms[0]:
             differences = [run.final.ce_nats - other.final.ce_nats for run, other in pairs]
             row["minus the baseline's"] = _spread(differences, "{:+.4f}")
             savings = [saving for pair in pairs if (saving := _savings(*pair)) is not None]
@@ -113,8 +154,9 @@ def crossing_table(arms: Sequence[Arm]) -> str:
         crossing = find_crossing(run, baseline.final.ce_nats)
         own = find_crossing(baseline, baseline.final.ce_nats)
         assert own is not None  # its last evaluation is there
-        if crossing is None:
-            rows.append([name, "not reached", "not reached", "", "not reached", "", "", ""])
+        if crossing is None or not same_text(run, baseline):
+            never = "not reached" if same_text(run, baseline) else "-"
+            rows.append([name, never, never, "", never, "", "", ""])
             continue
         row = [name, f"{crossing.evaluation_step}"]
         for measure, form in (("step", ".1f"), ("median_s", ",.1f"), ("summed_s", ",.1f")):
@@ -157,24 +199,34 @@ def step_time_table(arms: Sequence[Arm]) -> str:
 
 def settings_table(arms: Sequence[Arm]) -> str | None:
     """The settings that differ between the runs; None where none does, or none is known."""
-    names = runs.different_settings([run for arm in arms for run in arm.runs])
+    every = [run for arm in arms for run in arm.runs]
+    names = runs.different_settings(every)
+    if len({frozenset(run.seed for run in arm.runs) for arm in arms}) == 1:
+        names = [name for name in names if name != "train.seed"]
     if not names:
         return None
+    depths = {name: _depth([r.settings.get(name) for r in every if r.settings]) for name in names}
     rows = []
     for arm in arms:
         known = [run.settings for run in arm.runs if run.settings]
         row = {"run": arm.label}
         for name in names:
-            values = dict.fromkeys(_setting(settings.get(name)) for settings in known)
-            row[f"`{name}`"] = ", ".join(values)
+            cells = [_setting(settings.get(name), depths[name]) for settings in known]
+            row[f"`{name}`"] = ", ".join(dict.fromkeys(cells))
         rows.append(row)
     return _table(rows)
 
 
-def _setting(value: Any) -> str:
-    """A setting as a cell: of paths the last part, because a report names no folders."""
+def _setting(value: Any, depth: int) -> str:
+    """A setting as a cell: of paths the last parts."""
     if isinstance(value, list):
-        return " ".join(_setting(item) for item in value) or "none"
+        return " ".join(_setting(item, depth) for item in value) or "none"
     if value is None:
         return "none"
-    return PurePath(value).name if isinstance(value, str) else str(value)
+    return "/".join(PurePath(value).parts[-depth:]) if isinstance(value, str) else str(value)
+
+
+def _depth(values: Sequence[Any]) -> int:
+    """How many last parts of paths tell them apart: as few as do, a report names no folders."""
+    told_apart = [len({_setting(value, depth) for value in values}) for depth in range(1, 10)]
+    return 1 + told_apart.index(max(told_apart))

@@ -36,7 +36,7 @@ def draw_timelines(
     longest = max(timeline.step_time for timeline in timelines.values()) * scale
     rows = [len(timeline.spans) for timeline in timelines.values()]
     with rc_context(PLOT_STYLE | {"axes.grid": False}):
-        figure = Figure(figsize=(12, 0.9 + sum(0.55 + 0.26 * number for number in rows)))
+        figure = Figure(figsize=(12, 1.1 + sum(0.55 + 0.26 * number for number in rows)))
         parts = figure.subplots(
             len(rows), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": rows}
         )
@@ -48,7 +48,7 @@ def draw_timelines(
         handles = [Patch(color=OP_COLOURS[kind], label=label) for kind, label in LABELS.items()]
         handles.append(Patch(color=UPDATE_COLOUR, label="gradient reduction and optimizer"))
         handles.append(Patch(color=IDLE_COLOUR, label="idle, or sending and receiving"))
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+        figure.legend(handles=handles, loc="outside lower center", ncols=3)
         figure.savefig(path)
 
 

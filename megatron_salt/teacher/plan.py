@@ -96,10 +96,15 @@ class TeacherPlan:
     placement: Placement | None
     """Where in the pipeline's step; None: everything before the student's step."""
 
+    @property
+    def work(self) -> str:
+        """For people: `1 piece of 16 rows`."""
+        counts = {"piece": len(self.pieces), "row": self.pieces[0][1] - self.pieces[0][0]}
+        return " of ".join(f"{n} {what}{'s' * (n != 1)}" for what, n in counts.items())
+
     def describe(self, costs: str) -> str:
         """For people: when the teacher works, and what that should cost by these `costs`."""
-        rows = self.pieces[0][1] - self.pieces[0][0]
-        work = f"{len(self.pieces)} pieces of {rows} rows for each replica"
+        work = f"{self.work} for each replica"
         if self.placement is None:
             return f"{work}, all at once"
         counts = [sum(map(len, ranks)) for ranks in self.pieces_of]

@@ -5,17 +5,21 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib.util
+import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from commands import ROOT
 from evaluation_keys import STUDENT_KEYS, TEACHER_KEYS
 
 from megatron_salt.checkpoint.manifest import CheckpointManifest, ModelRecord, RunRecord
 from megatron_salt.config.deepspeed import KNOWN_KEYS, REFUSED_KEYS
-from megatron_salt.config.fields import KEYS
+from megatron_salt.config.fields import KEYS, ModelConfig
+from megatron_salt.model.weights import num_parameters
 from megatron_salt.report.runs import STEP_KEYS, VALID_KEYS
 
 DOCS = ROOT / "docs"
@@ -36,6 +40,7 @@ def script(name: str) -> Any:
     spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look for their own
     spec.loader.exec_module(module)
     return module
 
@@ -125,6 +130,52 @@ def prose() -> dict[str, str]:
         texts = re.findall(r'"""(.*?)"""', source, re.DOTALL) + re.findall(r"#(.*)", source)
         found[str(path.relative_to(ROOT))] = "\n".join(texts)
     return found
+
+
+def test_numbers_of_the_quickstart_are_those_of_its_configs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What docs/method.md says of the quick start, looked up where it is set."""
+    quickstart = script("../examples/quickstart/run")
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    seeds = quickstart.parse_arguments().seeds
+    configs = ROOT / quickstart.CONFIGS
+    student, teacher = (
+        yaml.safe_load((configs / name).read_text(encoding="utf-8"))
+        for name in ("tiny.yaml", "tiny_slm.yaml")
+    )
+    deepspeed = json.loads((ROOT / quickstart.DEEPSPEED).read_text(encoding="utf-8"))
+    steps, early = quickstart.STEPS, quickstart.TEACHER_STEPS["weak"]
+    rows = steps * deepspeed["train_batch_size"]
+    times_as_long, rest = divmod(quickstart.TEACHER_STEPS["strong"], early)
+    words = ("no", "one", "two", "three", "four", "five")
+    assert (steps, early, rest) == (student["train"]["steps"], teacher["train"]["steps"], 0)
+    text = " ".join(text_of("method.md").split())
+    for phrase in (
+        f"a {teacher['model']['num_layers']}-layer teacher and a "
+        f"{student['model']['num_layers']}-layer student",
+        f"on {words[quickstart.CORPUS_BYTES // 10**6]} megabytes of Python source",
+        f"trains the teacher {words[times_as_long]} times as long",
+        f"{words[seeds].capitalize()} seeds of the student",
+        f"The models see {rows * student['data']['seq_length'] / 1000:.0f} thousand tokens",
+    ):
+        assert phrase in text, phrase
+    assert ("was trained on as many as the student" in text) == (steps == early)
+    hint = (configs / "tiny.yaml").read_text(encoding="utf-8")
+    assert f"--salt.kd_steps {quickstart.KD_STEPS}`" in hint
+
+
+def test_the_cost_of_a_kd_step_is_that_of_the_papers_models() -> None:
+    """N_T / (3 N_S), by the parameters of the example configs."""
+    sizes = []
+    for name in ("paper_1.5b_teacher", "paper_2.8b_student"):
+        text = (ROOT / "examples/configs" / f"{name}.yaml").read_text(encoding="utf-8")
+        model = ModelConfig(**yaml.safe_load(text)["model"])
+        sizes.append(num_parameters(model, 32_000, yaml.safe_load(text)["data"]["seq_length"]))
+    (teacher, small), (student, large) = ((n, f"{n / 1e9:.1f} B") for n in sizes)
+    share = teacher / (3 * student)
+    phrase = f"more than a plain one, {100 * share:.0f} % for {small} and {large}"
+    assert phrase in " ".join(text_of("method.md").split())
 
 
 def test_every_name_in_backticks_exists() -> None:

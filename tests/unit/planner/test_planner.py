@@ -29,9 +29,10 @@ from megatron_salt.planner.estimate import (
 )
 from megatron_salt.planner.inputs import PlannerInputs, read_inputs
 from megatron_salt.planner.memory import hidden_state_bytes, model_states, stage_memory
-from megatron_salt.planner.output import as_dict, describe_plan, timelines
+from megatron_salt.planner.output import PlanReport, as_dict, describe_plan, timelines
 from megatron_salt.planner.sizes import Sizes, TeacherSize
 from megatron_salt.report.timeline import draw_timelines
+from megatron_salt.teacher.plan import TeacherPlan
 
 H100 = hardware.Machine(gpu=hardware.GPUS["h100"], network_gb_s=50.0)
 # Equal stages: no head to speak of.
@@ -157,20 +158,8 @@ def test_a_pipeline_sends_hidden_states_over_the_network(tmp_path: Path) -> None
     assert partitioned.transfer == pytest.approx(found.transfer / 2 + gathered)
 
 
-def test_measured_times_replace_computed_ones(tmp_path: Path) -> None:
-    sizes = at(inputs_of(tmp_path, 2), 1, 2, 1)
+def test_measured_times_are_read(tmp_path: Path) -> None:
     path = tmp_path / "measured.json"
-    values = {"backward_s": [3.0, 4.0], "teacher_row_s": 8.0, "update_s": 0.5}
-    path.write_text(json.dumps(values))
-    computed = times.step_times(sizes, H100)
-    found = times.read_measured(str(path)).applied_to(computed, sizes)
-    assert found.backward == [3.0, 4.0] and found.update == 0.5
-    assert found.forward == computed.forward and found.transfer == computed.transfer
-    whole = sum(found.teacher(0, chunk) for chunk in range(len(sizes.shape.chunk_bounds)))
-    assert whole == pytest.approx(8.0)
-    with pytest.raises(ValueError, match="backward of 2 stages, the config has 1"):
-        other = at(inputs_of(tmp_path, 2), 1, 1, 2)
-        times.read_measured(str(path)).applied_to(computed, other)
     for text, message in (
         ('{"backwards_s": [1]}', "Did you mean 'backward_s'"),
         ('{"update_s": -1}', "expected seconds"),
@@ -180,6 +169,81 @@ def test_measured_times_replace_computed_ones(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             times.read_measured(str(path))
+
+
+# As a run with a teacher writes them: slow enough that nothing computed could be their equal.
+OF_A_RUN = {"forward_kd_s": [2.0, 5.0], "backward_s": [4.0, 7.0], "teacher_row_s": 8.0,
+            "transfer_s": 0.5}  # fmt: skip
+
+
+def measured_plan(folder: Path, values: dict[str, Any]) -> PlanReport:
+    sizes = {f"parallel__{axis}_model_parallel_size": 2 for axis in ("tensor", "pipeline")}
+    inputs = inputs_of(folder, 4, **sizes)
+    (folder / "measured.json").write_text(json.dumps(values))
+    measured = times.read_measured(str(folder / "measured.json"))
+    return command.plan_run(inputs, H100, measured=measured)
+
+
+def test_measured_times_stand_for_all_computed_ones(tmp_path: Path) -> None:
+    plan = measured_plan(tmp_path, {**OF_A_RUN, "forward_s": [2.0, 3.0]})
+    assert plan.own is not None and plan.own.steps is not None
+    num, steps = plan.own.sizes.settings.num_micro_batches, plan.own.steps
+    # 1F1B by hand: the last stage is the slowest, the first begins and ends the step.
+    assert steps.lm_s == pytest.approx(
+        2 + 0.5 + num * (3 + 7) + (num - 1) * 0.5 * 2 + 0.5 + 4, rel=0.1
+    )
+    found = times.MeasuredTimes(**OF_A_RUN).step_times(plan.own.sizes)
+    whole = sum(found.teacher(0, chunk) for chunk in range(len(plan.own.sizes.shape.chunk_bounds)))
+    assert (whole, found.update, found.hidden_transfer) == (pytest.approx(8.0), 0.0, 0.0)
+    assert (found.forward, found.backward, found.transfer) == ([2.0, 5.0], [4.0, 7.0], 0.5)
+    slow = replace(H100, efficiency=1e-9, link_efficiency=1e-9)
+    measured = times.MeasuredTimes(**OF_A_RUN, forward_s=[2.0, 3.0])
+    assert simulated(plan.own.sizes, slow, measured) == steps  # no figure of the machine is in it
+    text = describe_plan(plan)
+    assert (
+        "A step, measured" in text and "by computed times" in text and "No plain step" not in text
+    )
+
+
+def test_a_runs_own_file_is_compared_with_no_plain_step(tmp_path: Path) -> None:
+    """The head of the teacher is in forward_kd_s: what a plain step takes does not follow."""
+    plan = measured_plan(tmp_path, OF_A_RUN)
+    text, values = describe_plan(plan), as_dict(plan)
+    assert "No plain step to compare with: --measured has no forward_s" in text
+    assert f"give forward of an LM step / {64 * 1000} as forward_s" in text
+    table = text[text.index("A step, measured") :].split("\n\n")[1]
+    rows = {line.split("|")[1].strip(): line.split("|")[3].strip() for line in table.splitlines()}
+    assert rows.pop("") == "against LM" and rows.pop(next(n for n in rows if n.startswith("--")))
+    assert rows == dict.fromkeys(
+        ["KD, teacher before the step", "KD, teacher in the bubbles", "no placement can beat"], "-"
+    )
+    assert values["own"]["lm_step_s"] is None and values["own"]["run"] is None
+    assert json.loads(json.dumps(values, allow_nan=False)) == values
+    assert plan.own is not None and list(timelines(plan.own)) == list(rows)[:2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"forward_kd_s": None, "forward_s": [1.0, 2.0]}, "forward_kd_s is None"),
+        ({"teacher_row_s": None}, "teacher_row_s is None"),
+        ({"transfer_s": None}, "transfer_s is None"),
+        ({"backward_s": [3.0]}, r"backward_s is \[3.0\]: give seconds, by stage 2 of them"),
+    ],
+)
+def test_what_was_not_measured_is_not_computed(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    values = {name: value for name, value in {**OF_A_RUN, **change}.items() if value is not None}
+    with pytest.raises(ValueError, match=f"--measured: {message}"):
+        measured_plan(tmp_path, values)
+
+
+def test_one_piece_is_one_piece() -> None:
+    plan = TeacherPlan(pieces=[(0, 16)], pieces_of=[[range(1)]], num_chunks=1, placement=None)
+    assert plan.describe("") == "1 piece of 16 rows for each replica, all at once"
+    plan = replace(plan, pieces=[(0, 1), (1, 2)], pieces_of=[[range(2)]])
+    assert plan.work == "2 pieces of 1 row"
 
 
 # Steps
@@ -362,6 +426,21 @@ def test_the_plan_as_text_and_json(tmp_path: Path) -> None:
     assert values[0]["ranking"]["listed"][0]["fits"]
 
 
+def test_small_runs_have_small_units(tmp_path: Path) -> None:
+    plan = command.plan_run(inputs_of(tmp_path, 2, parallel__pipeline_model_parallel_size=2), H100)
+    assert plan.own is not None and plan.own.largest_bytes < 2**20 and plan.own.total_s < 1
+    text = describe_plan(plan)
+    assert f"{plan.own.largest_bytes / 2**10:.1f} of {H100.usable_bytes / 2**10:,.1f} KiB" in text
+    assert "Memory of a rank in the KD phase, KiB" in text and " MiB |" in text
+    span_ms = 1000 * plan.own.total_s
+    assert (
+        f"take {span_ms:.1f} ms, {2 * span_ms:.1f} GPU ms;" in text and "run, ms | GPU ms" in text
+    )
+    long = replace(plan.own, lm_s=100.0, kd_s=130.0)  # 2 KD steps of 5
+    text = describe_plan(replace(plan, own=long))
+    assert "take 9.3 min, 18.7 GPU min; 5 plain steps 8.3 min, 16.7 GPU min: +12.0%" in text
+
+
 def test_a_picture_of_the_steps(tmp_path: Path) -> None:
     sizes = at(inputs_of(tmp_path, 4), 1, 4, 1)
     drawn = timelines(full_estimate(sizes, H100))
@@ -440,6 +519,22 @@ def test_bad_input_is_refused(
     assert status in (1, 2)
     error_text = capsys.readouterr().err
     assert message in error_text and "Traceback" not in error_text
+
+
+def test_a_teacher_on_paper_needs_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import tools.plan
+
+    monkeypatch.chdir(ROOT)
+    words = ["--config", "examples/configs/tiny.yaml", "--deepspeed_config",
+             "examples/deepspeed/tiny.json", "--gpus", "1", "--gpu", "h100", "--vocab-size", "256",
+             "--salt.kd_steps", "60"]  # fmt: skip
+    with pytest.raises(SystemExit):
+        tools.plan.main(words)
+    assert "teacher.checkpoint is not set" in capsys.readouterr().err
+    assert tools.plan.main([*words, "--teacher-config", "examples/configs/tiny_slm.yaml"]) == 0
+    assert "60 KD and 140 LM steps" in capsys.readouterr().out
 
 
 def test_an_impossible_own_layout_leaves_the_ranking(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ import pytest
 from commands import ROOT
 from matplotlib.image import imread
 
-from megatron_salt.report import load_run, markdown, write_report
+from megatron_salt.report import load_run, markdown, plots, write_report
 from megatron_salt.report.markdown import describe_machine
-from megatron_salt.report.runs import find_crossing, find_teachers
+from megatron_salt.report.runs import find_crossing, find_teachers, group_by_label
 
 REPO = ROOT
 
@@ -75,10 +75,19 @@ def make_rows(
     return rows
 
 
-def write_run(directory: Path, rows: Sequence[dict[str, Any]]) -> Path:
+def write_run(
+    directory: Path, rows: Sequence[dict[str, Any]], held_out: str | None = "0123abcd"
+) -> Path:
+    """A run's folder; its last checkpoint names the held-out samples, unless that is None."""
     directory.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (directory / "metrics.jsonl").write_text(text)
+    for step, evaluation in ((50, "of an older evaluation"), (100, held_out)):
+        folder = directory / "checkpoints" / f"step_{step:08d}"
+        if held_out is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            manifest = {"model": {"evaluation": {"data": evaluation}}, "files": {}}
+            (folder / "manifest.json").write_text(json.dumps(manifest))
     return directory
 
 
@@ -272,6 +281,24 @@ def test_settings_that_are_alike_make_no_table(baseline: Path, salt: Path, tmp_p
     assert "## Settings" not in output.read_text()
 
 
+def test_paths_show_as_many_parts_as_tell_them_apart(
+    baseline: Path, salt: Path, tmp_path: Path
+) -> None:
+    for run, folder, tags in ((baseline, "a", "x/one"), (salt, "b", "x/two")):
+        data = {
+            "train_data_path": [0.5, f"{tmp_path}/{folder}/text"],
+            "tags": [f"{tmp_path}/{tags}"],
+        }
+        (run / "config.json").write_text(json.dumps({"data": data}))
+    output = tmp_path / "report.md"
+    write_report([load_run(baseline), load_run(salt)], output, title="T")
+    text = output.read_text()
+    settings = text[text.index("## Settings that differ") :]
+    assert table_row(settings, "plain") == ["0.5 a/text", "one"]
+    assert table_row(settings, "salt") == ["0.5 b/text", "two"]
+    assert str(tmp_path) not in text
+
+
 def write_seed(directory: Path, seed: int, heldout: dict[int, float], **options: Any) -> Path:
     write_run(directory, make_rows(heldout, **options))
     (directory / "config.json").write_text(json.dumps({"train": {"seed": seed}}))
@@ -304,8 +331,15 @@ def test_seeds_of_a_label_are_averaged_and_paired(seeds: list[Path], tmp_path: P
     ]
     assert table_row(results, "plain, seed 2")[0] == "3.2000"
     assert table_row(crossings, "SALT, seed 2")[1:3] == ["75.0", "25.0 %"]
+    # Every arm has the same seeds: they are no difference between the arms.
+    assert "## Settings that differ" not in (tmp_path / "report.md").read_text()
+
+
+def test_seeds_that_are_not_every_arms_are_a_setting(seeds: list[Path], tmp_path: Path) -> None:
+    runs = [load_run(seeds[0], "plain"), load_run(seeds[2], "A"), load_run(seeds[3], "B")]
+    write_report(runs, tmp_path / "report.md", title="T")
     settings = (tmp_path / "report.md").read_text()
-    assert table_row(settings[settings.index("## Settings that differ") :], "SALT") == ["1, 2"]
+    assert table_row(settings[settings.index("## Settings that differ") :], "B") == ["2"]
 
 
 def test_a_seed_that_does_not_get_there_is_not_averaged_away(
@@ -325,13 +359,80 @@ def test_seeds_without_a_baseline_of_theirs_are_refused(seeds: list[Path], tmp_p
         write_report(runs, tmp_path / "report.md", title="T")
 
 
-def test_unequal_heldout_sets_are_said_loudly(baseline: Path, tmp_path: Path) -> None:
-    other = write_run(tmp_path / "other", make_rows({100: 3.0}, valid_tokens=999))
-    write_report([load_run(baseline), load_run(other)], tmp_path / "report.md", title="T")
-    assert (
-        "**unequal numbers of tokens (plain: 1,000; other: 999)"
-        in (tmp_path / "report.md").read_text()
-    )
+OTHER_TEXT = (
+    ("beef", 1000, "beef, 1,000 tokens"),
+    (None, 999, "fingerprint unknown, 999 tokens"),
+)
+
+
+@pytest.mark.parametrize(("held_out", "number", "text"), OTHER_TEXT)
+def test_losses_on_other_text_are_not_compared(
+    baseline: Path, salt: Path, tmp_path: Path, held_out: str | None, number: int, text: str
+) -> None:
+    rows = make_rows({0: 6.0, 100: 2.0}, valid_tokens=number, teacher_ce=1.0)
+    other = load_run(write_run(tmp_path / "other", rows, held_out))
+    own = load_run(write_run(tmp_path / "slm", make_rows({100: 3.8}, valid_tokens=number), "beef"))
+    runs = [load_run(baseline), load_run(salt), other]
+    printed = write_report(runs, tmp_path / "report.md", title="T", teacher_run=own)
+    results, crossings, *notes = printed.split("\n\n")
+    assert table_row(results, "other †")[:2] == ["2.0000", "25.00 %"]
+    assert table_row(results, "other †")[3] == "-"
+    assert table_row(results, "salt")[3] == "50"
+    # Its own measurement of the teacher is not that of the others.
+    assert table_row(results, "*teacher*")[0] == "3.7500" and "teacher of" not in results
+    assert table_row(results, "*slm, its own run* †")[0] == "3.8000"
+    assert table_row(crossings, "other †") == ["-", "-", "", "-", "", "", ""]
+    assert table_row(crossings, "salt")[1] == "75.0"
+    where = "0123abcd, 1,000 tokens"
+    assert notes[0].startswith(f"**other †: other held-out text** ({text})")
+    assert f"the baseline's ({where})" in notes[0]
+    assert notes[1].startswith("**slm †: other held-out text** (beef")
+    written = (tmp_path / "report.md").read_text()
+    assert all(note in written[: written.index("## Results")] for note in notes)
+    assert [len(notes), "not checked" in printed] == ([3, True] if held_out is None else [2, False])
+
+
+def test_a_teachers_run_on_other_text_gives_no_loss(baseline: Path, tmp_path: Path) -> None:
+    own = load_run(write_run(tmp_path / "slm", make_rows({100: 3.8}), "beef"))
+    assert find_teachers([load_run(baseline)], own) == {}
+
+
+def test_text_that_cannot_be_checked_is_said(baseline: Path, tmp_path: Path) -> None:
+    other = write_run(tmp_path / "other", make_rows({100: 2.5}), held_out=None)
+    runs = [load_run(baseline), load_run(other)]
+    _, crossings, note = write_report(runs, tmp_path / "report.md", title="T").split("\n\n")
+    assert note.startswith("**Held-out text not checked**: no checkpoint says on which text other")
+    assert table_row(crossings, "other")[1] == "100.0"
+    manifest = baseline / "checkpoints" / "step_00000100" / "manifest.json"
+    manifest.write_text("{")
+    with pytest.raises(ValueError, match=r"manifest\.json:1: not JSON.*Restore or delete"):
+        load_run(baseline)
+
+
+def test_seeds_on_other_text_have_no_difference(seeds: list[Path], tmp_path: Path) -> None:
+    write_seed(tmp_path / "salt-2", 2, {0: 6.0, 100: 3.1}, kd_steps=40, valid_tokens=7)
+    labels = ("plain", "plain", "SALT", "SALT")
+    runs = [load_run(*pair) for pair in zip(seeds, labels, strict=True)]
+    means = write_report(runs, tmp_path / "report.md", title="T").split("\n\n")[0]
+    assert table_row(means, "SALT †")[2:] == ["-", "-", "-"]
+
+
+def test_losses_by_dataset_stand_beside_the_baselines(tmp_path: Path) -> None:
+    runs = []
+    for name, python, git in (("plain", 3.0, 4.0), ("salt", 2.5, 4.25), ("old", None, None)):
+        rows = make_rows({0: 6.0, 100: 3.0})
+        rows[0] |= {"valid_ce_nats/python": 9.0, "valid_ce_nats/git": None}
+        if python is not None:
+            rows[-1] |= {"valid_ce_nats/python": python, "valid_ce_nats/git": git}
+        runs.append(load_run(write_run(tmp_path / name, rows)))
+    _, table, _ = write_report(runs, tmp_path / "report.md", title="T").split("\n\n")
+    assert table_row(table, "run") == [
+        f"{name}, nats/token (minus the baseline's)" for name in ("python", "git")
+    ]
+    assert table_row(table, "plain") == ["3.0000", "4.0000"]
+    assert table_row(table, "salt") == ["2.5000 (-0.5000)", "4.2500 (+0.2500)"]
+    assert table_row(table, "old") == ["", ""]
+    assert table in (tmp_path / "report.md").read_text()
 
 
 def test_plots_exist_are_linked_and_show_something(
@@ -347,6 +448,37 @@ def test_plots_exist_are_linked_and_show_something(
         colours = pixels @ np.array([1 << 16, 1 << 8, 1])
         assert len(np.unique(colours)) > 20, name
         assert (colours == 0x0072B2).sum() > 50, f"{name} does not show the run in its colour"
+
+
+def test_eight_runs_can_be_told_apart(tmp_path: Path) -> None:
+    """Each has its own colour and marker, the axes keep their size below a tall legend, and curves
+    that are equal are marked in turn."""
+    names = ["plain", *(f"arm number {n}" for n in range(8))]
+    kd_steps = [0, *[40] * 8]
+    runs = [
+        load_run(write_run(tmp_path / name, make_rows({0: 6.0, 100: 3.0}, kd_steps=kd)))
+        for name, kd in zip(names, kd_steps, strict=True)
+    ]
+    heights, places = [], []
+    for count in (2, 9):
+        figure = plots.plot_kd_weight(group_by_label(runs[:count]))
+        figure.draw_without_rendering()
+        (ax,) = figure.axes
+        heights.append(ax.get_window_extent().height)
+        assert ax.yaxis.get_label().get_window_extent().y0 >= 0
+    lines = [line for line in ax.get_lines() if not str(line.get_label()).startswith("_")]
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 9
+    assert len({line.get_color() for line in lines}) == 9
+    assert heights[1] > 0.85 * heights[0]
+    for line in lines[1:]:
+        start, every = line.get_markevery()
+        places.append(set(range(start, 101, every)))
+        assert line.get_drawstyle() == "steps-post"
+        # Step 40 is the last one with a teacher, and the curve falls where it ends.
+        x, y = line.get_data()
+        assert (y[39], y[40]) == (0.5, 0.0) and x[40] == 40
+    assert not set.intersection(*places) and all(len(one) > 3 for one in places)
+    assert sum(map(len, places)) == len(set.union(*places))
 
 
 def test_equal_labels_are_refused(baseline: Path, tmp_path: Path) -> None:

@@ -265,7 +265,12 @@ def test_picture_holds_every_score_by_its_side(tmp_path: Path) -> None:
         )
     # One far score must not press all others into one bar.
     assert sum(bar.get_height() > 0 for bar in figure.axes[0].containers[1].patches) > 20
-    assert "outermost bars hold the rest" in figure.axes[1].get_xlabel()
+    label = "median loss of kept tokens (nats); the outermost bars hold the rest"
+    assert figure.axes[1].get_xlabel() == label
+    label = plot_scores(tables, "difference of mean_zero").axes[1].get_xlabel()
+    assert label.startswith(
+        "reference model's less the tagging model's mean loss of all tokens, those not kept as 0"
+    )
     pixels = image.imread(tmp_path / "out.png")
     assert pixels.shape[0] > 300 and len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 3
 
