@@ -14,6 +14,8 @@ PACKAGE = ROOT / "megatron_salt"
 # The picture of docs/architecture.md is made from it.
 ALLOWED = {
     "entry": "config evaluation parallel planner training",
+    "commands": "entry generation parallel",
+    "generation": "checkpoint corpus data kernels model parallel",
     "planner": "checkpoint config data files method model parallel teacher training",
     "report": "data files teacher",
     "training": "checkpoint config data evaluation files kernels method model parallel teacher",

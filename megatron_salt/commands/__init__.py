@@ -1,0 +1,1 @@
+"""The commands of `megatron-salt`: the arguments of each, and what it does with them."""
