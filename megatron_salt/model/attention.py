@@ -63,7 +63,7 @@ class SdpaCoreAttention(nn.Module):
     Shapes: query [S, B, H, C], key and value [S, B, G, C] with this rank's heads and groups and
     C channels; result [S, B, H * C]. Under sequence parallelism S is whole here as well. Without a
     mask the causal flag picks flash attention; a mask [B, 1, S, S], which is added to the scores,
-    takes its place.
+    takes its place. A query of one position against more keys is the last of them and sees all.
 
     Args:
         rotary: turns query and key by their positions first.
@@ -86,6 +86,7 @@ class SdpaCoreAttention(nn.Module):
         if self.rotary is not None:
             query, key = self.rotary.rotated(query, key)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        causal = attention_mask is None and query.shape[2] == key.shape[2]
         grouped = query.shape[1] != key.shape[1]
         if grouped and repeats_keys(query.device.type, query.dtype, attention_mask is not None):
             repeats = query.shape[1] // key.shape[1]
@@ -94,8 +95,7 @@ class SdpaCoreAttention(nn.Module):
         backends = self.backends
         with sdpa_kernel(backends, set_priority=True) if backends else contextlib.nullcontext():
             context = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=attention_mask, is_causal=attention_mask is None,
-                enable_gqa=grouped,
+                query, key, value, attn_mask=attention_mask, is_causal=causal, enable_gqa=grouped,
             )  # fmt: skip
         return context.permute(2, 0, 1, 3).flatten(2)
 
@@ -109,10 +109,12 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool) -> 
     """
     if back:
         sin = -sin
+    return _turned(query, cos, sin), _turned(key, cos, sin)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     # In place: on a CPU each new tensor costs as much as the arithmetic.
-    return tuple(
-        torch.cat(x.chunk(2, dim=-1)[::-1], dim=-1).mul_(sin).add_(x * cos) for x in (query, key)
-    )
+    return torch.cat(x.chunk(2, dim=-1)[::-1], dim=-1).mul_(sin).add_(x * cos)
 
 
 # Of any shape: student, teacher, evaluations and tagging all differ, and after eight compilations
@@ -160,11 +162,15 @@ class RotaryTable:
         self._rotate = compiled_rotate if fuse else rotate
 
     def rotated(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Query and key [S', B, ., C] of the first S' positions."""
-        length, device = query.shape[0], query.device
+        """Query and key [S', B, ., C] of the first S' positions; or, without a gradient, a shorter
+        query, which is of the last of them."""
+        length, device = key.shape[0], query.device
         if self.cos.device != device:
             self.cos, self.sin = self.cos.to(device), self.sin.to(device)
-        return _Rotation.apply(query, key, self.cos[:length], self.sin[:length], self._rotate)
+        cos, sin = self.cos[:length], self.sin[:length]
+        if (shorter := query.shape[0]) != length:
+            return _turned(query, cos[-shorter:], sin[-shorter:]), _turned(key, cos, sin)
+        return _Rotation.apply(query, key, cos, sin, self._rotate)
 
 
 class PrefixMasks:

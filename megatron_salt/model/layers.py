@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.inference.contexts.static_context import StaticInferenceContext
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -174,6 +175,8 @@ class ModelParts:
             fuse = self.config.bias_dropout_fusion
             self.rotary = attention.RotaryTable(model, seq_length, groups.cp, dtype, fuse=fuse)
         self.prefix_masks = attention.PrefixMasks(seq_length, dtype)
+        self.cache: StaticInferenceContext | None = None
+        """Keys and values of the positions before those at hand; only to generate text."""
 
     @property
     def vocab(self) -> VocabShard:
@@ -217,11 +220,13 @@ class PositionEmbedding(nn.Module):
         shape = (parts.num_positions, parts.model.hidden_size)
         self.weight = nn.Parameter(torch.empty(shape, dtype=parts.config.params_dtype))
         self.weight.sequence_parallel = parts.sequence_parallel  # type: ignore[attr-defined]
+        self.parts = parts
         self.tp_rank = parts.tp_rank if parts.sequence_parallel else 0
 
     def forward(self, hidden_SBD: Tensor) -> Tensor:
         length = hidden_SBD.shape[0]
-        start = self.tp_rank * length
+        cache = self.parts.cache
+        start = self.tp_rank * length if cache is None else cache.sequence_len_offset
         return hidden_SBD + self.weight[start : start + length, None, :]
 
 
@@ -234,7 +239,7 @@ class DecoderLayer(TransformerLayer):
             pg_collection=parts.groups,
         )  # fmt: skip
         self.canonical_name = f"layers.{index}"
-        self.prefix_masks = parts.prefix_masks
+        self.parts, self.prefix_masks = parts, parts.prefix_masks
         self.recompute = parts.recompute
 
     def forward(self, hidden_SBD: Tensor) -> Tensor:  # type: ignore[override]
@@ -249,7 +254,9 @@ class DecoderLayer(TransformerLayer):
 
     def _layer(self, hidden_SBD: Tensor, mask_B1SS: Tensor | None) -> Tensor:
         try:
-            output_SBD, _ = super().forward(hidden_SBD, attention_mask=mask_B1SS)
+            output_SBD, _ = super().forward(
+                hidden_SBD, attention_mask=mask_B1SS, inference_context=self.parts.cache
+            )
         finally:
             # megatron-core 0.19 keeps the MLP's input here and drops it at its end, which a
             # recomputation does not reach: PyTorch stops it by an exception when it has enough. All

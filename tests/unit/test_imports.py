@@ -14,7 +14,8 @@ PACKAGE = ROOT / "megatron_salt"
 # The picture of docs/architecture.md is made from it.
 ALLOWED = {
     "entry": "commands config parallel planner training",
-    "commands": "config corpus data evaluation files parallel planner report scoring",
+    "commands": "config corpus data evaluation files generation parallel planner report scoring",
+    "generation": "checkpoint corpus data kernels model parallel",
     "planner": "checkpoint config data files method model parallel teacher training",
     "report": "data files teacher",
     "training": "checkpoint config data evaluation files kernels method model parallel teacher",

@@ -1,0 +1,1 @@
+"""Text from checkpoints: prompts continued by several models, side by side."""
