@@ -3,7 +3,7 @@
     python benchmarks/tag_throughput.py
 
 Real text (the standard library of the running Python), a vocabulary learnt from it, an SLM of the
-size below. In one process, in turn: the shards of the dataset as `tools/tag_data.py` scores and
+size below. In one process, in turn: the shards of the dataset as `megatron-salt tag` scores and
 writes them, and the same batches through the model's layers and output head alone, whose logits are
 made and dropped. The ratio is of the medians of the rounds. Documents are shorter than a row, so
 the filling of rows counts on both sides; windows have none. Writes results/tag_throughput.json with

@@ -16,6 +16,8 @@ from megatron_salt.parallel import endings
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Whatever is wrong with words or files ends with one line and status 2."""
+    if argv is None:
+        endings.interrupt_on_sigterm()
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(overview())
@@ -38,7 +40,6 @@ def run_command(name: str, words: Sequence[str]) -> int:
     """One of the commands that are files of `commands/`."""
     program = f"megatron-salt {name}"
     command = importlib.import_module(f"megatron_salt.commands.{name}")
-    endings.interrupt_on_sigterm()
     try:
         parser = make_parser(name)
         settings = []

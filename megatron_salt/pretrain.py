@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     warning = set_cuda_connections(tp_size, os.environ)
     if warning and endings.is_first_rank():
         print(f"WARNING {warning}", file=sys.stderr)
-    endings.interrupt_on_sigterm()
+    if argv is None:
+        endings.interrupt_on_sigterm()
     run = None
     try:
         silence_known_warnings()

@@ -25,6 +25,18 @@ def run_command(
     )
 
 
+def call(command: str, *words: str | Path) -> int:
+    """The status of `megatron-salt COMMAND WORDS…` in this process; it may raise what nobody
+    foresaw."""
+    from megatron_salt.__main__ import main
+
+    try:
+        return main([command, *map(str, words)])
+    except SystemExit as stop:
+        assert isinstance(stop.code, int)
+        return stop.code
+
+
 def run_forked(*words: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """As `run_command`, in a fork of this process: it need not import PyTorch and DeepSpeed anew.
 

@@ -28,9 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the texts of all checkpoints. Raises: ValueError or OSError saying what is wrong."""
-    from megatron_salt.noise import silence_known_warnings
-
-    silence_known_warnings()
     import torch.distributed as dist
 
     from megatron_salt.generation.continuation import continuer, read_prompts, side_by_side

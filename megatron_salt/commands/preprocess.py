@@ -26,23 +26,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=int, default=available_cores(), help="processes (default: all cores)")
     add("--append-eod", action=argparse.BooleanOptionalAction, default=True,
         help="end every document with the end-of-document token (default: on)")  # fmt: skip
+    add(
+        "--source-key",
+        metavar="FIELD",
+        help="the JSON field that names a document's source; held-out losses are said for each",
+    )
+    add("--deduplicate", action="store_true", help="of equal texts keep the first")
+    add(
+        "--shuffle-seed",
+        type=int,
+        metavar="N",
+        help="shuffle the documents, whose last ones data.split holds out (default: as read)",
+    )
+    add("--overwrite", action="store_true", help="replace a dataset of this prefix")
     add("--strict", action="store_true", help="stop at the first bad line instead of counting it")
 
 
 def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     settings = PreprocessSettings(
-        json_key=args.json_key, append_eod=args.append_eod, strict=args.strict
-    )
+        json_key=args.json_key, append_eod=args.append_eod, strict=args.strict,
+        source_key=args.source_key, deduplicate=args.deduplicate, shuffle_seed=args.shuffle_seed,
+    )  # fmt: skip
     started_s = time.monotonic()
     manifest = preprocess(
-        args.input, args.output_prefix, args.tokenizer, settings, workers=args.workers
-    )
+        args.input, args.output_prefix, args.tokenizer, settings, workers=args.workers,
+        overwrite=args.overwrite,
+    )  # fmt: skip
     elapsed_s = time.monotonic() - started_s
     print(
         f"{args.output_prefix}_{args.json_key}_document: {manifest.documents} documents,"
         f" {manifest.tokens} tokens in {elapsed_s:.1f} s ({manifest.tokens / elapsed_s:,.0f}"
         f" tokens/s); left out: {manifest.empty_documents} empty documents,"
         f" {manifest.bad_lines} bad lines"
+        + (f", {manifest.settings['duplicates']} duplicates" if args.deduplicate else "")
     )
     return 0

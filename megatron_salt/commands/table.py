@@ -15,11 +15,14 @@ COMMANDS = {
     "corpus": "a small JSONL corpus out of this Python's source files",
     "tokenizer": "train a small tokenizer on JSONL text",
     "preprocess": "JSONL text to a Megatron dataset",
+    "merge": "several datasets to one",
+    "subset": "some documents of a dataset: of a source, a share, a number",
     "inspect": "look at a dataset and its tags, or verify every byte",
     "pretrain": "train a model, with or without a teacher",
     "tag": "a small model's losses and masks of all tokens of a dataset",
     "select": "the sequences for the KD phase, by the tags",
     "evaluate": "held-out nats per token of checkpoints",
+    "generate": "text from checkpoints, side by side",
     "compare": "report and plots of several runs",
     "plan": "memory, hours and the fastest layout, before any data exists",
     "kernels": "which code computes the loss here, and why",
@@ -27,7 +30,8 @@ COMMANDS = {
 }
 ELSEWHERE = ("pretrain", "kernels")
 # These need neither megatron-core's layers nor DeepSpeed, and start in a second.
-LIGHT = ("examples", "corpus", "tokenizer", "preprocess", "compare", "completion")
+LIGHT = ("examples", "corpus", "tokenizer", "preprocess", "merge", "subset", "compare",
+         "completion")  # fmt: skip
 
 
 def overview() -> str:

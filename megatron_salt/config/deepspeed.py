@@ -306,7 +306,7 @@ def check_against_run(settings: DeepSpeedSettings, config: RunConfig) -> None:
         raise ValueError(
             f"{path}: flops_profiler.enabled: DeepSpeed's profiler does not work with "
             f"parallel.pipeline_model_parallel_size = {pp} (its timers are started twice); profile "
-            "with one stage, or see tools/plan.py and wall_clock_breakdown"
+            "with one stage, or see megatron-salt plan and wall_clock_breakdown"
         )
     zero = values.get("zero_optimization", {})
     if zero.get("compute_grad_norm") is False:

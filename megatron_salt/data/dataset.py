@@ -39,7 +39,7 @@ from megatron_salt.data.objective import Mixture, make_mixture
 from megatron_salt.data.order import epoch_seed
 from megatron_salt.data.parts import HeldOutParts
 from megatron_salt.data.selection import Selection, check_same_origin, load_selection, rule_text
-from megatron_salt.data.sources import read_sources
+from megatron_salt.data.sources import load_sources
 from megatron_salt.data.tags import TagManifest, tag_manifest_path, verify_tags
 from megatron_salt.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_salt.method.salt import Phase
@@ -199,7 +199,7 @@ class DataSource:
         self.prefixes, self.shares = prefixes, shares.tolist()
         self.valid = self._held_out(prefixes)
         self.valid_prefixes = [str(prefix) for prefix in data.valid_data_path or prefixes]
-        sources = [read_sources(prefix) for prefix in self.valid_prefixes]
+        sources = [load_sources(prefix) for prefix in self.valid_prefixes]
         self.valid_parts = HeldOutParts(self.valid, self.valid_prefixes, sources)
         self.num_samples, self.num_selected = num_samples, num_selected
         self.tag_inputs = tag_inputs or TagInputs()

@@ -1,6 +1,6 @@
 """The manifest beside a tokenised dataset, and the checks before a dataset is trained on.
 
-A dataset is `<prefix>.bin` and `<prefix>.idx` in Megatron's format. `tools/preprocess_data.py` adds
+A dataset is `<prefix>.bin` and `<prefix>.idx` in Megatron's format. `megatron-salt preprocess` adds
 `<prefix>.manifest.json`, which says what the two hold and with which tokenizer they were made, and
 a copy of that tokenizer in `<prefix>.tokenizer/`.
 """
@@ -25,7 +25,7 @@ from megatron_salt.files.disk import sha256_of
 logger = logging.getLogger(__name__)
 
 DATASET_FORMAT = 1
-PREPROCESS_AGAIN = "run tools/preprocess_data.py again"
+PREPROCESS_AGAIN = "run `megatron-salt preprocess` again"
 
 # The header of a Megatron .idx: magic, version, dtype code, numbers of sequences and documents.
 # Read here because megatron-core checks it with assertions and only up to the version.

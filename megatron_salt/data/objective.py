@@ -97,7 +97,7 @@ def check_sentinels(data: DataConfig, tokenizer: Tokenizer) -> list[int]:
         raise ValueError(
             f"data.objective: span_corruption at data.seq_length = {data.seq_length} needs {needed}"
             f" sentinels, {SENTINEL.format(0)} to {SENTINEL.format(needed - 1)}; the tokenizer "
-            f"{tokenizer.path} has {len(found)}: train one with tools/train_tokenizer.py "
+            f"{tokenizer.path} has {len(found)}: train one with megatron-salt tokenizer "
             f"--sentinels {needed} and preprocess the data with it, raise data.span_mean_length, "
             "or leave span_corruption out"
         )

@@ -7,7 +7,7 @@ A table is a Parquet file, one line per sequence:
     score, selected                   what the last selection went by, and its result
 
 Its metadata (key `megatron_salt`) says where the scores come from and by which rule was selected.
-`tools/tag_data.py` writes it, `tools/select_data.py` selects anew, `salt.selection` trains on it.
+`megatron-salt tag` writes it, `megatron-salt select` selects anew, `salt.selection` trains on it.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class SequenceTable:
         name = column(score, masked)
         if name not in self.columns:
             raise ValueError(
-                f"{self.path} has no scores {name}: entropies are there if tag_data.py was run "
+                f"{self.path} has no scores {name}: entropies are there if `tag` was run "
                 "with --store entropy"
             )
         return self.columns[name]
@@ -170,7 +170,7 @@ def read_table(path: str | Path) -> SequenceTable:
     import pyarrow
     import pyarrow.parquet
 
-    again = "give a table of tools/tag_data.py or tools/select_data.py"
+    again = "give a table of megatron-salt tag or megatron-salt select"
     try:
         # Without threads: ranks that were forked must not wait for a pool that was not.
         arrow = pyarrow.parquet.read_table(
@@ -218,11 +218,11 @@ def load_selection(path: str | Path, data_prefix: str | Path, tokenizer: str) ->
     if origin.tokenizer_fingerprint != tokenizer:
         raise ValueError(
             f"{path}: made with a tokenizer of fingerprint {origin.tokenizer_fingerprint}, the "
-            f"tokenizer of {data_prefix} has {tokenizer}; run tools/tag_data.py again"
+            f"tokenizer of {data_prefix} has {tokenizer}; run `megatron-salt tag` again"
         )
     missing = [name for name in ("sequence", "tokens", "selected") if name not in table.columns]
     if missing:
-        raise ValueError(f"{path} has no columns {missing}; make it with tools/select_data.py")
+        raise ValueError(f"{path} has no columns {missing}; make it with megatron-salt select")
     chosen = np.flatnonzero(table.columns["selected"])
     if not len(chosen):
         raise ValueError(f"{path}: no sequence of {data_prefix} is selected; select more")
@@ -231,7 +231,7 @@ def load_selection(path: str | Path, data_prefix: str | Path, tokenizer: str) ->
     if len(table) != count or numbers.min() < 0 or numbers.max() >= count:
         raise ValueError(
             f"{path} lists {len(table)} sequences up to number {numbers.max()}, {data_prefix} has "
-            f"{count}: it is not whole; make it again with tools/select_data.py"
+            f"{count}: it is not whole; make it again with megatron-salt select"
         )
     about = f"{origin.data.bin_sampled_sha256} {origin.settings.window}"
     fingerprint = hashlib.sha256(about.encode() + numbers.tobytes()).hexdigest()[:16]

@@ -27,7 +27,7 @@ from megatron_salt.data.manifest import bin_path, idx_path, read_dataset_manifes
 from megatron_salt.files.disk import sha256_of
 
 TAG_FORMAT = 1
-TAG_AGAIN = "run tools/tag_data.py again"
+TAG_AGAIN = "run `megatron-salt tag` again"
 # Of a file too large to be read at every start: this many blocks, evenly spread.
 SAMPLED_BLOCKS = 1024
 SAMPLED_BLOCK_BYTES = 4096
@@ -189,7 +189,7 @@ def read_tag_manifest(prefix: str | Path) -> TagManifest:
             **fields,
         )
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; give the --output-prefix of tag_data.py") from None
+        raise ValueError(f"{path}: no such file; give the --output-prefix of `tag`") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is not a manifest of tags ({error!r}); {TAG_AGAIN}") from error
 

@@ -36,7 +36,7 @@ DATA_FOLDERS = "MEGATRON_SALT_DATA"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoreRequest:
-    """What `python -m megatron_salt.evaluate` was asked for; None: as the checkpoint has it."""
+    """What `megatron-salt evaluate` was asked for; None: as the checkpoint has it."""
 
     data: Sequence[str] | None
     """Dataset prefixes, whole or the second part of `split`; None: its run's held-out data."""

@@ -18,7 +18,7 @@ from megatron_salt.kernels.choose import choose_backend, load_for
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m megatron_salt.kernels", description=__doc__)
+    parser = argparse.ArgumentParser(prog="megatron-salt kernels", description=__doc__)
     parser.add_argument(
         "--require", choices=("native", "cuda"), action="append", default=[],
         help="fail if this backend is not available; may be given twice",

@@ -1,4 +1,4 @@
-"""From the options of `tools/plan.py` to a `PlanReport`."""
+"""From the options of `megatron-salt plan` to a `PlanReport`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes on a rank, part by part: the one set of formulas of `--dry_run` and `tools/plan.py`.
+"""Bytes on a rank, part by part: the one set of formulas of `--dry_run` and `megatron-salt plan`.
 
 Arithmetic on sizes; nothing is allocated. Each formula says which code allocates what it counts,
 and tests/distributed/test_memory.py counts the tensors of real runs against it. Letters: B

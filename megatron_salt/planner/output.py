@@ -22,7 +22,7 @@ HEADINGS = {"teacher_head": "its head", "hidden_states": "hidden states", "total
 
 @dataclass(frozen=True, kw_only=True)
 class PlanReport:
-    """All that `tools/plan.py` has found."""
+    """All that `megatron-salt plan` has found."""
 
     inputs: PlannerInputs
     machine: Machine

@@ -378,7 +378,7 @@ def _verify_choice(table: SequenceTable) -> Iterator[str]:
         if not np.array_equal(scores, expected, equal_nan=True):
             raise ValueError(
                 f"{path}: its scores are not its {column(fields.score, fields.masked)}; run "
-                "tools/select_data.py again"
+                "`megatron-salt select` again"
             )
     chosen = f"{int(np.count_nonzero(selected))} sequences selected"
     if "sources" in rule:
@@ -392,7 +392,7 @@ def _verify_choice(table: SequenceTable) -> Iterator[str]:
     if not np.array_equal(selected, again):
         raise ValueError(
             f"{path}: the selected sequences are not those of its rule {rule} "
-            f"({int(np.count_nonzero(selected != again))} differ); run tools/select_data.py again"
+            f"({int(np.count_nonzero(selected != again))} differ); run `megatron-salt select` again"
         )
     yield f"    {chosen}, the same when selected again: {rule_text(rule)}"
     if "reference" in rule:
@@ -406,6 +406,6 @@ def _check_like(table: SequenceTable, tagged: SequenceTable) -> None:
         found = table.columns.get(name)
         if found is None or not np.array_equal(found, values, equal_nan=values.dtype.kind == "f"):
             raise ValueError(
-                f"{table.path} and {tagged.path} differ in column {name}; run tools/select_data.py "
+                f"{table.path} and {tagged.path} differ in column {name}; run megatron-salt select "
                 "again"
             )

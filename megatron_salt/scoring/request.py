@@ -29,7 +29,7 @@ DEFAULT_TOKENS_PER_SHARD = 1 << 22
 
 @dataclass(frozen=True, kw_only=True)
 class TagRequest:
-    """What `tools/tag_data.py` was asked for."""
+    """What `megatron-salt tag` was asked for."""
 
     data: str
     teacher: str
@@ -80,7 +80,7 @@ def finished_tags(request: TagRequest, origin: tags.TagOrigin) -> tags.TagManife
     if rule != vars(request.rule):
         raise ValueError(
             f"{request.output_prefix} is tagged already, with another selection: to select anew, "
-            f"tools/select_data.py --tags {request.output_prefix} takes seconds"
+            f"megatron-salt select --tags {request.output_prefix} takes seconds"
         )
     return manifest
 
@@ -149,6 +149,6 @@ def check_same_view(request: TagRequest, origin: tags.TagOrigin, groups: Groups)
     if name != origin.settings.loss_impl:
         raise ValueError(
             f"rank {groups.rank} would compute losses by its {name} code, rank 0 by "
-            f"{origin.settings.loss_impl}: set --loss_impl (python -m megatron_salt.kernels there "
+            f"{origin.settings.loss_impl}: set --loss_impl (megatron-salt kernels there "
             "says why)"
         )

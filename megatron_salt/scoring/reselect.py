@@ -84,13 +84,13 @@ def _check_comparable(table: SequenceTable, other: SequenceTable) -> None:
     ):
         if one != two:
             raise ValueError(
-                f"{both} cannot be subtracted: {what} {one} and {two}; run tools/tag_data.py with "
+                f"{both} cannot be subtracted: {what} {one} and {two}; run megatron-salt tag with "
                 "the same for both models"
             )
     for name in ("sequence", "start", "tokens"):
         if not np.array_equal(table.columns[name], other.columns[name]):
             raise ValueError(
-                f"{both} do not hold the same sequences (column {name}); run tools/tag_data.py "
+                f"{both} do not hold the same sequences (column {name}); run megatron-salt tag "
                 "again for both models"
             )
     if mine.model.fingerprint == theirs.model.fingerprint:

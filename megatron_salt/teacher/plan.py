@@ -1,8 +1,8 @@
 """Who teaches what and when in a step of the KD phase: which rows, in which chunks, at which place.
 
 A plan is a function of sizes and costs. In multiply-adds these are known before the first step, and
-every rank finds the same plan by itself. Later a run, and `tools/plan.py`, put seconds in their
-place.
+every rank finds the same plan by itself. Later a run, and `megatron-salt plan`, put seconds in
+their place.
 """
 
 from __future__ import annotations

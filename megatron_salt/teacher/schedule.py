@@ -175,7 +175,7 @@ def times_table(traces: Sequence[Trace]) -> str:
 def measured_values(
     times: StepTimes, pieces: Sequence[tuple[int, int]], num_chunks: int
 ) -> dict[str, float | list[float]]:
-    """Measured times of the KD phase as `tools/plan.py --measured` reads them; seconds."""
+    """Measured times of the KD phase as `megatron-salt plan --measured` reads them; seconds."""
     rows = pieces[0][1] - pieces[0][0]
     return {
         "forward_kd_s": list(times.forward),

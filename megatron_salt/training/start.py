@@ -162,7 +162,7 @@ def prepare_loss(
         if name != first:
             raise ValueError(
                 f"rank {groups.rank} on {platform.node()} would compute the loss by its {name} "
-                f"code, rank 0 by {first}: `python -m megatron_salt.kernels` there says why; mend "
+                f"code, rank 0 by {first}: `megatron-salt kernels` there says why; mend "
                 "that, or set salt.loss_impl"
             )
     console.say(f"loss: {name} code, logits in {config.salt.logits_dtype}")

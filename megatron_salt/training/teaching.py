@@ -137,7 +137,7 @@ class Teaching:
         Multiply-adds know nothing of how well a device does them. Pieces stay, so the numbers do
         too, whoever computes them and when.
 
-        Also writes measured_times.json into output_dir, for `tools/plan.py --measured`.
+        Also writes measured_times.json into output_dir, for `megatron-salt plan --measured`.
         """
         if self.teacher is None or not self.ahead:
             return

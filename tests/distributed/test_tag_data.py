@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, run_forked
+from commands import run_forked
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from ranks import RankError, run_ranks
 
@@ -312,7 +312,7 @@ def test_killed_run_goes_on_where_it_was(tagged: TagRequest, tmp_path: Path) -> 
     # A requeued job finds the tags complete; another rule is not taken for the same tags.
     assert sum(run_ranks(1, _count_shards, again)) == 0
     other = dataclasses.replace(again, rule=Rule(fraction=0.25))
-    with pytest.raises(RankError, match=r"select_data\.py --tags"):
+    with pytest.raises(RankError, match="megatron-salt select --tags"):
         run_ranks(1, _tag, other)
 
 
@@ -510,17 +510,16 @@ def test_a_loss_that_is_not_finite_stops(tmp_path: Path) -> None:
 
 
 def _as_launched(words: list[str]) -> None:
-    sys.argv = words
-    sys.path.insert(0, str(ROOT / "tools"))
+    sys.argv = words[1:]
     with contextlib.suppress(SystemExit):
-        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
 
 
 def test_command_line(
     text: Path, teacher: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Two ranks as a launcher starts them; the errors of bad arguments."""
-    words = ["tools/tag_data.py", "--data", str(text), "--teacher", str(teacher),
+    words = ["-m", "megatron_salt", "tag", "--data", str(text), "--teacher", str(teacher),
              "--output-prefix", str(tmp_path / "slm"), "--tokens-per-shard", "9000"]  # fmt: skip
     run_ranks(2, _as_launched, [*words, "--window", "16", "--bottom-fraction", "0.25"])
     printed = capfd.readouterr()
@@ -530,8 +529,8 @@ def test_command_line(
     assert sorted(manifest["files"]) == ["_mask.bin", "_mask.idx", "_sequences.parquet"]
     assert read_table(tmp_path / "slm_sequences.parquet").rule["kind"] == "bottom"
     failed = run_forked(*words, "--top-fraction", "2", folder=tmp_path)
-    assert failed.returncode == 1 and "Traceback" not in failed.stderr
-    assert failed.stderr.endswith("tag_data: error: top fraction 2.0: must be above 0, at most 1\n")
+    assert failed.returncode == 2 and "Traceback" not in failed.stderr
+    assert failed.stderr.endswith("salt tag: error: top fraction 2.0: must be above 0, at most 1\n")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
-from commands import ROOT
+from commands import ROOT, call
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from small_datasets import assert_bytes_of_builder
 from small_datasets import documents_of as documents
@@ -32,7 +32,6 @@ from megatron_salt.data.manifest import read_dataset_manifest, verify_dataset
 from megatron_salt.data.sources import load_sources
 from megatron_salt.data.tags import open_indexed
 from megatron_salt.data.tokenizer import load_tokenizer
-from tools import preprocess_data
 
 pytestmark = pytest.mark.processes
 
@@ -326,7 +325,7 @@ def test_strict_stops_at_the_first_bad_line(
     path.write_bytes(b"\n".join(BAD_LINES))
     arguments = ["--input", str(path), "--output-prefix", str(tmp_path / "out"), "--strict"]
     arguments += ["--tokenizer", str(hugging_face_path), "--workers", "2"]
-    assert preprocess_data.main(arguments) == 1
+    assert call("preprocess", *arguments) == 2
     assert f"bad line {path}:2: not JSON" in capsys.readouterr().err
     assert file_names(tmp_path) == {"in.jsonl"}
 
@@ -404,9 +403,9 @@ RUN_WITH_SMALL_WINDOW = """
 import sys
 from megatron_salt.corpus import preprocess
 preprocess.MIN_BLOCKS_IN_FLIGHT = 1  # write the first block soon
-from tools.preprocess_data import main
+from megatron_salt.__main__ import main
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(["preprocess", *sys.argv[1:]]))
 """
 
 
@@ -603,7 +602,7 @@ def test_wrong_tokenizer_shows_the_first_differing_tokens(
     message = str(caught.value)
     assert f"id 0: '<unk>' in the dataset {copied}, '<|endoftext|>' in the tokenizer" in message
     assert message.endswith(
-        "give the tokenizer that made the dataset, or run tools/preprocess_data.py again"
+        "give the tokenizer that made the dataset, or run `megatron-salt preprocess` again"
     )
     shutil.rmtree(f"{copied}.tokenizer")
     with pytest.raises(ValueError, match=rf"512 tokens and fingerprint .*{other.fingerprint}"):

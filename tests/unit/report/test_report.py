@@ -1,16 +1,14 @@
 """Reports on hand-written metrics, whose crossings, savings and errors are known beforehand."""
 
-import importlib.util
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from commands import ROOT
+from commands import ROOT, call
 from matplotlib.image import imread
 
 from megatron_salt.report import load_run, markdown, plots, write_report
@@ -545,23 +543,7 @@ def test_missing_directory_says_what_is_expected(tmp_path: Path) -> None:
 # ---- the command line ----
 
 
-@pytest.fixture
-def run_tool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Runs tools/compare_runs.py within this process: a new one would import torch again."""
-    spec = importlib.util.spec_from_file_location("compare_runs", REPO / "tools/compare_runs.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def run(*args: str | Path) -> None:
-        monkeypatch.setattr(sys, "argv", ["compare_runs.py", *map(str, args)])
-        module.main()
-
-    return run
-
-
 def test_tool_prints_the_tables_and_writes_the_report(
-    run_tool: Callable[..., None],
     baseline: Path,
     salt: Path,
     tmp_path: Path,
@@ -569,7 +551,7 @@ def test_tool_prints_the_tables_and_writes_the_report(
 ) -> None:
     output = tmp_path / "report.md"
     args = ["--baseline", baseline, "--run", salt, "--output", output, "--label", "A", "B"]
-    run_tool(*args, "--teacher", write_run(tmp_path / "slm", make_rows({100: 3.8})))
+    call("compare", *args, "--teacher", write_run(tmp_path / "slm", make_rows({100: 3.8})))
     printed = capsys.readouterr().out
     assert table_row(printed, "A")[0] == "3.0000"
     assert table_row(printed, "B")[0] == "2.5000"
@@ -578,22 +560,21 @@ def test_tool_prints_the_tables_and_writes_the_report(
 
 
 def test_tool_takes_seeds_of_baseline_and_runs(
-    run_tool: Callable[..., None],
     seeds: list[Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     args = ["--baseline", *seeds[:2], "--run", *seeds[2:], "--output", tmp_path / "report.md"]
-    run_tool(*args, "--label", "A", "A", "B", "B")
+    call("compare", *args, "--label", "A", "A", "B", "B")
     means = capsys.readouterr().out
     assert table_row(means, "A")[1] == "3.1000 (3.0000 to 3.2000)"
     assert table_row(means, "B")[1] == "2.8000 (2.5000 to 3.1000)"
 
 
 def test_tool_reports_errors_without_a_traceback(
-    run_tool: Callable[..., None], baseline: Path, tmp_path: Path
+    baseline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit, match=r"error: .*metrics\.jsonl: no such file"):
-        run_tool("--baseline", baseline, "--run", tmp_path, "--output", tmp_path / "r.md")
-    with pytest.raises(SystemExit, match="2"):
-        run_tool("--baseline", baseline, "--run", tmp_path, "--output", tmp_path / "directory")
+    for output, message in (("r.md", "metrics.jsonl: no such file"), ("folder", "--output names")):
+        runs = ["--baseline", baseline, "--run", tmp_path, "--output", tmp_path / output]
+        assert call("compare", *runs) == 2
+        assert message in capsys.readouterr().err

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import call
 from ranks import run_ranks
 from tiny_tags import write_indexed, write_manifest, write_tags
 
@@ -30,7 +31,6 @@ from megatron_salt.data.tags import (
 )
 from megatron_salt.data.tokenizer import load_tokenizer
 from megatron_salt.scoring.token_view import TokenTags, legend, render, texts_of, token_bytes
-from tools import inspect_data, select_data
 
 Capture = pytest.CaptureFixture[str]
 TEXT = "def f(x):\n\treturn  'äé€😀 日本'  # \x1b[31m\u200b\r\n"
@@ -53,15 +53,15 @@ def tagged(request: pytest.FixtureRequest, data: Path, tmp_path: Path) -> Path:
 
 
 def shown(capsys: Capture, *words: object) -> str:
-    assert inspect_data.main([str(word) for word in words]) == 0
+    assert call("inspect", *words) == 0
     return capsys.readouterr().out
 
 
 def refusal(capsys: Capture, *words: object) -> str:
     """The one line of error that a command ends with."""
-    assert inspect_data.main([str(word) for word in words]) == 1
+    assert call("inspect", *words) == 2
     error = capsys.readouterr().err
-    assert error.startswith("inspect_data: error: ") and error.count("\n") == 1
+    assert error.startswith("megatron-salt inspect: error: ") and error.count("\n") == 1
     return error
 
 
@@ -165,7 +165,7 @@ def test_sequence_of_the_table_or_of_a_selection(
     for share in ("1.0", "0.02"):
         path = tmp_path / f"out{share}.parquet"
         words = ["--tags", str(tagged), "--output-prefix", str(path).removesuffix(".parquet")]
-        assert select_data.main([*words, "--random-fraction", share]) == 0
+        assert call("select", *words, "--random-fraction", share) == 0
         capsys.readouterr()
         out = shown(capsys, data, "--sequence", 3, "--selection", path)
         chosen = bool(read_table(path).columns["selected"][3])
@@ -225,7 +225,7 @@ def test_what_is_not_there_is_said(
 
 def test_good_files_are_verified(data: Path, tagged: Path, tmp_path: Path, capsys: Capture) -> None:
     output = str(tmp_path / "out")
-    assert select_data.main(["--tags", str(tagged), "--output-prefix", output]) == 0
+    assert call("select", "--tags", str(tagged), "--output-prefix", output) == 0
     capsys.readouterr()
     out = shown(capsys, data, "--verify", "--tags", tagged, "--selection", f"{output}.parquet")
     for path in (bin_path(data), idx_path(data), *(Path(f"{tagged}{name}") for name in FILES)):
@@ -367,7 +367,7 @@ def test_selections_of_several_sources_are_verified(
     words = [word.format(ref=tmp_path / "ref") for word in words]
     tags = [str(tmp_path / name) for name in ("one", "two")]
     output = tmp_path / "out"
-    assert select_data.main(["--tags", *tags, "--output-prefix", str(output), *words]) == 0
+    assert call("select", "--tags", *tags, "--output-prefix", str(output), *words) == 0
     rules = []
     for name in ("one", "two"):
         path = Path(f"{output}_{name}.parquet")
@@ -394,9 +394,9 @@ def test_real_tags_are_shown_verified_and_selected_from(
     """From a model to a selection, through the commands."""
     run_ranks(1, _tag, str(dataset), str(teacher), str(tmp_path / "slm"))
     output = tmp_path / "out"
-    assert select_data.main(
-        ["--tags", str(tmp_path / "slm"), "--output-prefix", str(output), "--data", str(dataset),
-         "--top-fraction", "0.25", "--score", "entropy"]
+    assert call(
+        "select", "--tags", tmp_path / "slm", "--output-prefix", output, "--data", dataset,
+        "--top-fraction", "0.25", "--score", "entropy",
     ) == 0  # fmt: skip
     table = read_table(f"{output}.parquet")
     count = len(Sequences.of(sequence_lengths(dataset), 16))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import call
 from matplotlib import image
 from tiny_tags import write_scores, write_tags
 
@@ -18,7 +19,6 @@ from megatron_salt.data.tags import DataIdentity, open_indexed, read_stream, seq
 from megatron_salt.data.tokenizer import load_tokenizer
 from megatron_salt.report.score_histogram import plot_scores
 from megatron_salt.scoring.reselect import sample_places
-from tools import select_data
 
 NAN = float("nan")
 
@@ -28,14 +28,14 @@ def run(output: Path, *words: object, tags: Any) -> None:
     arguments = ["--tags", *prefixes, "--output-prefix", str(output), *map(str, words)]
     for before in output.parent.glob(f"{output.name}*.parquet"):
         before.unlink()
-    assert select_data.main(arguments) == 0
+    assert call("select", *arguments) == 0
 
 
 def refusal(capsys: pytest.CaptureFixture[str], output: Path, *words: object, tags: Any) -> str:
     prefixes = [str(prefix) for prefix in tags]
     before = sorted(output.parent.iterdir())
     arguments = ["--tags", *prefixes, "--output-prefix", str(output), *map(str, words)]
-    assert select_data.main(arguments) == 1
+    assert call("select", *arguments) == 2
     assert sorted(output.parent.iterdir()) == before, "a refused selection wrote something"
     return capsys.readouterr().err
 
@@ -61,7 +61,7 @@ def test_a_selection_is_not_overwritten_by_another(
     message = refusal(capsys, tmp_path / "out", "--top-fraction", 0.25, tags=[two[0]])
     assert "is there already, with another selection (top 0.5 by median_drop)" in message
     words = ["--tags", str(two[0]), "--output-prefix", str(tmp_path / "out"), "--top-fraction"]
-    assert select_data.main([*words, "0.5"]) == 0  # the same once more is no harm
+    assert call("select", *words, "0.5") == 0  # the same once more is no harm
 
 
 def test_a_reference_that_is_better_is_asked_about(
