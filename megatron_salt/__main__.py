@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron_salt import __version__
-from megatron_salt.commands.table import COMMANDS, ELSEWHERE, LIGHT, make_parser, overview
+from megatron_salt.commands.table import COMMANDS, ELSEWHERE, LIGHT, make_parser, program_help
 from megatron_salt.config.values import nearest
 from megatron_salt.noise import silence_known_warnings
 from megatron_salt.parallel import endings
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         endings.interrupt_on_sigterm()
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
-        print(overview())
+        print(program_help())
         return 0 if words else endings.REFUSED
     name, *rest = words
     if name in ("-V", "--version"):

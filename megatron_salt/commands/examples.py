@@ -9,7 +9,6 @@ import argparse
 import shutil
 from pathlib import Path
 
-import megatron_salt
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +30,6 @@ def run(args: argparse.Namespace) -> int:
 
 def examples_folder() -> Path:
     """Where the examples lie: in the installed package, or beside it in a checkout."""
-    package = Path(megatron_salt.__file__).parent
+    package = Path(__file__).parents[1]
     inside = package / "examples"
     return inside if inside.is_dir() else package.parent / "examples"

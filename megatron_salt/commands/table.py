@@ -34,7 +34,7 @@ LIGHT = ("examples", "corpus", "tokenizer", "preprocess", "merge", "subset", "co
          "completion")  # fmt: skip
 
 
-def overview() -> str:
+def program_help() -> str:
     """What the program does and its commands, a line each."""
     return "\n".join([
         "usage: megatron-salt COMMAND [arguments]", "",

@@ -30,7 +30,7 @@ def read_prompts(path: Path) -> list[str]:
     parsed = [parse_documents(block, "prompt") for block in iter_line_blocks(path)]
     if problems := [problem for _, bad in parsed for problem in bad]:
         raise ValueError(f"{problems[0]}; prompts are read from .jsonl, or the lines of a .txt")
-    return [text for documents, _ in parsed for text in documents]
+    return [text for documents, _ in parsed for (text,) in documents]
 
 
 def continuer(

@@ -57,7 +57,8 @@ def test_tags_made_on_cuda_are_those_of_the_cpu(
     for name, environment in (("cuda", {}), ("cpu", {"CUDA_VISIBLE_DEVICES": ""})):
         done = run_command(
             "-m", "megatron_salt", "tag", "--data", str(dataset), "--teacher", str(teacher),
-            "--store", "loss", "--output-prefix", str(tmp_path / name), PYTHONPATH=".", **environment,
+            "--store", "loss", "--output-prefix", str(tmp_path / name), PYTHONPATH=".",
+            **environment,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         mask = np.fromfile(tmp_path / f"{name}_mask.bin", dtype=np.uint8)

@@ -32,6 +32,7 @@ def environment_of_ranks(folder: Path, **given: str) -> dict[str, str]:
         "SLURM_JOB_NUM_NODES": "1",
         "SLURM_NODEID": "0",
         "SALT_VENV": str(folder / "venv"),
+        **{name: str(SLURM / "README.md") for name in ("SALT_CONFIG", "SALT_DEEPSPEED_CONFIG")},
         **given,
     }
     done = subprocess.run(
@@ -65,6 +66,14 @@ def test_environment_of_the_batch_script(tmp_path: Path) -> None:
 )
 def test_what_was_exported_before_stays(tmp_path: Path, name: str, value: str) -> None:
     assert environment_of_ranks(tmp_path, **{name: value})[name] == value
+
+
+def test_paths_are_those_of_the_folder_of_submission(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").touch()
+    given = {"SALT_CONFIG": "mine.yaml", "SALT_DEEPSPEED_CONFIG": "mine.yaml"}
+    assert environment_of_ranks(tmp_path, **given)["PWD"] == str(tmp_path)
+    with pytest.raises(AssertionError, match=f"{tmp_path} has no absent.yaml: submit where it is"):
+        environment_of_ranks(tmp_path, SALT_CONFIG="absent.yaml")
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")

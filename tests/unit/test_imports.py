@@ -140,7 +140,7 @@ def test_modules_exist() -> None:
     ("names", "heavy"),
     [
         ("config.fields config.values config.problems config.command_line config.deepspeed noise "
-         "__main__ parallel.endings",
+         "parallel.endings",
          "torch numpy deepspeed megatron"),
         ("kernels.kd_loss kernels.linear_kd_loss kernels.token_scores", "deepspeed megatron numpy"),
         ("parallel.layout model.costs teacher.pieces teacher.simulator teacher.placement "

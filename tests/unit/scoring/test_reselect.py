@@ -317,7 +317,7 @@ def test_samples_show_text_of_kept_and_dropped_sequences(
     assert (tmp_path / "out.png").is_file()
     run(tmp_path / "out", tags=tmp_path / "slm")  # the text is of the earlier selection
     assert not (tmp_path / "out.txt").exists()
-    assert "samples: none, their text needs --data" in capsys.readouterr().out
+    assert "text of some sequences is shown with --data" in capsys.readouterr().out
 
 
 def test_text_of_another_dataset_is_refused(

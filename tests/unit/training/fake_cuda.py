@@ -251,7 +251,7 @@ def evaluate(config: Any, settings: Any, groups: Any, student: Any, teacher: Any
         return batch_of(len(rows), config.data.seq_length)
 
     vars(held_out).update(
-        groups=groups, student=student, data=SimpleNamespace(read_held_out=read), rounds=rounds,
+        groups=groups, student=student, data=SimpleNamespace(read_held_out=read, valid_parts=PARTS), rounds=rounds,
         batches_per_forward=settings.num_micro_batches, num_samples=3,
         seq_length=config.data.seq_length, teacher=None,
     )  # fmt: skip
