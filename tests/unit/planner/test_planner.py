@@ -196,7 +196,7 @@ def test_measured_times_stand_for_all_computed_ones(tmp_path: Path) -> None:
     whole = sum(found.teacher(0, chunk) for chunk in range(len(plan.own.sizes.shape.chunk_bounds)))
     assert (whole, found.update, found.hidden_transfer) == (pytest.approx(8.0), 0.0, 0.0)
     assert (found.forward, found.backward, found.transfer) == ([2.0, 5.0], [4.0, 7.0], 0.5)
-    slow = replace(H100, efficiency=1e-9, link_efficiency=1e-9)
+    slow = replace(H100, efficiency=1e-12, link_efficiency=1e-12)
     measured = times.MeasuredTimes(**OF_A_RUN, forward_s=[2.0, 3.0])
     assert simulated(plan.own.sizes, slow, measured) == steps  # no figure of the machine is in it
     text = describe_plan(plan)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from commands import ROOT, call
+from matplotlib import rc_context
 from matplotlib.image import imread
 
 from megatron_salt.report import load_run, markdown, plots, write_report
@@ -459,8 +460,9 @@ def test_eight_runs_can_be_told_apart(tmp_path: Path) -> None:
     ]
     heights, places = [], []
     for count in (2, 9):
-        figure = plots.plot_kd_weight(group_by_label(runs[:count]))
-        figure.draw_without_rendering()
+        with rc_context(plots.PLOT_STYLE):
+            figure = plots.plot_kd_weight(group_by_label(runs[:count]))
+            figure.draw_without_rendering()
         (ax,) = figure.axes
         heights.append(ax.get_window_extent().height)
         assert ax.yaxis.get_label().get_window_extent().y0 >= 0

@@ -247,11 +247,14 @@ def evaluate(config: Any, settings: Any, groups: Any, student: Any, teacher: Any
     size, layout = settings.micro_batch_size, groups.layout
     rounds = evaluation_rows(3, size, groups.dp_rank, layout.dp_size)
 
+    parts = SimpleNamespace(names=["code", "text"])
+
     def read(rows: list[int]) -> Any:
-        return batch_of(len(rows), config.data.seq_length)
+        batch = batch_of(len(rows), config.data.seq_length)
+        return replace(batch, part_RS=torch.ones_like(batch.tokens_RS))
 
     vars(held_out).update(
-        groups=groups, student=student, data=SimpleNamespace(read_held_out=read, valid_parts=PARTS), rounds=rounds,
+        groups=groups, student=student, data=SimpleNamespace(read_held_out=read, valid_parts=parts), rounds=rounds,
         batches_per_forward=settings.num_micro_batches, num_samples=3,
         seq_length=config.data.seq_length, teacher=None,
     )  # fmt: skip
