@@ -10,7 +10,6 @@ import shutil
 from pathlib import Path
 
 
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="a new or an empty one")
 

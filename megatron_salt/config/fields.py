@@ -104,9 +104,9 @@ class DataConfig:
     split: str = "99,1"
     """TRAIN,HELD_OUT: shares of the documents; only where data.valid_data_path is empty."""
     tokenizer: str | None = None
-    """Tokenizer file or directory; null: the copy that preprocess_data.py put beside the data."""
+    """Tokenizer file or directory; null: the copy that `preprocess` put beside the data."""
     tags: list[str] = field(default_factory=list)
-    """Token tags: the --output-prefix of megatron-salt tag for each training dataset, in order."""
+    """Token tags: the --output-prefix of `tag` for each training dataset, in order."""
     seq_length: int = 2048
     """Tokens per sequence (S), training and held-out."""
     eod_mask_loss: bool = False
@@ -180,7 +180,7 @@ class SaltConfig:
     """Precision of the logits: fp32, or that of the model (the DeepSpeed JSON's). The latter is
     faster, and rounds away small differences between student and teacher."""
     selection: list[str] = field(default_factory=list)
-    """Selections made by megatron-salt tag or megatron-salt select, one per training dataset. The
+    """Selections made by `tag` or `select`, one per training dataset. The
     KD phase reads only the selected sequences, the LM phase all."""
     kd_tokens: Literal["all", "tagged", "untagged", "low_entropy", "high_entropy",
                        "teacher_better"] = "all"  # fmt: skip
@@ -200,7 +200,7 @@ class SaltConfig:
     how many tokens are scored at a time."""
     loss_impl: Literal["auto", "reference", "native", "cuda"] = "auto"
     """Backend (code) of the loss: native is for CPUs, reference is plain PyTorch. auto: native or
-    cuda by device. megatron-salt kernels says which are there."""
+    cuda by device. `megatron-salt kernels` says which are there."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -251,7 +251,7 @@ def evaluate(config: Any, settings: Any, groups: Any, student: Any, teacher: Any
 
     def read(rows: list[int]) -> Any:
         batch = batch_of(len(rows), config.data.seq_length)
-        return replace(batch, part_RS=torch.ones_like(batch.tokens_RS))
+        return dataclasses.replace(batch, part_RS=torch.ones_like(batch.tokens_RS))
 
     vars(held_out).update(
         groups=groups, student=student, data=SimpleNamespace(read_held_out=read, valid_parts=parts), rounds=rounds,
