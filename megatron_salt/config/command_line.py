@@ -16,7 +16,6 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from megatron_salt import __version__
 from megatron_salt.config.deepspeed import KNOWN_KEYS
 from megatron_salt.config.fields import KEYS, SECTIONS, RunConfig
 from megatron_salt.config.problems import check_config
@@ -24,7 +23,7 @@ from megatron_salt.config.values import nearest
 from megatron_salt.parallel import endings
 
 OPTIONS = [*SECTIONS, "config", "deepspeed_config", "dry_run", "local_rank", "local-rank", "help",
-           "print_config", "version"]  # fmt: skip
+           "print_config"]  # fmt: skip
 
 REQUIRED = [f"{name}.{item.name}" for name, kind in SECTIONS.items()
             for item in dataclasses.fields(kind)
@@ -195,8 +194,7 @@ def print_help(parser: ArgumentParser, topic: str | None) -> None:
             "  --config FILE            settings as YAML; of several the last one wins\n"
             "  --deepspeed_config FILE  DeepSpeed's JSON: batch, precision, optimizer, ZeRO\n"
             "  --dry_run                check everything, print layout and memory, train nothing\n"
-            "  --print_config           print the resolved settings as YAML for --config\n"
-            "  --version"
+            "  --print_config           print the resolved settings as YAML for --config"
         )
         return
     wanted = [key for key in KEYS if topic in (key, key.split(".")[0], key.split(".")[1])]
@@ -218,7 +216,7 @@ def parse_command_line(argv: Sequence[str] | None = None, prog: str = "pretrain"
     """Read YAML files and overrides, check them, return frozen values.
 
     Raises: SystemExit(2) after printing the problem, the way argparse does; SystemExit(0) after
-    `--help`, `--version` or `--print_config`.
+    `--help` or `--print_config`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser(prog)
@@ -226,9 +224,6 @@ def parse_command_line(argv: Sequence[str] | None = None, prog: str = "pretrain"
         if asked := {"--help", "-h"} & set(argv):
             after = argv[argv.index(asked.pop()) + 1 :]
             print_help(parser, after[0] if after and after[0][0] != "-" else None)
-            raise SystemExit(0)
-        if argv[:1] == ["--version"]:
-            print(f"megatron-salt {__version__}")
             raise SystemExit(0)
         print_it = "--print_config" in argv
         argv = [word for word in argv if word != "--print_config"]
@@ -242,13 +237,13 @@ def parse_command_line(argv: Sequence[str] | None = None, prog: str = "pretrain"
         sections = {name: kind(**vars(namespace[name])) for name, kind in SECTIONS.items()}
         config = RunConfig(**sections)
         check_config(config)
-        if not namespace.deepspeed_config:
-            raise ValueError("--deepspeed_config is missing: give the DeepSpeed JSON of this run")
         if print_it:
             values = {**config.to_dict(), "deepspeed_config": namespace.deepspeed_config}
             plain = json.loads(json.dumps(values))  # YAML knows no subclasses of text
             print(yaml.safe_dump(plain, sort_keys=False), end="")
             raise SystemExit(0)
+        if not namespace.deepspeed_config:
+            raise ValueError("--deepspeed_config is missing: give the DeepSpeed JSON of this run")
     except ValueError as error:
         parser.error(str(error))
     return CommandLine(

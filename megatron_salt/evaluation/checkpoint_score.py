@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from megatron_salt.data.manifest import idx_path
 from megatron_salt.data.order import evaluation_rows
 from megatron_salt.data.tokenizer import load_tokenizer
 from megatron_salt.evaluation.score_sums import ScoreSums, part_sums
+from megatron_salt.files.progress import Progress
 from megatron_salt.kernels import VocabShard, token_scores
 from megatron_salt.model.frozen import FrozenModel
 from megatron_salt.model.loss import HELD_OUT_SCORES
@@ -116,7 +117,9 @@ def score_checkpoint(path: str, request: ScoreRequest, groups: Groups) -> dict[s
             min(request.samples, source.num_held_out()), request.micro_batch_size, groups.dp_rank,
             groups.layout.dp_size,
         )  # fmt: skip
-        batches = [source.read_held_out(rows) for rows in rounds]
+        batches = Progress(len(rounds), "batch", path, visible=groups.rank == 0).over(
+            source.read_held_out(rows) for rows in rounds
+        )
         names = source.valid_parts.names
         packed, parts = packed_scores(model, vocab, batches, groups.device, len(names))
         dist.all_reduce(packed)
@@ -142,7 +145,7 @@ def score_checkpoint(path: str, request: ScoreRequest, groups: Groups) -> dict[s
 
 
 def packed_scores(
-    model: FrozenModel, vocab: VocabShard, batches: Sequence[Batch], device: torch.device,
+    model: FrozenModel, vocab: VocabShard, batches: Iterable[Batch], device: torch.device,
     num_parts: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`ScoreSums` of this rank's batches, packed, as a run's own evaluations add them up; and

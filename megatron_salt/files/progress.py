@@ -5,8 +5,12 @@ from __future__ import annotations
 import io
 import sys
 import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 from tqdm import tqdm
+
+Item = TypeVar("Item")
 
 
 class Progress(tqdm):
@@ -23,6 +27,13 @@ class Progress(tqdm):
             dynamic_ncols=terminal, file=sys.stderr if terminal else io.StringIO(),
             mininterval=0.5 if terminal else float("inf"),  # without a terminal the bar only counts
         )  # fmt: skip
+
+    def over(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, of which each counts for one when it is done."""
+        with self:
+            for item in items:
+                yield item
+                self.update()
 
     def update(self, amount: float = 1) -> None:
         before = self.n

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from megatron_salt.data.sequences import Sequences
 from megatron_salt.data.tags import TagManifest, sequence_lengths, tag_manifest_path
+from megatron_salt.files.progress import Progress
 from megatron_salt.parallel.groups import Groups, from_rank_0, same_error_everywhere
 from megatron_salt.scoring import shards as shard_files
 from megatron_salt.scoring.request import (
@@ -53,6 +54,9 @@ def tag(request: TagRequest, groups: Groups) -> TagManifest | None:
         check_same_view(request, job.origin, groups)
     sequences = Sequences.of(sequence_lengths(request.data), job.origin.settings.window)
     shards = sequences.shards(request.tokens_per_shard)
+    if len(shards) < groups.layout.world_size:
+        _say(groups, f"WARNING {len(shards)} shards for {groups.layout.world_size} ranks: some "
+                     "have no work; choose a smaller --tokens-per-shard")  # fmt: skip
     with shard_files.partial_folder(request, job.origin, groups) as folder:
         found = [i for i in range(len(shards)) if shard_files.shard_path(folder, i).is_file()]
         done = from_rank_0(found)
@@ -85,12 +89,10 @@ def _score_shards(
     mine = todo[groups.rank :: groups.layout.world_size]
     sizes = [int(sequences.bounds[b] - sequences.bounds[a]) for a, b in shards]
     total = sum(sizes[index] for index in mine)
-    terminal = sys.stderr.isatty()
     started = time.monotonic()
     with (
-        tqdm(total=total, unit="token", unit_scale=True, disable=groups.rank != 0,
-             mininterval=0.5 if terminal else 30.0, desc="rank 0 of "
-             f"{groups.layout.world_size}", dynamic_ncols=terminal) as bar,
+        Progress(total, "token", f"rank 0 of {groups.layout.world_size}",
+                 visible=groups.rank == 0) as bar,
         ThreadPoolExecutor(max_workers=1) as writer,
     ):  # fmt: skip
         pending: Any = None

@@ -541,7 +541,7 @@ def test_command_line(
         ({"top_k": 509}, "--top_k 509: must lie between 1 and"),
         ({"rule": Rule(score="entropy"), "store": ()}, "--score entropy needs --store"),
         ({"teacher": "nowhere"}, "--teacher = nowhere: does not exist"),
-        ({"data": "nowhere"}, "missing dataset file nowhere.bin"),
+        ({"data": "nowhere"}, "there is no dataset nowhere: nowhere.idx is missing"),
     ],
     ids=str,
 )

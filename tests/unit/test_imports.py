@@ -19,7 +19,7 @@ ALLOWED = {
     "planner": "checkpoint config data files method model parallel teacher training",
     "report": "data files teacher",
     "training": "checkpoint config data evaluation files kernels method model parallel teacher",
-    "evaluation": "checkpoint config data kernels model parallel teacher",
+    "evaluation": "checkpoint config data files kernels model parallel teacher",
     "scoring": "checkpoint data files kernels model parallel",
     "teacher": "checkpoint config data kernels model parallel",
     "checkpoint": "config files kernels method model parallel",

@@ -637,7 +637,6 @@ def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None
     assert all(sections.count(f"--{key} (") == 1 for key in KEYS)
     assert "--salt.kd_steps (whole number; default: 0):\n  Length n_KD of the KD" in sections
     assert shown("--help", "train.steps").startswith("--train.steps (whole number; required):")
-    assert shown("--version") == "megatron-salt 0.1.0\n"
     assert len(KEYS) <= 80
 
 

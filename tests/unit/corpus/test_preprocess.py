@@ -463,7 +463,7 @@ def test_killed_run_leaves_no_final_file_and_no_worker(
     half_done_run.wait()
     assert file_names(tmp_path) == {"in.jsonl", "small.jsonl", "out_text_document.partial"}
     wait_until(lambda: not any(map(is_running, workers)))
-    with pytest.raises(FileNotFoundError, match=r"missing dataset file .*\.bin"):
+    with pytest.raises(FileNotFoundError, match="there is no dataset"):
         verify_dataset(tmp_path / "out_text_document")
     preprocess([small], tmp_path / "out", sentencepiece_path, workers=1)
     assert "out_text_document.partial" not in file_names(tmp_path)
@@ -494,7 +494,7 @@ def test_interrupted_replacement_never_mixes_two_runs(
         preprocess([path], output, hugging_face_path, workers=1, overwrite=True)
     assert not Path(f"{copied}.manifest.json").exists()
     if renames < 3:
-        with pytest.raises(FileNotFoundError, match="missing dataset file"):
+        with pytest.raises(FileNotFoundError, match="there is no dataset|missing dataset file"):
             verify_dataset(copied)
     else:  # complete but for the manifest
         assert verify_dataset(copied) is None and len(documents(copied)) == 3
@@ -552,7 +552,7 @@ def test_truncated_or_missing_files_are_named(copied: Path) -> None:
     bin_file, idx_file = Path(f"{copied}.bin"), Path(f"{copied}.idx")
     size, idx_content = bin_file.stat().st_size, idx_file.read_bytes()
     os.truncate(bin_file, size - 10)
-    expected = rf"truncated: .*\.bin has {size - 10} bytes, its index says {size}; run tools/pre"
+    expected = rf"truncated: .*\.bin has {size - 10} bytes, its index says {size}; run"
     with pytest.raises(ValueError, match=expected):
         verify_dataset(copied)
     os.truncate(bin_file, size + 2)
@@ -570,7 +570,7 @@ def test_truncated_or_missing_files_are_named(copied: Path) -> None:
         with pytest.raises(ValueError, match=message):
             verify_dataset(copied)
     idx_file.unlink()
-    with pytest.raises(FileNotFoundError, match=r"missing dataset file .*\.idx; run tools/pre"):
+    with pytest.raises(FileNotFoundError, match=r"missing dataset file .*\.idx; run"):
         verify_dataset(copied)
 
 

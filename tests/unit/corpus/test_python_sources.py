@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from commands import call
 
 from megatron_salt.corpus.python_sources import make_corpus
-from tools import make_corpus as tool
 
 LONG = "value = 1  # a line that is long enough to be kept as a document\n" * 2
 
@@ -82,10 +82,10 @@ def test_nothing_to_write_is_an_error_and_keeps_the_old_file(
     output = tmp_path / "corpus.jsonl"
     output.write_text("old")
     arguments = ["--output", str(output), "--source"]
-    assert tool.main([*arguments, str(source), "--max-bytes", "10"]) == 1
+    assert call("corpus", *arguments, str(source), "--max-bytes", "10") == 2
     assert "no document to write: 21 usable files" in capsys.readouterr().err
-    assert tool.main([*arguments, str(tmp_path / "absent")]) == 1
+    assert call("corpus", *arguments, str(tmp_path / "absent")) == 2
     assert "is not a directory" in capsys.readouterr().err
     assert output.read_text() == "old"
-    assert tool.main([*arguments, str(source)]) == 0
+    assert call("corpus", *arguments, str(source)) == 0
     assert "21 documents" in capsys.readouterr().out

@@ -254,7 +254,8 @@ def evaluate(config: Any, settings: Any, groups: Any, student: Any, teacher: Any
         return dataclasses.replace(batch, part_RS=torch.ones_like(batch.tokens_RS))
 
     vars(held_out).update(
-        groups=groups, student=student, data=SimpleNamespace(read_held_out=read, valid_parts=parts), rounds=rounds,
+        groups=groups, student=student, rounds=rounds,
+        data=SimpleNamespace(read_held_out=read, valid_parts=parts),
         batches_per_forward=settings.num_micro_batches, num_samples=3,
         seq_length=config.data.seq_length, teacher=None,
     )  # fmt: skip
