@@ -44,6 +44,8 @@ def test_a_slow_task_says_something_every_minute(
     run(10_000, 30)
     few = capsys.readouterr().err.splitlines()
     assert 3 <= len(few) <= 5
+    run(10_000, 30, visible=False)
+    assert capsys.readouterr().err == ""
     run(0, 30)  # a pipe: its size is not known
     assert 3 <= len(capsys.readouterr().err.splitlines()) <= 5
 
