@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_salt.noise import silence_known_warnings
 
     silence_known_warnings()
+    # Seconds, for which `--help` does not wait.
     import torch.distributed as dist
 
     from megatron_salt.generation.continuation import continuer, read_prompts, side_by_side
