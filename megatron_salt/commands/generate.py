@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the texts of all checkpoints. Raises: ValueError or OSError saying what is wrong."""
+    # Seconds, for which `--help` does not wait.
     import torch.distributed as dist
 
     from megatron_salt.generation.continuation import continuer, read_prompts, side_by_side

@@ -1,6 +1,6 @@
 """Token after token, each read once: megatron-core's cache holds the keys and values of the others.
 
-One prompt at a time: rounding depends on the number of rows, and in 16 bits the token on rounding.
+One prompt at a time: a product's rounding may depend on its number of rows, and a token on that.
 """
 
 from collections.abc import Callable

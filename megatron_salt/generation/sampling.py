@@ -51,7 +51,6 @@ def truncated_probabilities(logits_V: Tensor, temperature: float, k: int, p: flo
     ordered[k or len(ids) :] = 0
     if p < 1.0:
         before = ordered.cumsum(dim=0) - ordered
-        before[0] = 0  # one token stays, whatever is rounded
         ordered[before >= p * ordered.sum()] = 0
     return torch.zeros_like(chances_V).scatter_(0, ids, ordered / ordered.sum())
 

@@ -106,15 +106,20 @@ def check_start(
     _check_deepspeed(read_json(str(resume_from / "deepspeed.json")), settings)
 
 
-def check_schedule_goes_on(config: RunConfig, resumed: CheckpointManifest, peak: float) -> None:
+def check_schedule_goes_on(
+    config: RunConfig, resume_from: Path, resumed: CheckpointManifest, peak: float
+) -> None:
     """Raise ValueError where the schedule of the learning rate is not the one it has followed, or
-    the KD phase would end in the past.
+    where the KD phase of this very run would end in the past. (One that starts from another run's
+    checkpoint may be a plain one.)
 
     Math: the new schedule must say of the last step done what the old one said, within 1 %.
     """
     before, now, step = resumed.run.config, config, resumed.run.step
     taught = min(before.salt.kd_steps, step)
-    if before.salt.switch == now.salt.switch == "fixed" and now.salt.kd_steps < taught:
+    own = Path(now.train.output_dir).resolve() in resume_from.resolve().parents
+    fixed = before.salt.switch == now.salt.switch == "fixed"
+    if own and fixed and now.salt.kd_steps < taught:
         raise ValueError(
             f"salt.kd_steps = {now.salt.kd_steps}, but {taught} steps of the KD phase are done and "
             f"cannot change: give {taught} to end it here, or keep {before.salt.kd_steps}"

@@ -98,9 +98,10 @@ def agree_on_start(
             tag_inputs = dataset.load_tag_inputs(config, tokenizer)
             lock = resume.lock_output_dir(config.train.output_dir, console.say)
             found = resume.decide_start(config, groups.layout, settings, tokenizer.fingerprint)
-            if found[1] is not None and found[1].run.step < config.train.steps:
-                resume.check_same_tag_inputs(config, found[1], tag_inputs)
-                resume.check_schedule_goes_on(config, found[1], settings.learning_rate)
+            start_of, began, _ = found
+            if start_of and began and began.run.step < config.train.steps:
+                resume.check_same_tag_inputs(config, began, tag_inputs)
+                resume.check_schedule_goes_on(config, start_of, began, settings.learning_rate)
     # One rank looks and decides: shared file systems show different ranks different folders.
     resume_from, resumed, warnings = from_rank_0(found)
     tag_inputs = from_rank_0(tag_inputs)

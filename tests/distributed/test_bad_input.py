@@ -273,7 +273,7 @@ def test_output_dir_of_a_living_run_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("megatron_salt.training.resume.LOCK_WAIT_S", 0.0)
-    with lock_output_dir(str(tmp_path / "run")):
+    with lock_output_dir(str(tmp_path / "run"), print):
         assert "in use by another run" in fails(1, dataset)
     config = make_config(dataset, tmp_path / "run", train__steps=1)
     run_ranks(1, _train, config, make_deepspeed(tmp_path))  # free again

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from tiny import (
 
 from megatron_salt.checkpoint.folder import list_checkpoints
 from megatron_salt.config.fields import RunConfig
-from megatron_salt.training.run import Run, prepare, train
+from megatron_salt.training.run import Run, prepare
 
 KD_STEPS = 6
 TP2_PP2: dict[str, Any] = {
@@ -314,6 +315,47 @@ def test_finished_run_has_nothing_left_to_do(dataset: Path, tmp_path: Path) -> N
     config = make_config(dataset, tmp_path / "run", train__steps=2)
     deepspeed_config = make_deepspeed(tmp_path)
     run_ranks(1, _train, config, deepspeed_config)
-    before = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8")
-    run_ranks(1, lambda *args: train(prepare(*args)), config, deepspeed_config)
-    assert (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8") == before
+
+    def state() -> dict[str, tuple[bytes, int]]:
+        files = [path for path in (tmp_path / "run").rglob("[!.]*") if path.is_file()]
+        return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+    before = state()
+    for steps in (2, 1):  # the same command again, and a shorter run
+        asked = replace(config, train=replace(config.train, steps=steps))
+        with pytest.raises(RankError, match=f"NothingToDo: already at step 2 of {steps}, nothing"):
+            run_ranks(1, prepare, asked, deepspeed_config)
+        assert state() == before
+
+
+def test_a_rate_that_would_jump_is_refused(dataset: Path, tmp_path: Path) -> None:
+    """A longer run stretches a cosine under the steps that are done."""
+    deepspeed_config = make_deepspeed(tmp_path)
+    run = {"train__lr_schedule": "cosine", "train__lr_warmup_steps": 1}
+
+    def resumed(**changes: Any) -> list[float]:
+        config = make_config(dataset, tmp_path / "run", **{**run, "train__steps": 6, **changes})
+        run_ranks(1, _train, config, deepspeed_config)
+        return [record["lr"] for record in metrics_of(tmp_path / "run") if record["step"]]
+
+    first = resumed(train__steps=4)
+    message = (
+        r"would jump from 0\.000975 \(step 4\) to 0\.00123 \(train.steps: 4 -> 6\): "
+        r"train.lr_decay_steps 3 keeps the old curve"
+    )
+    with pytest.raises(RankError, match=message):
+        resumed()
+    kept = resumed(train__lr_decay_steps=3, train__steps=5)
+    assert kept[:-1] == first and kept[-1] == pytest.approx(0.1 * max(first))
+    assert resumed(train__allow_lr_jump=True)[-1] > 1.5 * kept[-1]
+
+
+def test_a_kd_phase_does_not_end_in_the_past(dataset: Path, teacher: Path, tmp_path: Path) -> None:
+    deepspeed_config = make_deepspeed(tmp_path)
+    taught = {"teacher__checkpoint": str(teacher), "salt__kd_steps": 3}
+    config = make_config(dataset, tmp_path / "run", train__steps=4, **taught)
+    run_ranks(1, _train, config, deepspeed_config)
+    shorter = replace(config, salt=replace(config.salt, kd_steps=2),
+                      train=replace(config.train, steps=5))  # fmt: skip
+    with pytest.raises(RankError, match=r"salt.kd_steps = 2, but 3 steps of the KD phase are done"):
+        run_ranks(1, prepare, shorter, deepspeed_config)

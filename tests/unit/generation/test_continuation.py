@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ranks import run_ranks
 from tiny import GPT, make_config, make_deepspeed, run_to_end
 
 from megatron_salt.checkpoint.folder import resolve
+from megatron_salt.checkpoint.manifest import read_checkpoint_manifest
+from megatron_salt.checkpoint.weights import load_frozen
 from megatron_salt.data.tokenizer import load_tokenizer
 from megatron_salt.generation.continuation import continuer, read_prompts, side_by_side
 from megatron_salt.generation.sampling import GenerationRequest
+from megatron_salt.kernels import VocabShard
 from megatron_salt.parallel.groups import initialize
 
 PROMPTS = ["def ", "import os\n\nclass A", "", "def "]
@@ -30,6 +34,35 @@ def texts_of(path: str, *requests: GenerationRequest) -> list[list[dict[str, Any
     """On a rank: what a checkpoint makes of each request."""
     groups = initialize(1, 1, 1.0)
     return [continuer(path, each, lambda line: None)(groups) for each in requests]
+
+
+def likeliest(path: str, prompts: list[list[int]], most: int, end: int) -> list[list[int]]:
+    """On a rank: each next token from a whole forward pass in fp32, with a padded head."""
+    folder = resolve(path, what="")
+    manifest = read_checkpoint_manifest(folder)
+    vocab = VocabShard(size=manifest.model.vocab_size, start=0, stop=manifest.model.vocab_size)
+    model = load_frozen(
+        folder, manifest, initialize(1, 1, 1.0), seq_length=64, dtype=torch.float32, head=vocab,
+        head_columns=vocab.size + 3,
+    )  # fmt: skip
+    found = []
+    for prompt in prompts:
+        tokens = list(prompt)
+        while len(tokens) < len(prompt) + most and (tokens == prompt or tokens[-1] != end):
+            assert model.head_WE is not None
+            logits = model.forward(torch.tensor([tokens]))[0, -1] @ model.head_WE.t()
+            tokens.append(int(logits[: vocab.size].argmax()))
+        found.append(tokens[len(prompt) :])
+    return found
+
+
+def test_greedy_tokens_are_the_likeliest_of_whole_forward_passes(teacher: Path) -> None:
+    """Alone an empty prompt begins with the end of a document."""
+    tokenizer = load_tokenizer(resolve(str(teacher), what="") / "tokenizer")
+    prompts = [ids or [tokenizer.eod] for ids in tokenizer.encode_batch(PROMPTS)]
+    ((found,),) = run_ranks(1, texts_of, str(teacher), asked(greedy=True, precision="fp32"))
+    (expected,) = run_ranks(1, likeliest, str(teacher), prompts, 6, tokenizer.eod)
+    assert [record["tokens"] for record in found] == expected
 
 
 @pytest.fixture(scope="module")
@@ -98,23 +131,52 @@ def test_what_the_tokenizer_changes_is_said(teacher: Path) -> None:
     assert said == [f"{teacher} cannot read prompt 'a▁b': its tokenizer makes 'a b' of it"]
 
 
-def test_the_end_of_the_document_and_broken_characters(
-    teacher: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The end is no text; bytes that are no character are replacement characters."""
-    tokenizer = load_tokenizer(resolve(str(teacher), what="") / "tokenizer")
-    pieces = tokenizer.tokens()
-    whole = [pieces.index(f"<0x{byte:02X}>") for byte in "é".encode()]
-    new = iter([[*whole, whole[0]], [whole[0], tokenizer.eod]])
+@pytest.fixture
+def stubbed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """No weights are read and `new` are the tokens: what was asked of the loader is noted here."""
+    seen: dict[str, Any] = {}
     place = "megatron_salt.generation.continuation."
-    monkeypatch.setattr(place + "load_frozen", lambda *_, **__: None)
-    monkeypatch.setattr(place + "decode_tokens", lambda *_: next(new))
-    groups: Any = None
-    found = continuer(str(teacher), asked(prompts=["caf", "x"]), lambda line: None)(groups)
-    assert [(each["text"], each["ended"]) for each in found] == [
-        ("é\ufffd", False),
-        ("\ufffd", True),
-    ]
+    monkeypatch.setattr(place + "load_frozen", lambda *_, **options: seen.update(options))
+    monkeypatch.setattr(place + "decode_tokens", lambda *_: seen["new"].pop(0))
+    return seen
+
+
+def test_broken_characters_are_replaced(teacher: Path, stubbed: dict[str, Any]) -> None:
+    """And the model is read in the precision asked for, of its whole vocabulary."""
+    pieces = load_tokenizer(resolve(str(teacher), what="") / "tokenizer").tokens()
+    whole = [pieces.index(f"<0x{byte:02X}>") for byte in "é".encode()]
+    stubbed["new"] = [[*whole, whole[0]]]
+    request, groups = asked(prompts=["caf"], precision="fp16"), None
+    (found,) = continuer(str(teacher), request, lambda line: None)(groups)  # type: ignore[arg-type]
+    assert found["text"] == "é\ufffd"
+    assert (stubbed["dtype"], stubbed["head_columns"]) == (torch.float16, len(pieces))
+
+
+class Stripping:
+    """A tokenizer that shows the end of a document and drops a space before a text."""
+
+    eod = 0
+    pieces = ("<end>", " a", " b")
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [[self.pieces.index(" " + word) for word in text.split()] for text in texts]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(self.pieces[each] for each in ids).lstrip()
+
+
+def test_a_text_is_what_stands_behind_the_prompt(
+    teacher: Path, stubbed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its space, without the end of the document."""
+    monkeypatch.setattr(
+        "megatron_salt.generation.continuation.load_tokenizer", lambda _: Stripping()
+    )
+    stubbed["new"] = [[1, 2, 0], [2, 1], [0]]
+    request, groups = asked(prompts=["a", "", "b"]), None
+    found = continuer(str(teacher), request, lambda line: None)(groups)  # type: ignore[arg-type]
+    texts = [(each["text"], each["tokens"], each["ended"]) for each in found]
+    assert texts == [(" a b", [1, 2, 0], True), (" b a", [2, 1], False), ("", [0], True)]
 
 
 def test_checkpoints_stand_under_one_another() -> None:

@@ -66,6 +66,11 @@ def test_nothing_cut_is_plain_softmax_to_the_bit() -> None:
     )
 
 
+def test_of_equals_the_smaller_ids_stay() -> None:
+    chances = truncated_probabilities(torch.zeros(5000), 1.0, 7, 1.0)
+    assert chances.nonzero()[:, 0].tolist() == list(range(7))
+
+
 def test_a_low_temperature_does_not_overflow() -> None:
     chances = truncated_probabilities(torch.tensor([60000.0, 60000.0, -60000.0]), 1e-6, 0, 1.0)
     assert chances.tolist() == [0.5, 0.5, 0.0]
