@@ -43,7 +43,7 @@ def held_out(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[st
     some, other = folder / "some_text_document", folder / "other_text_document"
     write_dataset(some, tokenizer, [document(name) for name in names], [n[-1] for n in names])
     write_dataset(other, tokenizer, [document("other") for _ in range(40)])
-    return [str(some), str(other)]
+    return [str(other), str(some)]
 
 
 def _config(dataset: Path, output_dir: Path, valid: list[str], **settings: Any) -> RunConfig:
@@ -103,7 +103,7 @@ def test_one_dataset_without_sources_has_no_parts_and_evaluate_has_them_too(
     dataset: Path, held_out: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "was").mkdir()
-    for path in Path(held_out[1]).parent.glob("other*[!r]"):
+    for path in Path(held_out[0]).parent.glob("other*[!r]"):
         shutil.copy(path, tmp_path / "was")
     config = _config(dataset, tmp_path / "run", [f"{tmp_path}/was/other_text_document"])
     run_ranks(1, _train, config, make_deepspeed(tmp_path))
@@ -111,7 +111,7 @@ def test_one_dataset_without_sources_has_no_parts_and_evaluate_has_them_too(
     assert not [key for key in last if "/" in key]
     words = ["-m", "megatron_salt", "evaluate", "--checkpoint", str(tmp_path / "run")]
     scores = ["--samples", str(SAMPLES), "--output", str(tmp_path / "scores.json")]
-    done = run_forked(*words, *scores, "--data", held_out[0], folder=tmp_path)
+    done = run_forked(*words, *scores, "--data", held_out[1], folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "(not the text of the run's own score)" in done.stdout
     (result,) = json.loads((tmp_path / "scores.json").read_text())
