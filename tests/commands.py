@@ -14,14 +14,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_command(
-    *words: str, seconds: float = 180.0, **environment: str
+    *words: str, seconds: float = 180.0, cwd: Path = ROOT, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """`python WORDS…` in the repository's root, outside any launcher; output captured."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         env.pop(name, None)
     return subprocess.run(
-        [sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=seconds
+        [sys.executable, *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=seconds
     )
 
 
@@ -37,18 +37,21 @@ def call(command: str, *words: str | Path) -> int:
         return stop.code
 
 
-def run_forked(*words: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_forked(
+    *words: str, folder: Path, there: bool = False, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """As `run_command`, in a fork of this process: it need not import PyTorch and DeepSpeed anew.
 
-    For all that is not the start of a process itself. `folder` gets what it prints.
+    For all that is not the start of a process itself. `folder` gets what it prints; `there`: it is
+    also where the command runs, instead of the repository's root.
     """
     import torch
 
     if torch.cuda.is_available():  # which a forked process cannot use
-        return run_command(*words, **environment)
+        return run_command(*words, cwd=folder if there else ROOT, **environment)
     outputs = [folder / "forked.out", folder / "forked.err"]
     process = multiprocessing.get_context("fork").Process(
-        target=_run_here, args=(words, environment, outputs)
+        target=_run_here, args=(words, environment, outputs, folder if there else ROOT)
     )
     process.start()
     process.join(180.0)
@@ -61,7 +64,9 @@ def run_forked(*words: str, folder: Path, **environment: str) -> subprocess.Comp
     return subprocess.CompletedProcess([*words], process.exitcode, *printed)
 
 
-def _run_here(words: tuple[str, ...], environment: dict[str, str], outputs: list[Path]) -> None:
+def _run_here(
+    words: tuple[str, ...], environment: dict[str, str], outputs: list[Path], cwd: Path
+) -> None:
     code = 1
     try:
         for number, path in enumerate(outputs, 1):
@@ -70,7 +75,7 @@ def _run_here(words: tuple[str, ...], environment: dict[str, str], outputs: list
         os.environ.update(environment)
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             os.environ.pop(name, None)
-        os.chdir(ROOT)
+        os.chdir(cwd)
         if words[0] == "-m":
             sys.argv = [*words[1:]]
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
