@@ -33,6 +33,7 @@ from megatron_salt.data.selection import (
     select,
 )
 from megatron_salt.data.sequences import Sequences
+from megatron_salt.data.sources import load_sources
 from megatron_salt.data.tags import (
     TAG_AGAIN,
     TagManifest,
@@ -147,6 +148,10 @@ def overview(prefix: str, tags: str | None, tokenizer_path: str | None) -> list[
     if len(lengths):
         low, middle, high = np.percentile(lengths, [0, 50, 100]).astype(int)
         lines.append(f"tokens of a document: {low} to {high}, median {middle}")
+    if (sources := load_sources(prefix)) is not None:
+        counts = np.bincount(sources.of_documents, minlength=len(sources.names))
+        each = (f"{n} {count}" for n, count in zip(sources.names, counts, strict=True))
+        lines.append(f"documents of each source: {', '.join(each)}")
     own = opened.tokenizer
     lines.append(f"tokenizer: {own.path}, {own.vocab_size} tokens, end of document {own.eod}")
     if made is not None:

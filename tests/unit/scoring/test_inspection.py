@@ -15,9 +15,16 @@ import numpy as np
 import pytest
 from commands import call
 from ranks import run_ranks
+from small_datasets import write_dataset
 from tiny_tags import write_indexed, write_manifest, write_tags
 
-from megatron_salt.data.manifest import bin_path, idx_path, read_dataset_manifest
+from megatron_salt.data.manifest import (
+    bin_path,
+    idx_path,
+    read_dataset_manifest,
+    tokenizer_directory,
+    verify_dataset,
+)
 from megatron_salt.data.scores import MASKED, SCORES, column
 from megatron_salt.data.selection import Rule, read_table, write_table
 from megatron_salt.data.sequences import Sequences
@@ -172,6 +179,22 @@ def test_sequence_of_the_table_or_of_a_selection(
         assert where in out and "⟦" not in out  # a table without tags
         assert (", selected;" in out, ", not selected;" in out) == (chosen, not chosen)
     assert not chosen
+
+
+def test_overview_says_what_a_dataset_holds(
+    data: Path, tagged: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    manifest, lengths = verify_dataset(data), sequence_lengths(data)
+    assert manifest is not None
+    lines = shown(capsys, data, "--tags", tagged).splitlines()
+    assert f": {manifest.documents} documents, {manifest.tokens} tokens, " in lines[0]
+    low, middle, high = lengths.min(), int(np.median(lengths)), lengths.max()
+    assert lines[1] == f"tokens of a document: {low} to {high}, median {middle}"
+    assert lines[3].startswith(f"made of: {manifest.inputs[0].name} (")
+    assert lines[4].startswith("tags: mask, ") and "% of the tokens kept" in lines[4]
+    tokenizer = tokenizer_directory(data)
+    write_dataset(tmp_path / "two", tokenizer, [[1, 2, 2], [3, 2], [4, 2]], ["web", "code", "web"])
+    assert "documents of each source: code 1, web 2" in shown(capsys, tmp_path / "two")
 
 
 def test_listing_has_a_line_for_every_token(data: Path, tagged: Path, capsys: Capture) -> None:
