@@ -182,7 +182,7 @@ class Run:
 
     def _start_trace(self, step: int) -> bool:
         """Note the times of this step's instructions, if somebody wants them."""
-        traced = step == self.first_step + MEASURED_STEP
+        traced = step in (self.first_step + MEASURED_STEP, self._plain_measured_step)
         if self.student.says_times:
             traced = traced or (step + 1) % self.config.train.log_interval == 0
         if traced:
@@ -205,6 +205,13 @@ class Run:
         # After the next step there may be nothing more to be taught ahead.
         if step == self.first_step + MEASURED_STEP and self.kd.phase(step + 2) == "kd":
             self.teaching.replan(traces)
+        elif step == self._plain_measured_step:
+            self.teaching.note_plain_step(traces)
+
+    @property
+    def _plain_measured_step(self) -> int:
+        """The step after the switch whose times stand for the LM phase."""
+        return self.kd.salt.kd_steps + MEASURED_STEP
 
     def _record(self, step: int, sums: LossSums, weight: float, lr: float) -> dict[str, Any]:
         """The metrics of a step; docs/metrics.md explains each."""

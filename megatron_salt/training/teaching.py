@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -147,12 +148,26 @@ class Teaching:
             if self.groups.rank == 0:
                 times = self.measure(traces, self.shape.pieces, self.shape.chunk_bounds)
                 plan = plan_teacher(self.shape, times, in_bubbles=True)
-                values = measured_values(times, self.shape.pieces, plan.num_chunks)
-                target = Path(self.config.train.output_dir) / "measured_times.json"
-                target.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+                self._write_measured(measured_values(times, self.shape.pieces, plan.num_chunks))
         plan = from_rank_0(plan)
         self.teacher.prepare(plan, ahead=True)
         self.console.say(f"teacher, placed anew: {plan.describe('measured times')}")
+
+    def note_plain_step(self, traces: Sequence[Trace]) -> None:
+        """Add the forward times of a traced LM step to measured_times.json, if the KD phase has
+        left one: with them the planner compares the two phases."""
+        with same_error_everywhere("writing measured_times.json"):
+            if self.groups.rank == 0 and self.measured_path.exists():
+                values = json.loads(self.measured_path.read_text(encoding="utf-8"))
+                values["forward_s"] = list(self.measure(traces, [], []).forward)
+                self._write_measured(values)
+
+    @property
+    def measured_path(self) -> Path:
+        return Path(self.config.train.output_dir) / "measured_times.json"
+
+    def _write_measured(self, values: dict[str, Any]) -> None:
+        self.measured_path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     def take_time_s(self) -> float:
         """Seconds of the teacher's forward passes on this rank since the last call."""

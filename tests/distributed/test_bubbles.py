@@ -41,7 +41,7 @@ from megatron_salt.teacher.schedule import (
 )
 from megatron_salt.teacher.simulator import StepTimes, simulate
 from megatron_salt.training.instructions import Instructions
-from megatron_salt.training.run import MEASURED_STEP, Run, prepare
+from megatron_salt.training.run import MEASURED_STEP, Run, prepare, train
 
 FOUR = {**LLAMA, "num_layers": 4}
 # Six layers on four stages: they have unequal work, so shares of the teacher's rows differ too.
@@ -397,9 +397,33 @@ def _simulated_and_traced(folder: Path, dataset: Path, teacher: Path) -> tuple[f
     # The planner takes what the run has written.
     given = read_measured(str(folder / "run" / "measured_times.json"))
     assert given.teacher_row_s is not None and given.teacher_row_s >= 2 * CHUNK_S
+    assert given.forward_s is None, "no step was without a teacher"
     assert len(metrics_of(folder / "run")) == 9
     written = np.asarray(given.forward_kd_s) / np.asarray(times.forward) - 1.0
     return min(errors), float(np.abs(written).max())
+
+
+def _train(config: RunConfig, deepspeed_config: str) -> None:
+    train(prepare(config, deepspeed_config))
+
+
+def test_a_plain_step_after_the_switch_is_measured_too(
+    dataset: Path, teacher: Path, tmp_path: Path
+) -> None:
+    """So that the planner holds measured seconds against measured ones."""
+    config = make_config(
+        dataset, tmp_path / "run", teacher__checkpoint=str(teacher), salt__kd_steps=4,
+        parallel__pipeline_model_parallel_size=2, train__steps=6,
+    )  # fmt: skip
+    path = str(tmp_path / "run" / "measured_times.json")
+    run_ranks(2, _train, config, make_deepspeed(tmp_path))
+    taught = read_measured(path)
+    assert taught.forward_s is None and taught.forward_kd_s is not None
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=8))
+    run_ranks(2, _train, longer, make_deepspeed(tmp_path))
+    both = read_measured(path)
+    assert both.forward_s is not None and len(both.forward_s) == 2 and min(both.forward_s) > 0
+    assert dataclasses.replace(both, forward_s=None) == taught
 
 
 def test_simulated_step_agrees_with_a_traced_one(

@@ -194,7 +194,7 @@ def test_overview_says_what_a_dataset_holds(
     assert lines[4].startswith("tags: mask, ") and "% of the tokens kept" in lines[4]
     tokenizer = tokenizer_directory(data)
     write_dataset(tmp_path / "two", tokenizer, [[1, 2, 2], [3, 2], [4, 2]], ["web", "code", "web"])
-    assert "documents of each source: code 1, web 2" in shown(capsys, tmp_path / "two")
+    assert "documents of each source: web 2, code 1" in shown(capsys, tmp_path / "two")
 
 
 def test_listing_has_a_line_for_every_token(data: Path, tagged: Path, capsys: Capture) -> None:
