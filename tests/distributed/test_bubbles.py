@@ -412,8 +412,8 @@ def test_a_plain_step_after_the_switch_is_measured_too(
 ) -> None:
     """So that the planner holds measured seconds against measured ones."""
     config = make_config(
-        dataset, tmp_path / "run", teacher__checkpoint=str(teacher), salt__kd_steps=4,
-        parallel__pipeline_model_parallel_size=2, train__steps=6,
+        dataset, tmp_path / "run", teacher__checkpoint=str(teacher), salt__kd_steps=5,
+        parallel__pipeline_model_parallel_size=2, train__steps=7,
     )  # fmt: skip
     path = str(tmp_path / "run" / "measured_times.json")
     run_ranks(2, _train, config, make_deepspeed(tmp_path))
