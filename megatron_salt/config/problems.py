@@ -102,10 +102,8 @@ def _error_of(read: Callable[..., object], *arguments: object) -> Iterator[str]:
 def model_problems(model: ModelConfig, seq_length: int, parallel: ParallelConfig) -> Iterator[str]:
     """What concerns shapes and their division over ranks."""
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    too_small = [
-        f"parallel.{name}_model_parallel_size = {value}: must be at least 1"
-        for name, value in (("tensor", tp), ("pipeline", pp)) if value < 1
-    ]  # fmt: skip
+    sizes = f"parallel: tensor_model_parallel_size = {tp}, pipeline_model_parallel_size = {pp}"
+    too_small = [] if tp >= 1 and pp >= 1 else [f"{sizes}: must be at least 1"]
     settings = {"ffn_hidden_size": "ffn_size", "kv_channels": "head_size"}  # null: of the others
     for name in ("num_layers", "hidden_size", "num_attention_heads", *settings):
         if name != "kv_channels" or not too_small:  # a quotient of the others
@@ -126,9 +124,8 @@ def model_problems(model: ModelConfig, seq_length: int, parallel: ParallelConfig
             f"num_query_groups = {model.query_groups}: change one of them"
         )
     size = f"parallel.tensor_model_parallel_size = {tp}"
-    shared = {"num_attention_heads": model.num_attention_heads, "ffn_hidden_size": model.ffn_size}
-    if model.num_query_groups is not None:
-        shared["num_query_groups"] = model.num_query_groups
+    shared = {"num_attention_heads": model.num_attention_heads, "ffn_hidden_size": model.ffn_size,
+              "num_query_groups": model.num_query_groups or 0}  # fmt: skip
     for name, value in shared.items():
         if value % tp:
             yield f"model.{name} = {value} is not divisible by {size}: change one of them"

@@ -55,8 +55,7 @@ class Rule:
             if self.low is None or self.high is None or not self.low <= self.high:
                 raise ValueError(f"--score-range {self.low} {self.high}: expected LOW <= HIGH")
         elif self.fraction is None or not 0.0 < self.fraction <= 1.0:
-            value = f"--{self.kind}-fraction {self.fraction}"
-            raise ValueError(f"{value}: must be above 0, at most 1")
+            raise ValueError(f"--{self.kind}-fraction {self.fraction}: must be above 0, at most 1")
         if self.kind == "random" and self.seed is None:
             raise ValueError("a random selection needs a seed")
 

@@ -283,7 +283,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"model.max_position_embeddings": 16, "model.position_embedding_type": "learned_absolute"},
      "max_position_embeddings = 16 is below data.seq_length = 32"),
     ({"model.kv_channels": 7}, "even head size, not 7"),
-    ({"parallel.tensor_model_parallel_size": 0}, "model_parallel_size = 0: must be at"),
+    ({"parallel.tensor_model_parallel_size": 0}, "tensor_model_parallel_size = 0, "),
     ({"parallel.tensor_model_parallel_size": 8}, "num_query_groups = 4 is not divisible.*= 8"),
     ({"parallel.tensor_model_parallel_size": 4, "model.ffn_hidden_size": 90}, "_hidden_size = 90"),
     ({"parallel.pipeline_model_parallel_size": 5}, "= 5 exceeds model.num_layers = 4"),
