@@ -29,8 +29,7 @@ def find_teacher(
     try:
         check_same_tokens(f"teacher {folder}", theirs, "the student's data", tokenizer)
     except ValueError as error:
-        remedy = "preprocess the text by the teacher's tokenizer, or use another teacher"
-        raise ValueError(f"{error}\n{remedy}") from None
+        raise ValueError(f"{error}\ntake another teacher, or its tokenizer for the data") from None
     check_teacher_fits(folder, manifest, tokenizer.vocab_size, seq_length)
     fingerprint = weights_fingerprint(manifest)
     if resumed and resumed.run.teacher_fingerprint not in (None, fingerprint):

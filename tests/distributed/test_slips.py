@@ -63,7 +63,7 @@ SLIPS = [
      "shorten"),
     (TRAIN + "--teacher.checkpoint {place}/other --salt.kd_steps 2", "{place}/other",
      "330 tokens", "509 tokens",
-     "use another teacher"),
+     "take another teacher"),
     (TAUGHT + "--salt.kd_steps 2 --salt.switch adaptive", "train.eval_interval is 0", "set it"),
     (TAUGHT + "--salt.kd_steps 2 --salt.kd_tokens low_entropy", "salt.kd_token_share", "below 1"),
     (TAUGHT + "--salt.kd_steps 2 --salt.kd_tokens tagged", "salt.kd_tokens = tagged",
