@@ -97,8 +97,8 @@ SLIPS = [
     (AGAIN + "--train.resume none", "{place}/run", "train.resume = none", "train.resume auto"),
     (TRAIN + "--train.output_dir {place}/ds.json", "{place}/ds.json is a file", "name a folder"),
     # The DeepSpeed JSON.
-    (TRAIN + "--deepspeed_config {place}/five.json", "five.json", "train_batch_size = 16",
-     "train_micro_batch_size_per_gpu = 5", "change"),
+    (TRAIN + "--deepspeed_config {place}/five.json", "five.json", "train_batch_size = 16 is not "
+     "a multiple of train_micro_batch_size_per_gpu = 5 * data-parallel size 1", "change"),
     (TRAIN + "--deepspeed_config {place}/comma.json", "comma.json:1:", "not valid JSON"),
     (TRAIN + "--deepspeed_config {place}/key.json", "key.json", "'train_batch_sise'",
      "Did you mean 'train_batch_size'?"),
@@ -150,6 +150,9 @@ SLIPS = [
     ("generate --checkpoint {place}/run", "no prompt", "--prompt TEXT"),
     ("plan --config {place}/run.yaml --deepspeed_config {place}/ds.json --gpus 8 --gpu h1000",
      "--gpu h1000", "Did you mean 'h100'?"),
+    ("plan --config {place}/run.yaml --gpus 8 --gpu h100 --salt.kd_wieght 1", "--salt.kd_wieght",
+     "Did you mean 'salt.kd_weight'?"),
+    ("kernels --requier cuda", "--requier cuda"),
     ("plan --config {place}/run.yaml --gpus 8", "--gpu", "plan --help"),
     ("completion ksh", "'ksh'", "bash"),
     ("tga", "no command 'tga'", "Did you mean 'tag'?"),
@@ -218,7 +221,9 @@ def test_slip(place: Path, tmp_path: Path, slip: tuple[str, ...]) -> None:
     print(command, done.stderr, sep="\n")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stdout == ""
-    _, message = done.stderr.split(": error: ")  # exactly one
+    before_it, message = done.stderr.split(": error: ")  # exactly one
+    said_by = before_it.splitlines()[-1]
+    assert said_by in ("megatron-salt", f"megatron-salt {command.split()[0]}")
     assert len(message.splitlines()) <= 8
     for words in says:
         assert words in message
