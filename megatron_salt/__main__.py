@@ -32,7 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in ELSEWHERE:
         return run_command(name, rest)
     place = "kernels.__main__" if name == "kernels" else name
-    status: int | None = importlib.import_module(f"megatron_salt.{place}").main(rest)
+    try:
+        status: int | None = importlib.import_module(f"megatron_salt.{place}").main(rest)
+    except KeyboardInterrupt:
+        endings.end_interrupted(f"megatron-salt {name}", lambda: "before it had begun")
     return status or 0
 
 
@@ -57,7 +60,8 @@ def run_command(name: str, words: Sequence[str]) -> int:
         status: int = command.run(args, *settings)
         return status
     except KeyboardInterrupt:
-        endings.end_interrupted(program, getattr(command, "AFTER_INTERRUPT", "nothing was written"))
+        kept = getattr(command, "AFTER_INTERRUPT", "nothing was written")
+        endings.end_interrupted(program, lambda: kept)
     except (ValueError, OSError, RuntimeError) as error:
         refuse_here(program, error)
 

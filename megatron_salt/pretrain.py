@@ -60,9 +60,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if run is not None:
             train(run)
     except KeyboardInterrupt:
-        endings.end_interrupted(PROGRAM, run.where_it_is() if run else "before the first step")
+        start = "before the first step; the same command starts again"
+        endings.end_interrupted(PROGRAM, run.where_it_is if run else lambda: start)
     except Exception as error:
-        endings.tell_launcher(f"{type(error).__name__}: {error}")
+        endings.tell_failure(error)
         raise
     del run
     leave()

@@ -7,7 +7,9 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,19 +51,44 @@ def run_forked(
 
     if torch.cuda.is_available():  # which a forked process cannot use
         return run_command(*words, cwd=folder if there else ROOT, **environment)
-    outputs = [folder / "forked.out", folder / "forked.err"]
-    process = multiprocessing.get_context("fork").Process(
-        target=_run_here, args=(words, environment, outputs, folder if there else ROOT)
-    )
-    process.start()
-    process.join(180.0)
-    process.kill()
-    process.join()
-    assert process.exitcode is not None
-    printed = [path.read_text(encoding="utf-8") for path in outputs]
-    for path in outputs:
-        path.unlink()
-    return subprocess.CompletedProcess([*words], process.exitcode, *printed)
+    return Forked(*words, folder=folder, there=there, **environment).ended()
+
+
+class Forked:
+    """A command in a fork of this process, which it need not wait for: it can be sent signals."""
+
+    def __init__(self, *words: str, folder: Path, there: bool = False, **environment: str) -> None:
+        self.words, self.outputs = words, [folder / "forked.out", folder / "forked.err"]
+        for path in self.outputs:
+            path.touch()
+        self.process = multiprocessing.get_context("fork").Process(
+            target=_run_here,
+            args=(words, environment, self.outputs, folder if there else ROOT),
+        )
+        self.process.start()
+
+    def says(self) -> str:
+        """What it has printed to stderr so far."""
+        return self.outputs[1].read_text(encoding="utf-8")
+
+    def ended(self) -> subprocess.CompletedProcess[str]:
+        """Its end is waited for, and its files are removed."""
+        self.process.join(180.0)
+        self.process.kill()
+        self.process.join()
+        assert self.process.exitcode is not None
+        printed = [path.read_text(encoding="utf-8") for path in self.outputs]
+        for path in self.outputs:
+            path.unlink()
+        return subprocess.CompletedProcess([*self.words], self.process.exitcode, *printed)
+
+
+def wait_for(says: Callable[[], str], text: str, seconds: float = 120.0) -> None:
+    """Until the text has been said; AssertionError with what was said instead."""
+    deadline = time.monotonic() + seconds
+    while text not in (said := says()):
+        assert time.monotonic() < deadline, f"{text!r} was not said, but {said}"
+        time.sleep(0.05)
 
 
 def _run_here(

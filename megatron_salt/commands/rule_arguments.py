@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from megatron_salt.data.scores import MASKED, SCORES
 from megatron_salt.data.selection import Rule
@@ -20,14 +21,14 @@ def add_rule_arguments(parser: argparse.ArgumentParser, *, several: bool = False
         help="tokens outside the top k: drop them, count them as zero, or use all (default: drop)",
     )  # fmt: skip
     kind = group.add_mutually_exclusive_group()
-    count = "+" if several else 1
+    count: dict[str, Any] = {"nargs": "+", "action": "extend"} if several else {"nargs": 1}
     for name, text in (
         ("top", "the highest scores (default: 0.5)"),
         ("bottom", "the lowest scores: a control"),
         ("random", "any sequences: a control"),
     ):
         kind.add_argument(
-            f"--{name}-fraction", type=float, nargs=count, metavar="SHARE",
+            f"--{name}-fraction", type=float, metavar="SHARE", **count,
             help=f"this share of the sequences, {text}",
         )  # fmt: skip
     kind.add_argument("--score-range", type=float, nargs=2, metavar=("LOW", "HIGH"))

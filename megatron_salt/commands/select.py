@@ -40,12 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     # matplotlib takes a second to import: --help does not wait for it
     from megatron_salt.data.selection import read_table, rule_text, write_table
+    from megatron_salt.data.tags import check_tag_prefix
     from megatron_salt.files.disk import atomic_path
     from megatron_salt.report.score_histogram import write_score_histogram
     from megatron_salt.scoring import reselect
 
     if args.samples < 1:
         raise ValueError(f"--samples {args.samples}: must be at least 1")
+    for prefix in (*args.tags, *(args.reference or ())):
+        check_tag_prefix(prefix)
     rule = rule_of(args)
     sources = reselect.read_sources(args.tags, rule, args.reference)
     paths = reselect.output_tables(args.output_prefix, sources)

@@ -238,10 +238,12 @@ def resolve_batch_sizes(
         steps = 1 if total is None else total // (micro * dp)
     product = micro * steps * dp
     if product < 1 or (total is not None and product != total):
+        keys = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+        given = [f"{key} = {values[key]} * " for key in keys if values.get(key) is not None]
+        product_of = "" if len(given) == 2 else "a multiple of "
         raise ValueError(
-            f"{path}: train_batch_size = {total} is not train_micro_batch_size_per_gpu = {micro} "
-            f"* gradient_accumulation_steps = {steps} * data-parallel size {dp}; change one of "
-            "them or the number of ranks"
+            f"{path}: train_batch_size = {total} is not {product_of}{''.join(given)}data-parallel "
+            f"size {dp}; change one of them or the number of ranks"
         )
     return micro, steps, product
 

@@ -102,12 +102,14 @@ def _error_of(read: Callable[..., object], *arguments: object) -> Iterator[str]:
 def model_problems(model: ModelConfig, seq_length: int, parallel: ParallelConfig) -> Iterator[str]:
     """What concerns shapes and their division over ranks."""
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    too_small = [] if tp >= 1 and pp >= 1 else ["parallel sizes must be at least 1"]
-    for name in ("num_layers", "hidden_size", "num_attention_heads", "ffn_size", "head_size"):
-        if name != "head_size" or not too_small:  # a quotient of the others
-            value = getattr(model, name)
+    sizes = f"parallel: tensor_model_parallel_size = {tp}, pipeline_model_parallel_size = {pp}"
+    too_small = [] if tp >= 1 and pp >= 1 else [f"{sizes}: must be at least 1"]
+    settings = {"ffn_hidden_size": "ffn_size", "kv_channels": "head_size"}  # null: of the others
+    for name in ("num_layers", "hidden_size", "num_attention_heads", *settings):
+        if name != "kv_channels" or not too_small:  # a quotient of the others
+            value = getattr(model, settings.get(name, name))
             if value <= 0:
-                too_small.append(f"model: {name} = {value}: must be at least 1")
+                too_small.append(f"model.{name} = {value}: must be at least 1")
     if too_small:
         yield from too_small
         return
@@ -119,13 +121,14 @@ def model_problems(model: ModelConfig, seq_length: int, parallel: ParallelConfig
     if model.num_attention_heads % model.query_groups:
         yield (
             f"model.num_attention_heads = {model.num_attention_heads} is not a multiple of "
-            f"num_query_groups = {model.query_groups}"
+            f"num_query_groups = {model.query_groups}: change one of them"
         )
     size = f"parallel.tensor_model_parallel_size = {tp}"
-    for name in ("query_groups", "num_attention_heads", "ffn_size"):
-        value = getattr(model, name)
+    shared = {"num_attention_heads": model.num_attention_heads, "ffn_hidden_size": model.ffn_size,
+              "num_query_groups": model.num_query_groups or 0}  # fmt: skip
+    for name, value in shared.items():
         if value % tp:
-            yield f"model: {name} = {value} is not divisible by {size}"
+            yield f"model.{name} = {value} is not divisible by {size}: change one of them"
     if pp > model.num_layers:
         yield (
             f"parallel.pipeline_model_parallel_size = {pp} exceeds model.num_layers = "
@@ -211,7 +214,10 @@ def teacher_problems(config: RunConfig) -> Iterator[str]:
             "to 0 for a KD phase that only selects data"
         )
     if teacher.checkpoint is not None and salt.kd_steps <= 0:
-        yield "teacher.checkpoint is set but salt.kd_steps is 0: it would never teach"
+        yield (
+            f"teacher.checkpoint = {teacher.checkpoint} would never teach, salt.kd_steps is 0: set "
+            "salt.kd_steps, or leave the teacher out"
+        )
     chunks = teacher.forward_chunks
     if chunks is not None and chunks <= 0:
         yield f"teacher.forward_chunks = {chunks}: must be at least 1, or null"

@@ -108,7 +108,7 @@ def preprocess(
         raise ValueError(f"--shuffle-seed is {seed}, it must not be negative")
     for path in inputs:
         if not Path(path).exists() or Path(path).is_dir():
-            raise FileNotFoundError(f"no input file {path}")
+            raise FileNotFoundError(f"--input {path}: no such file")
     tokenizer = load_tokenizer(tokenizer_path)
     final_prefix = Path(f"{output_prefix}_{settings.json_key}_document")
     with partial_dataset(final_prefix, overwrite=overwrite) as prefix:

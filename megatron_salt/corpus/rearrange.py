@@ -43,9 +43,9 @@ def subset_dataset(
     Raises: FileNotFoundError or ValueError naming what is wrong with the dataset or what is asked.
     """
     if (share is None) == (documents is None) and not (sources and share is None):
-        raise ValueError(f"share {share}, documents {documents}: give one of them, or sources")
+        raise ValueError(f"--share {share}, --documents {documents}: give one of them, or --source")
     if seed < 0 or not (share is None or 0 < share <= 1):
-        raise ValueError(f"share {share} must be above 0 and at most 1, seed {seed} at least 0")
+        raise ValueError(f"--share {share}: above 0, at most 1; --seed {seed}: at least 0")
 
     def choose(found: Sources) -> np.ndarray:
         left = found.documents_of(sources or found.names)

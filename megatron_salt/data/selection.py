@@ -53,9 +53,9 @@ class Rule:
         """Raises: ValueError for what contradicts itself."""
         if self.kind == "range":
             if self.low is None or self.high is None or not self.low <= self.high:
-                raise ValueError(f"score range {self.low} to {self.high}: expected LOW <= HIGH")
+                raise ValueError(f"--score-range {self.low} {self.high}: expected LOW <= HIGH")
         elif self.fraction is None or not 0.0 < self.fraction <= 1.0:
-            raise ValueError(f"{self.kind} fraction {self.fraction}: must be above 0, at most 1")
+            raise ValueError(f"--{self.kind}-fraction {self.fraction}: must be above 0, at most 1")
         if self.kind == "random" and self.seed is None:
             raise ValueError("a random selection needs a seed")
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -176,8 +177,17 @@ def tag_prefix(prefix: str | Path, kind: str) -> str:
     return f"{prefix}_{kind}"
 
 
+def check_tag_prefix(prefix: str | Path) -> None:
+    """Raise ValueError for a file of tags where their prefix is wanted."""
+    ends = r"(_sequences\.parquet|\.tags\.json|_(mask|loss|entropy)\.(bin|idx))$"
+    stem = re.sub(ends, "", str(prefix))
+    if stem != str(prefix) and Path(prefix).is_file():
+        raise ValueError(f"{prefix} is a file of tags: give {stem}, the --output-prefix of `tag`")
+
+
 def read_tag_manifest(prefix: str | Path) -> TagManifest:
     """Raises: ValueError if there is none or it cannot be read."""
+    check_tag_prefix(prefix)
     path = tag_manifest_path(prefix)
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -32,11 +33,11 @@ def refuse(program: str, message: object, *, here: bool | None = None) -> NoRetu
         here: whether this rank says it; None: the first one does, for what all ranks see alike.
     Raises: SystemExit(REFUSED).
     """
-    if is_first_rank() if here is None else here:
+    says = is_first_rank() if here is None else here
+    if says:
         print(f"{program}: error: {message}", file=sys.stderr, flush=True)
-        tell_launcher(str(message))
-    else:
-        tell_launcher("ended with another rank, which says why", delay_s=1)
+    # Of every rank: a launcher ends the one that says it when another is gone before.
+    tell_launcher(str(message), delay_s=0 if says else 1)
     raise SystemExit(REFUSED)
 
 
@@ -54,21 +55,30 @@ def tell_launcher(message: str, *, delay_s: int = 0) -> None:
             Path(path).write_text(json.dumps(record), encoding="utf-8")
 
 
+def tell_failure(error: Exception) -> None:
+    """`tell_launcher` of what nobody foresaw; a connection is lost because another rank failed."""
+    text = f"{type(error).__name__}: {error}"
+    lost = "gloo/transport" in text or type(error).__name__.startswith("Dist")
+    tell_launcher(text, delay_s=5 if lost else 0)
+
+
 def interrupt_on_sigterm() -> None:
     """Let SIGTERM, with which launchers and SLURM end a job, be the same as Ctrl-C."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-def end_interrupted(program: str, what: str) -> NoReturn:
+def end_interrupted(program: str, where: Callable[[], str]) -> NoReturn:
     """End after Ctrl-C or SIGTERM with one line of the first rank, and at once.
 
+    `where` says what is done and how to go on; it is asked when no second signal can disturb it.
     The interpreter's own end would wait for threads of process groups whose peers have gone.
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # launchers send both
         signal.signal(number, signal.SIG_IGN)
+    what = where()
     if is_first_rank():
         print(f"\n{program}: interrupted: {what}", file=sys.stderr)
-    tell_launcher(f"interrupted: {what}")
+    tell_launcher(f"interrupted: {what}", delay_s=60)  # by the launcher, if another rank failed
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(INTERRUPTED)

@@ -20,7 +20,7 @@ def make_plan(options: argparse.Namespace, run_options: list[str]) -> PlanReport
     """
     if options.teacher_config is not None:  # stands for a checkpoint that need not be there yet
         run_options = [*run_options, "--teacher.checkpoint", options.teacher_config]
-    command = parse_command_line(run_options, prog="plan")
+    command = parse_command_line(run_options, prog="megatron-salt plan")
     machine = make_machine(options)
     measured = read_measured(options.measured) if options.measured else None
     if options.steps_saved is not None and not 0 <= options.steps_saved < 1:

@@ -110,7 +110,7 @@ def job_of(request: TagRequest) -> TaggingJob:
     if request.window is not None and request.window > longest:
         raise ValueError(
             f"--window {request.window}: {folder} was trained on sequences of {longest} tokens; "
-            "beyond that its predictions are worthless"
+            f"beyond that its predictions are worthless; give at most {longest}"
         )
     settings = tags.TagSettings(
         window=request.window, max_length=request.window or longest, top_k=request.top_k,

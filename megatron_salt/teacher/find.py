@@ -26,7 +26,10 @@ def find_teacher(
     folder = resolve(path, what="teacher.checkpoint")
     manifest = read_checkpoint_manifest(folder)
     theirs = load_tokenizer(folder / "tokenizer")
-    check_same_tokens(f"teacher {folder}", theirs, "the student's data", tokenizer)
+    try:
+        check_same_tokens(f"teacher {folder}", theirs, "the student's data", tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{error}\ntake another teacher, or its tokenizer for the data") from None
     check_teacher_fits(folder, manifest, tokenizer.vocab_size, seq_length)
     fingerprint = weights_fingerprint(manifest)
     if resumed and resumed.run.teacher_fingerprint not in (None, fingerprint):

@@ -105,3 +105,24 @@ def test_errors_are_one_line(
     )  # fmt: skip
     assert done.returncode == 2
     assert expected in done.stderr and "Traceback" not in done.stderr
+
+
+def test_every_evaluation_is_printed_and_what_comes_before_the_first_step(
+    yaml_file: Path, tmp_path: Path
+) -> None:
+    """Though no step is a multiple of the interval at which steps are printed."""
+    done = run_forked(
+        "-m", "megatron_salt", "pretrain", "--config", str(yaml_file),
+        "--deepspeed_config", make_deepspeed(tmp_path), "--train.steps", "7",
+        "--train.eval_interval", "3", "--train.log_interval", "100", folder=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = re.findall(
+        r"^(building|step \d+/7)(?:.* valid (\d\.\d{4}))?", done.stderr, re.MULTILINE
+    )
+    valid = {
+        f"step {record['step']}/7": f"{record['valid_ce_nats']:.4f}"
+        for record in metrics_of(tmp_path / "run")[1:] if "valid_ce_nats" in record
+    }  # fmt: skip
+    assert list(valid) == ["step 3/7", "step 6/7", "step 7/7"]
+    assert lines == [("building", ""), ("step 1/7", ""), *valid.items()]

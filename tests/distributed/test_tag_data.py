@@ -530,7 +530,9 @@ def test_command_line(
     assert read_table(tmp_path / "slm_sequences.parquet").rule["kind"] == "bottom"
     failed = run_forked(*words, "--top-fraction", "2", folder=tmp_path)
     assert failed.returncode == 2 and "Traceback" not in failed.stderr
-    assert failed.stderr.endswith("salt tag: error: top fraction 2.0: must be above 0, at most 1\n")
+    assert failed.stderr.endswith(
+        "salt tag: error: --top-fraction 2.0: must be above 0, at most 1\n"
+    )
 
 
 @pytest.mark.parametrize(

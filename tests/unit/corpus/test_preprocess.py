@@ -369,7 +369,7 @@ def test_empty_corpus_is_an_error(
     with pytest.raises(ValueError, match=r"no document in 2 input files: 2 empty documents"):
         preprocess(paths, tmp_path / "out", hugging_face_path, workers=1)
     assert file_names(tmp_path) == {"a.jsonl", "b.jsonl"}
-    with pytest.raises(FileNotFoundError, match=r"no input file .*absent.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"--input .*absent.jsonl: no such file"):
         preprocess([tmp_path / "absent.jsonl"], tmp_path / "out", hugging_face_path)
     with pytest.raises(ValueError, match="--workers is 0"):
         preprocess(paths, tmp_path / "out", hugging_face_path, workers=0)

@@ -177,13 +177,13 @@ def test_documents_of_several_sequences_stay_whole(first: Path, tmp_path: Path) 
 
 def test_impossible_subsets_are_refused(first: Path, second: Path, tmp_path: Path) -> None:
     for asked, message in [
-        ({}, "give one of them, or sources"),
+        ({}, "give one of them, or --source"),
         ({"share": 0.5, "documents": 3}, "give one of them"),
         ({"share": 0.5, "documents": 3, "sources": ["web"]}, "give one of them"),
-        ({"share": 0.0}, "share 0.0 must be above 0"),
-        ({"share": 1.01}, "share 1.01 must be above 0 and at most 1"),
+        ({"share": 0.0}, "--share 0.0: above 0"),
+        ({"share": 1.01}, "--share 1.01: above 0, at most 1"),
         ({"share": float("nan")}, "share nan"),
-        ({"share": 0.5, "seed": -1}, "seed -1 at least 0"),
+        ({"share": 0.5, "seed": -1}, "--seed -1: at least 0"),
         ({"documents": 4}, r"4 documents asked for, .*first has 3 such"),
         ({"documents": 0}, "0 documents asked for"),
         ({"share": 0.01}, "0 documents asked for"),
