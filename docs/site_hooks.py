@@ -81,10 +81,11 @@ def with_wide_indents(text: str) -> str:
         column = len(line) - len(words)
         mark = None if fence else LIST_MARK.match(words)
         lazy = before and not mark and not words.startswith(("#", "```"))
+        in_list = bool(levels)
         if words and not fence and not lazy:
             while levels and column < levels[-1]:
                 levels.pop()
-        if mark and not levels and before and column < 4:
+        if mark and not in_list and before and column < 4:
             lines.append("")  # Python-Markdown begins no list within a paragraph
         extra = max(0, column - levels[-1]) if levels else column
         lines.append(" " * (4 * len(levels) + extra) + words if words else "")
@@ -125,7 +126,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
-    """Adds the documents outside docs/ that the navigation names, and what any document links to."""
+    """Adds the documents outside docs/ that the navigation has, and what documents link to."""
     from mkdocs.structure.files import File, InclusionLevel
 
     shown = pages_of(config.nav)
