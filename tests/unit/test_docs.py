@@ -141,6 +141,8 @@ def test_lists_are_indented_as_the_site_reads_them() -> None:
     text = """a
 - b
   c
+lazy
+  c
 
   | d |
 2. e
@@ -159,6 +161,8 @@ j
     expected = """a
 
 - b
+    c
+    lazy
     c
 
     | d |
