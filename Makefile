@@ -4,6 +4,7 @@ PYTHON    ?= python3
 VENV      := .venv
 BIN       := $(VENV)/bin
 STAMP     := $(VENV)/.installed
+DOCS      := $(VENV)/.docs-installed
 # Passed to every `pip install`, e.g. PIP_ARGS="--find-links wheels" for a CPU or CUDA build of torch.
 PIP_ARGS  ?=
 # The exact versions that CI passed, so that a fresh machine in a year still starts; LATEST=1 goes
@@ -21,9 +22,11 @@ TEACHER   ?= weak
 SEEDS     ?= 3
 # The version range of torch, read from its only owner.
 TORCH     := $(shell sed -n 's/^ *"\(torch[<>=!~][^"]*\)".*/\1/p' pyproject.toml)
+# The extra `docs`, by itself: with the package pip would compile the kernels again.
+MKDOCS    := $(shell sed -n '/^docs = /s/^docs = \[\(.*\)\]/\1/p' pyproject.toml | sed 's/", "/" "/g')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-fast checks constraints format golden quickstart bench gpu clean
+.PHONY: help setup test test-fast checks constraints format golden quickstart docs bench gpu clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | \
@@ -76,6 +79,14 @@ golden: setup ## record tests/golden/losses.json anew and print what moved; say 
 quickstart: setup ## SALT and its baseline on this machine (TEXT=my.jsonl, TEACHER=strong, SEEDS=1)
 	$(BIN)/python examples/quickstart/run.py --output runs/quickstart --teacher $(TEACHER) \
 		--seeds $(SEEDS) $(if $(TEXT),--text $(TEXT))
+
+docs: $(DOCS) ## the documentation as pages that need no network, into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
+$(DOCS): $(STAMP)
+	$(BIN)/python -m pip install --quiet $(PINS) $(PIP_ARGS) $(MKDOCS)
+	@touch $@
 
 bench: setup ## benchmarks of the loss on this machine's CPU; writes benchmarks/results/
 	$(BIN)/python benchmarks/kd_loss_cpu.py

@@ -29,6 +29,11 @@ MANIFEST_KEYS = [
     for field in dataclasses.fields(kind)
 ]
 DOCUMENTS = sorted(DOCS.glob("*.md"))
+LINKING = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted(DOCS.rglob("*.md")),
+    ROOT / "examples/slurm/README.md",
+]
 
 
 def text_of(name: str) -> str:
@@ -81,11 +86,131 @@ def test_every_name_is_explained(document: str, names: list[str]) -> None:
     assert [name for name in names if f"`{name}`" not in text] == []
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def anchors_of(document: Path) -> set[str]:
+    """What GitHub and the site call its headings."""
+    text = re.sub(r"^ *```.*?^ *```", "", document.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return {
+        re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+        for title in re.findall(r"^#+ +(.+?) *$", text, re.MULTILINE)
+    }
+
+
+@pytest.mark.parametrize("document", LINKING, ids=lambda path: str(path.relative_to(ROOT)))
 def test_relative_links_lead_somewhere(document: Path) -> None:
-    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text(encoding="utf-8"))
-    local = [target for target in targets if "://" not in target]
-    assert [target for target in local if not (document.parent / target).exists()] == []
+    links = re.findall(r"\]\(([^)#]*)#?([^)]*)\)", document.read_text(encoding="utf-8"))
+    dead = []
+    for target, anchor in links:
+        there = document.parent / target if target else document
+        if "://" not in target and not (
+            there.exists() and (not anchor or anchor in anchors_of(there))
+        ):
+            dead.append(f"{target}#{anchor}")
+    assert dead == []
+
+
+def test_every_document_is_in_the_navigation_of_the_site() -> None:
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    pages = script("site_hooks").pages_of(nav)
+    shown = [page for page in pages if (DOCS / page).exists()]
+    assert sorted(shown) == sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
+    assert set(pages) - set(shown) == {
+        "index.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/slurm/README.md",
+    }  # fmt: skip
+
+
+def test_links_of_a_document_lead_to_pages_of_the_site() -> None:
+    links = script("site_hooks").with_links_of_site
+    for path, text, expected in (
+        ("README.md", "[a](docs/data.md#objectives)", "[a](data.md#objectives)"),
+        ("README.md", "![a](docs/quickstart/chosen.png)", "![a](quickstart/chosen.png)"),
+        ("docs/data.md", "[`a`](../setup.py) b", "[`a`](source/setup.py.md) b"),
+        ("docs/timeline/README.md", "[a](../../README.md)", "[a](../index.md)"),
+        ("docs/timeline/README.md", "](../make_tables.py)", "](../make_tables.py)"),
+        ("docs/timeline/README.md", "](../site_hooks.py)", "](../source/docs/site_hooks.py.md)"),
+        ("examples/slurm/README.md", "[a](../../docs/data.md)", "[a](../../data.md)"),
+        # As they stand: code, what is elsewhere, what leads nowhere and ends the build.
+        *[("README.md", text, text) for text in (
+            "`[a](docs/data.md)`", "```\n[a](docs/data.md)\n```", "[a](https://b.c/docs/data.md)",
+            "[a](#train)", "[a](docs/nothing.md)", "[a](../../README.md)",
+        )],
+    ):  # fmt: skip
+        assert links(path, text) == expected
+
+
+def test_lists_are_indented_as_the_site_reads_them() -> None:
+    text = """a
+- b
+  c
+lazy
+  c
+
+  | d |
+2. e
+   - f
+     g
+   ```
+   - h
+     i
+   ```
+
+j
+- k
+
+    l
+"""
+    expected = """a
+
+- b
+    c
+    lazy
+    c
+
+    | d |
+2. e
+    - f
+        g
+    ```
+    - h
+      i
+    ```
+
+j
+
+- k
+
+      l
+"""
+    assert script("site_hooks").with_wide_indents(text) == expected
+    code = "a\n\n    - b\n      - c\n"
+    assert script("site_hooks").with_wide_indents(code) == code
+
+
+def test_a_listing_is_whole_and_names_break_in_tables_only() -> None:
+    hooks = script("site_hooks")
+    page = hooks.listing("docs/site_hooks.py")
+    source = (DOCS / "site_hooks.py").read_text(encoding="utf-8")
+    assert f"\n````py\n{source}````\n" in page
+    row = "<p><code>a_b</code><td>c_d <code>{}</code></td>"
+    html = hooks.on_post_page(row.format("e.f_g"), page=None, config=None)
+    assert html == row.format("e.<wbr>f_<wbr>g")
+
+
+def test_the_site_builds_and_refuses_a_page_that_fetches(tmp_path: Path) -> None:
+    build = pytest.importorskip("mkdocs.commands.build", reason="make docs installs mkdocs")
+    pytest.importorskip("material", reason="make docs installs mkdocs-material")
+    from mkdocs.config import load_config
+    from mkdocs.exceptions import PluginError
+
+    config = load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(tmp_path))
+    build.build(config)
+    assert "= SOURCE" not in (tmp_path / "site/iframe-worker.js").read_text(encoding="utf-8")
+    home = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert 'src="quickstart/report-heldout-steps.png"' in home
+    architecture = (tmp_path / "architecture.html").read_text(encoding="utf-8")
+    assert 'href="source/megatron_salt/training/run.py.html"' in architecture
+    (tmp_path / "more.html").write_text('<img src="https://a.b/c.png">', encoding="utf-8")
+    with pytest.raises(PluginError, match=r"more.html would fetch https://a.b/c.png"):
+        script("site_hooks").on_post_build(config=config)
 
 
 # Names of other packages that our code does not use by name, but whose behaviour is described.
