@@ -9,7 +9,8 @@ from typing import NoReturn
 
 from megatron_salt import __version__
 from megatron_salt.commands.table import COMMANDS, ELSEWHERE, LIGHT, make_parser, program_help
-from megatron_salt.config.values import nearest
+from megatron_salt.config.command_line import OPTIONS, hint
+from megatron_salt.config.fields import KEYS
 from megatron_salt.noise import silence_known_warnings
 from megatron_salt.parallel import endings
 
@@ -27,8 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"megatron-salt {__version__}")
         return 0
     if name not in COMMANDS:
-        hint = f"{nearest(name, list(COMMANDS))} `megatron-salt --help` lists them"
-        endings.refuse("megatron-salt", f"there is no command {name!r}.{hint}")
+        meant = hint(name, list(COMMANDS))
+        message = f"there is no command {name!r}.{meant} `megatron-salt --help` lists them"
+        endings.refuse("megatron-salt", message)
     if name not in ELSEWHERE:
         return run_command(name, rest)
     place = "kernels.__main__" if name == "kernels" else name
@@ -45,16 +47,19 @@ def run_command(name: str, words: Sequence[str]) -> int:
     command = importlib.import_module(f"megatron_salt.commands.{name}")
     try:
         parser = make_parser(name)
-        settings = []
-        if getattr(command, "TAKES_SETTINGS", False):
-            args, others = parser.parse_known_args(words)
-            settings = [others]
-        else:
-            known = [option for action in parser._actions for option in action.option_strings]
-            for word in (word.split("=")[0] for word in words if word.startswith("--")):
-                if word not in known:  # argparse would first miss what the misspelt one was to be
-                    raise ValueError(f"unknown argument {word}.{nearest(word, known)}")
-            args = parser.parse_args(words)
+        takes_settings = getattr(command, "TAKES_SETTINGS", False)
+        known = [option for action in parser._actions for option in action.option_strings]
+        if takes_settings:
+            known += [f"--{key}" for key in (*KEYS, *OPTIONS)]
+        for word in (word.split("=")[0] for word in words if word.startswith("--")):
+            if word.rstrip("+") not in known:  # argparse would miss what it was to be
+                raise ValueError(f"unknown argument {word}.{hint(word, known)}")
+        args, others = parser.parse_known_args(words)
+        settings = [others] if takes_settings else []
+        if others and not settings:
+            raise ValueError(f"unknown argument {others[0]}")
+        if hasattr(command, "check"):  # before anything slow is imported
+            command.check(args)
         if name not in LIGHT:
             silence_known_warnings()
         status: int = command.run(args, *settings)

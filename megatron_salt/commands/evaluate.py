@@ -12,6 +12,8 @@ import argparse
 import json
 from pathlib import Path
 
+from megatron_salt.data.manifest import check_exists
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -27,11 +29,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, metavar="FILE", help="also write the results as JSON")
 
 
+def check(args: argparse.Namespace) -> None:
+    for name in ("samples", "micro_batch_size"):
+        if (value := getattr(args, name)) < 1:
+            raise ValueError(f"--{name} {value}: must be at least 1")
+    for prefix in args.data or ():
+        check_exists(prefix)
+
+
 def run(args: argparse.Namespace) -> int:
     asked = vars(args).copy()
-    for name in ("samples", "micro_batch_size"):
-        if asked[name] < 1:
-            raise ValueError(f"--{name} {asked[name]}: must be at least 1")
     paths, output = asked.pop("checkpoint"), asked.pop("output")
     # torch takes seconds to import: `--help` does not wait for it.
     from megatron_salt.evaluation.checkpoint_score import ScoreRequest, score_checkpoint

@@ -26,6 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, metavar="FILE.jsonl", help="also write a line of JSON for each text")
 
 
+def check(args: argparse.Namespace) -> None:
+    if not args.prompt and not args.prompt_file:
+        raise ValueError("no prompt: give --prompt TEXT or --prompt-file FILE")
+
+
 def run(args: argparse.Namespace) -> int:
     """Print the texts of all checkpoints. Raises: ValueError or OSError saying what is wrong."""
     # Seconds, for which `--help` does not wait.

@@ -17,6 +17,8 @@ import io
 import os
 import sys
 
+from megatron_salt.data.manifest import check_exists
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -33,6 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--colour", choices=["auto", "always", "never"], default="auto",
         help="auto: where the output is a terminal (default: auto)")  # fmt: skip
     add("--list", action="store_true", help="a line for every token, with id, loss and entropy")
+
+
+def check(args: argparse.Namespace) -> None:
+    check_exists(args.prefix)
 
 
 def run(args: argparse.Namespace) -> int:

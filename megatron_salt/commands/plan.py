@@ -15,6 +15,8 @@ import argparse
 import json
 from pathlib import Path
 
+from megatron_salt.planner.hardware import find_gpu
+
 TAKES_SETTINGS = True
 
 
@@ -41,6 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top", type=int, default=5, metavar="N", help="layouts to list (default: 5)")
     add("--json", metavar="FILE", help="write everything there as well")
     add("--timeline", metavar="PNG", help="draw the steps of the config's own layout")
+
+
+def check(args: argparse.Namespace) -> None:
+    find_gpu(args.gpu)
 
 
 def run(args: argparse.Namespace, settings: list[str]) -> int:

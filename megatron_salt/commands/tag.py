@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 
 from megatron_salt.commands.rule_arguments import add_rule_arguments, rule_of
+from megatron_salt.data.manifest import check_exists
 
 AFTER_INTERRUPT = "the same command goes on from here"
 
@@ -42,11 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> int:
+def check(args: argparse.Namespace) -> None:
+    check_exists(args.data)
     for option in ("--micro_batch_size", "--tokens-per-shard"):
         value = getattr(args, option.lstrip("-").replace("-", "_"))
         if value < 1:
             raise ValueError(f"{option} {value}: must be at least 1")
+
+
+def run(args: argparse.Namespace) -> int:
     # torch takes seconds to import: --help does not wait for it
     from megatron_salt.parallel.groups import initialize, leave
     from megatron_salt.scoring.tagging import TagRequest, tag

@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from megatron_salt.config.deepspeed import KNOWN_KEYS
+from megatron_salt.config.deepspeed import KNOWN_KEYS, read_json
 from megatron_salt.config.fields import KEYS, SECTIONS, RunConfig
 from megatron_salt.config.problems import check_config
 from megatron_salt.config.values import nearest
@@ -244,6 +244,7 @@ def parse_command_line(argv: Sequence[str] | None = None, prog: str = "pretrain"
             raise SystemExit(0)
         if not namespace.deepspeed_config:
             raise ValueError("--deepspeed_config is missing: give the DeepSpeed JSON of this run")
+        read_json(namespace.deepspeed_config)  # its numbers are checked where the world is known
     except ValueError as error:
         parser.error(str(error))
     return CommandLine(

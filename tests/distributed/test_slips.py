@@ -151,7 +151,7 @@ SLIPS = [
     ("plan --config {place}/run.yaml --deepspeed_config {place}/ds.json --gpus 8 --gpu h1000",
      "--gpu h1000", "Did you mean 'h100'?"),
     ("plan --config {place}/run.yaml --gpus 8 --gpu h100 --salt.kd_wieght 1", "--salt.kd_wieght",
-     "Did you mean 'salt.kd_weight'?"),
+     "Did you mean '--salt.kd_weight'?"),
     ("kernels --requier cuda", "--requier cuda"),
     ("plan --config {place}/run.yaml --gpus 8", "--gpu", "plan --help"),
     ("completion ksh", "'ksh'", "bash"),

@@ -33,7 +33,7 @@ ALLOWED = {
     "files": "",
 }
 # Names that every module may have.
-COMMON = {"main", "logger", "_logger", "add_arguments", "run"}
+COMMON = {"main", "logger", "_logger", "add_arguments", "check", "run"}
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 500, 70
 
 
