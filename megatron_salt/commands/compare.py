@@ -20,9 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--run", dest="runs", type=Path, required=True, metavar="DIR", **several,
         help="run to compare with the baseline; or several")  # fmt: skip
     add("--label", dest="labels", default=[], metavar="NAME", **several,
-        help="names of the runs in their order, instead of their directories'; as many more in "
-        "front of them as there are baselines name these. Runs with the same name are seeds of one "
-        "setting, each compared with the baseline of its seed")  # fmt: skip
+        help="names, in order, of the runs, of the baselines and the runs, or of the settings "
+        "(default: of each setting the directory of its first run). Runs with one name are seeds "
+        "of one setting, each compared with the baseline of its seed")  # fmt: skip
     add("--teacher", type=Path, metavar="DIR", help="the teacher's own run")
     add("--output", type=Path, required=True, metavar="FILE.md")
     add("--title", default="Comparison of runs")
@@ -30,24 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     # matplotlib takes a second to import: --help does not wait for it
-    from megatron_salt.report import load_run, write_report
+    from megatron_salt.report import load_run, with_labels, write_report
 
     directories = [*args.baselines, *args.runs]
-    if args.labels and len(args.labels) not in (len(args.runs), len(directories)):
-        raise ValueError(
-            f"{len(args.labels)} labels for {len(args.runs)} runs: give one for each, "
-            f"or {len(args.baselines)} more in front for --baseline"
-        )
     if args.output.suffix != ".md":
         raise ValueError(
             f"--output names the Markdown file to write, such as report.md: {args.output}"
         )
-    # Baselines without names of their own are called like the first of them.
-    labels = [args.baselines[0].resolve().name] * len(args.baselines)
-    labels += args.labels or [directory.resolve().name for directory in args.runs]
-    if len(args.labels) == len(directories):
-        labels = args.labels
-    runs = [load_run(*pair) for pair in zip(directories, labels, strict=True)]
+    runs = [load_run(directory, directory.resolve().name) for directory in directories]
+    runs = with_labels(runs, len(args.baselines), args.labels)
     teacher_run = load_run(args.teacher) if args.teacher else None
     tables = write_report(runs, args.output, title=args.title, teacher_run=teacher_run)
     print(f"{tables}\n\nwritten: {args.output}")

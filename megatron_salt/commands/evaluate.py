@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from megatron_salt.data.manifest import check_exists
 
@@ -37,6 +38,13 @@ def check(args: argparse.Namespace) -> None:
         check_exists(prefix)
 
 
+def _difference(result: dict[str, Any], samples: int) -> str:
+    own = result["samples_of_its_run"]
+    if own != samples:
+        return f"the run's own score is of {own} samples: --samples {own}"
+    return "not the text of the run's own score"
+
+
 def run(args: argparse.Namespace) -> int:
     asked = vars(args).copy()
     paths, output = asked.pop("checkpoint"), asked.pop("output")
@@ -53,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
             print(
                 f"{path}: {result['valid_ce_nats']:.4f} nats/token, accuracy "
                 f"{result['valid_accuracy']:.4f}, {result['valid_tokens']} tokens"
-                + ("" if result["text_of_its_run"] else " (not the text of the run's own score)"),
+                + ("" if result["text_of_its_run"] else f" ({_difference(result, args.samples)})"),
                 flush=True,
             )
             for key, value in result.items():

@@ -40,7 +40,8 @@ def program_help() -> str:
         "usage: megatron-salt COMMAND [arguments]", "",
         "Pre-train a large language model with help from a small one (SALT).", "",
         *(f"  {name:<12}{text}" for name, text in COMMANDS.items()), "",
-        "`megatron-salt COMMAND --help` explains a command. On several devices:",
+        "`megatron-salt COMMAND --help` explains a command.",
+        "`megatron-salt --version` says which this is. On several devices:",
         "torchrun --nproc-per-node 8 -m megatron_salt COMMAND …; deepspeed and srun likewise.",
     ])  # fmt: skip
 

@@ -79,6 +79,11 @@ class _Parser(ArgumentParser):
         if found and found[1] in SECTIONS:
             kind = get_type_hints(SECTIONS[found[1]])[found[2]]
             message = f"{found[1]}.{found[2]} = {found[3]}: expected {type_text(kind)}"
+            if f"{found[1]}.{found[2]}" in LISTS:
+                message += f', as "[{found[3]}]"'
+        missing = "the following arguments are required: model."
+        if message.startswith(missing[:-6]) and "model." in message:
+            message = f"--config FILE.yaml is not given, or lacks settings:{message.split(':')[1]}"
         endings.refuse(self.prog, message)
 
 

@@ -66,6 +66,8 @@ def _make(
     """All documents of the datasets, or those chosen of each."""
     places: dict[str, int] = {}
     of_documents, parts = [], []
+    for prefix in prefixes:
+        manifest.check_exists(prefix)
     with making.partial_dataset(final_prefix, overwrite=overwrite) as partial:
         tokenizer = load_tokenizer(manifest.tokenizer_directory(prefixes[0]))
         builder = making.new_builder(partial, tokenizer.vocab_size)

@@ -126,6 +126,11 @@ def score_checkpoint(path: str, request: ScoreRequest, groups: Groups) -> dict[s
         dist.all_reduce(parts)
         stored = manifest.model.evaluation
         same = stored is not None and stored.data == source.evaluation_fingerprint(request.samples)
+        # Where the run's own number of samples makes the text the same, it is the whole difference.
+        run = manifest.training
+        own_samples = run.config.train.eval_samples if run and stored else request.samples
+        if stored and stored.data != source.evaluation_fingerprint(own_samples):
+            own_samples = request.samples
     sums = ScoreSums.unpack(packed)
     by_part = {
         f"valid_ce_nats/{name}": ce_nats / tokens
@@ -141,6 +146,7 @@ def score_checkpoint(path: str, request: ScoreRequest, groups: Groups) -> dict[s
         "seq_length": data.seq_length,
         "precision": precision,
         "text_of_its_run": same,
+        "samples_of_its_run": own_samples,
     }
 
 

@@ -70,7 +70,7 @@ def describe_run(config: RunConfig, deepspeed_config: str) -> str:
     resume, warnings = find_resume(config.train.output_dir, config.train.resume)
     resumed = read_checkpoint_manifest(resume) if resume else None
     check_start(config, layout, settings, fingerprint, resume, resumed)
-    if resumed is not None:
+    if resumed is not None and resumed.run.step < config.train.steps:
         check_same_tag_inputs(config, resumed, tag_inputs)
         switch = carried_over(resumed.run.switch, resumed.run.config.salt, config.salt)
         config = dataclasses.replace(config, salt=effective(config.salt, switch))
@@ -87,7 +87,8 @@ def describe_run(config: RunConfig, deepspeed_config: str) -> str:
         *(f"WARNING {warning}" for warning in warnings),
         *_layout_lines(layout, settings),
         *_token_lines(config, settings, tag_inputs),
-        f"start: {'new run' if resume is None else f'resume {resume}'}",
+        f"start: {'new run' if resume is None else f'resume {resume}'}"
+        + (", nothing is left to do" if resumed and resumed.run.step >= config.train.steps else ""),
         *_teacher_lines(sizes),
         *_stage_lines(sizes),
     ]

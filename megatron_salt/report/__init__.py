@@ -8,6 +8,6 @@ baseline's final held-out loss, is interpolated between two evaluations and labe
 """
 
 from megatron_salt.report.markdown import write_report
-from megatron_salt.report.runs import RunLog, load_run
+from megatron_salt.report.runs import RunLog, load_run, with_labels
 
-__all__ = ["RunLog", "load_run", "write_report"]
+__all__ = ["RunLog", "load_run", "with_labels", "write_report"]

@@ -313,6 +313,35 @@ def marked(name: str, run: RunLog, baseline: RunLog) -> str:
     return name if same_text(run, baseline) else f"{name} †"
 
 
+def with_labels(runs: Sequence[RunLog], num_baselines: int, labels: Sequence[str]) -> list[RunLog]:
+    """The runs with their names: of each run (the baselines' may be left out), of each setting, or,
+    without labels, of the first of the runs that differ in nothing but train.seed.
+
+    Raises: ValueError for another number of labels.
+    """
+    settings: dict[str, list[int]] = {}
+    for place, run in enumerate(runs):
+        same = {k: v for k, v in run.settings.items() if k not in (*OWN_FOLDERS, "train.seed")}
+        key = "baseline" if place < num_baselines else json.dumps(same, default=str)
+        known = [runs[other].seed for other in settings.get(key, [])]
+        if place >= num_baselines and (not run.settings or run.seed in known):
+            key = f"run {place}"
+        settings.setdefault(key, []).append(place)
+    by_setting = len(set(labels)) == len(labels) == len(settings) < len(runs)
+    if not labels or by_setting:
+        names = labels or [runs[places[0]].label for places in settings.values()]
+        of_run = {p: n for n, places in zip(names, settings.values(), strict=True) for p in places}
+        return [replace(run, label=of_run[place]) for place, run in enumerate(runs)]
+    if len(labels) == len(runs) - num_baselines:
+        labels = [*[runs[0].label] * num_baselines, *labels]
+    if len(labels) != len(runs):
+        raise ValueError(
+            f"{len(labels)} labels for {len(runs)} runs of {len(settings)} settings: give one for "
+            f"each run but the {num_baselines} of --baseline, for each run, or for each setting"
+        )
+    return [replace(run, label=label) for run, label in zip(runs, labels, strict=True)]
+
+
 def group_by_label(runs: Sequence[RunLog]) -> list[Arm]:
     """The runs by their labels, in the order in which these first occur.
 
@@ -326,6 +355,12 @@ def group_by_label(runs: Sequence[RunLog]) -> list[Arm]:
             raise ValueError(
                 f"{len(same)} runs are called {label}: labels must differ, except those of runs "
                 f"that differ in train.seed. Name the runs with --label."
+            )
+        if len(ends := {run.num_steps for run in same}) > 1:
+            raise ValueError(
+                f"the runs called {label} are of {', '.join(map(str, sorted(ends)))} steps, and no "
+                "mean can be taken of them: bring them to one length, or give them labels of their "
+                "own"
             )
         arms.append(Arm(label=label, runs=same))
     return arms

@@ -156,8 +156,10 @@ def overview(prefix: str, tags: str | None, tokenizer_path: str | None) -> list[
     lines.append(f"tokenizer: {own.path}, {own.vocab_size} tokens, end of document {own.eod}")
     if made is not None:
         inputs = ", ".join(f"{each.name} ({each.size_bytes} bytes)" for each in made.inputs)
-        lines.append(f"made of: {inputs}; left out: {made.empty_documents} empty documents, "
-                     f"{made.bad_lines} bad lines")  # fmt: skip
+        out = {"empty documents": made.empty_documents, "bad lines": made.bad_lines,
+               "duplicates": made.settings.get("duplicates", 0)}  # fmt: skip
+        left_out = ", ".join(f"{count} {what}" for what, count in out.items())
+        lines.append(f"made of: {inputs}; left out: {left_out}")
     if opened.manifest is not None:
         by, kept = opened.manifest.origin, opened.manifest.kept_tokens
         lines.append(f"tags: {', '.join(opened.manifest.stored)} by {by.model.name}; "

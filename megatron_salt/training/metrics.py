@@ -55,7 +55,8 @@ class MetricsLog:
         settings: Mapping[str, Any],
     ) -> None:  # fmt: skip
         self.path = output_dir / METRICS_FILE
-        kept = read_metrics(self.path, resumed_step) if self.path.exists() else []
+        # A new run keeps nothing: not the step 0 of one that ended before its first checkpoint.
+        kept = read_metrics(self.path, resumed_step) if resumed_step and self.path.exists() else []
         rewritten = self.path.with_suffix(".partial")
         rewritten.write_text("".join(kept), encoding="utf-8")
         os.replace(rewritten, self.path)

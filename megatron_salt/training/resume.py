@@ -18,6 +18,10 @@ from megatron_salt.parallel.layout import Layout
 from megatron_salt.training.learning_rate import learning_rate
 
 LOCK_WAIT_S = 120.0
+# Settings that a run which is done may change: nothing that was trained depends on them.
+NOT_TRAINED = ("train.steps:", "train.resume:", "train.log_interval:", "train.eval_interval:",
+               "train.checkpoint_interval:", "train.keep_checkpoints:", "train.tensorboard:",
+               "train.allow_lr_jump:")  # fmt: skip
 
 
 def changed_settings(before: RunConfig, now: RunConfig) -> list[str]:
@@ -103,7 +107,19 @@ def check_start(
         _check_same_order(config, settings, resumed)
     except ValueError as error:
         raise ValueError(f"{resume_from}: {error}") from None
-    _check_deepspeed(read_json(str(resume_from / "deepspeed.json")), settings)
+    deepspeed = read_json(str(resume_from / "deepspeed.json"))
+    _check_deepspeed(deepspeed, settings)
+    if resumed.run.step < config.train.steps:
+        check_schedule_goes_on(config, resume_from, resumed, settings.learning_rate)
+        return
+    changed = changed_settings(resumed.run.config, config)
+    changed += changed_deepspeed(deepspeed, settings.values)
+    own = output_dir.resolve() in resume_from.resolve().parents
+    if own and (ignored := [each for each in changed if not each.startswith(NOT_TRAINED)]):
+        raise ValueError(
+            f"{resume_from} is at the end: nothing would be trained with what has changed "
+            f"({'; '.join(ignored)}). Choose another train.output_dir, or a larger train.steps"
+        )
 
 
 def check_schedule_goes_on(

@@ -123,9 +123,10 @@ class Run:
     def where_it_is(self) -> str:
         """For whoever interrupts the run: what is done, what is kept, and how to go on."""
         found = list_checkpoints(self.config.train.output_dir)
-        newest = f"the newest checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
         how = "the same command" if self.config.train.resume == "auto" else "train.resume auto"
-        return f"after step {self.done}; {newest}; {how} goes on from there"
+        if not found:
+            return f"after step {self.done}; there is no checkpoint yet: {how} begins anew"
+        return f"after step {self.done}; the newest checkpoint is {found[-1]}: {how} goes on there"
 
     def _read(self, step: int) -> Batch:
         """This rank's rows of a step, on the CPU."""

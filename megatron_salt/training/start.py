@@ -98,18 +98,16 @@ def agree_on_start(
             tag_inputs = dataset.load_tag_inputs(config, tokenizer)
             lock = resume.lock_output_dir(config.train.output_dir, console.say)
             found = resume.decide_start(config, groups.layout, settings, tokenizer.fingerprint)
-            start_of, began, _ = found
-            if start_of and began and began.run.step < config.train.steps:
-                resume.check_same_tag_inputs(config, began, tag_inputs)
-                resume.check_schedule_goes_on(config, start_of, began, settings.learning_rate)
+            if found[1] is not None and found[1].run.step < config.train.steps:
+                resume.check_same_tag_inputs(config, found[1], tag_inputs)
     # One rank looks and decides: shared file systems show different ranks different folders.
     resume_from, resumed, warnings = from_rank_0(found)
     tag_inputs = from_rank_0(tag_inputs)
     console.warn(warnings)
     if resumed and resumed.run.step >= config.train.steps:
         raise NothingToDo(
-            f"already at step {resumed.run.step} of {config.train.steps}, nothing to do: "
-            f"{resume_from}; a larger train.steps goes on"
+            f"nothing to do: {resume_from} has done {resumed.run.step} of {config.train.steps} "
+            "steps; a larger train.steps goes on"
         )
     switch = SwitchState()
     with same_error_everywhere("verifying the checkpoint to resume from"):

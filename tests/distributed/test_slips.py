@@ -46,6 +46,7 @@ SLIPS = [
     ("pretrain --config {place}/run.yaml", "--deepspeed_config is missing"),
     (TRAIN + "--train.steps 1e3x", "train.steps = 1e3x", "expected whole number"),
     (TAUGHT + "--salt.kd_steps 10", "salt.kd_steps = 10", "between 0 and train.steps = 8"),
+    (TRAIN + "--data.train_data_path {data}", "data.train_data_path = {data}", 'as "[{data}]"'),
     (TRAIN + "--salt.kd_weight 1.5", "salt.kd_weight = 1.5", "in [0, 1]"),
     (TRAIN + "--data.split 95", "data.split = '95'", "as in 99,1"),
     (TRAIN + "--data.split 100,0", "data.split = '100,0'", "data.valid_data_path"),
@@ -134,7 +135,8 @@ SLIPS = [
     ("compare --baseline {place}/run --run {place}/nowhere --output {place}/r.md",
      "{place}/nowhere", "Name a run's output directory"),
     # Other commands.
-    ("merge {data} {place}/no --output-prefix {place}/new", "no dataset {place}/no", "is missing"),
+    ("merge {data} {place}/tiny --output-prefix {place}/new", "no dataset {place}/tiny:",
+     "Did you mean '{data}'?"),
     ("subset {data} --share 2 --output-prefix {place}/new", "--share 2.0", "at most 1"),
     ("subset {data} --source wiki --output-prefix {place}/new", "no source 'wiki'",
      "tiny_text_document"),
@@ -154,6 +156,7 @@ SLIPS = [
      "Did you mean '--salt.kd_weight'?"),
     ("kernels --requier cuda", "--requier cuda"),
     ("plan --config {place}/run.yaml --gpus 8", "--gpu", "plan --help"),
+    ("plan --gpus 8 --gpu h100", "--config FILE.yaml is not given", "model.num_layers"),
     ("completion ksh", "'ksh'", "bash"),
     ("tga", "no command 'tga'", "Did you mean 'tag'?"),
 ]  # fmt: skip

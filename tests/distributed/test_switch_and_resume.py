@@ -323,9 +323,13 @@ def test_finished_run_has_nothing_left_to_do(dataset: Path, tmp_path: Path) -> N
     before = state()
     for steps in (2, 1):  # the same command again, and a shorter run
         asked = replace(config, train=replace(config.train, steps=steps))
-        with pytest.raises(RankError, match=f"NothingToDo: already at step 2 of {steps}, nothing"):
+        with pytest.raises(RankError, match=f"NothingToDo: nothing to do: .* done 2 of {steps} st"):
             run_ranks(1, prepare, asked, deepspeed_config)
         assert state() == before
+    other = replace(config, train=replace(config.train, lr_warmup_steps=1, log_interval=7))
+    with pytest.raises(RankError, match=r"changed \(train.lr_warmup_steps: 0 -> 1\). Choose"):
+        run_ranks(1, prepare, other, deepspeed_config)
+    assert state() == before
 
 
 def test_a_rate_that_would_jump_is_refused(dataset: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from commands import ROOT, call
 from matplotlib import rc_context
 from matplotlib.image import imread
 
-from megatron_salt.report import load_run, markdown, plots, write_report
+from megatron_salt.report import load_run, markdown, plots, with_labels, write_report
 from megatron_salt.report.markdown import describe_machine
 from megatron_salt.report.runs import find_crossing, find_teachers, group_by_label
 
@@ -332,6 +332,35 @@ def test_seeds_of_a_label_are_averaged_and_paired(seeds: list[Path], tmp_path: P
     assert table_row(crossings, "SALT, seed 2")[1:3] == ["75.0", "25.0 %"]
     # Every arm has the same seeds: they are no difference between the arms.
     assert "## Settings that differ" not in (tmp_path / "report.md").read_text()
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_setting(seeds: list[Path]) -> None:
+    for path in seeds:  # of two settings
+        settings = {"seed": int(path.name[-1]), "output_dir": str(path)}
+        text = json.dumps({"train": settings, "salt": {"kd_steps": 40 * ("salt" in path.name)}})
+        (path / "config.json").write_text(text)
+    runs = [load_run(path) for path in seeds]
+
+    def labels(num_baselines: int, *given: str) -> list[str]:
+        return [run.label for run in with_labels(runs, num_baselines, given)]
+
+    assert labels(2) == ["plain-1", "plain-1", "salt-1", "salt-1"]
+    assert labels(2, "baseline", "SALT") == ["baseline", "baseline", "SALT", "SALT"]
+    assert labels(2, "SALT", "SALT") == ["plain-1", "plain-1", "SALT", "SALT"]
+    assert labels(2, "a", "b", "c", "d") == ["a", "b", "c", "d"]
+    # Without their settings, or with one seed twice, they are settings of their own.
+    assert labels(1) == ["plain-1", "plain-2", "salt-1", "salt-1"]
+    runs[3] = runs[2]
+    assert labels(2, "one", "two") == ["plain-1", "plain-1", "one", "two"]
+    with pytest.raises(ValueError, match=r"3 labels for 4 runs of 3 settings: give one for each"):
+        labels(2, "a", "a", "b")
+
+
+def test_seeds_of_other_lengths_have_no_mean(seeds: list[Path], tmp_path: Path) -> None:
+    longer = write_seed(tmp_path / "longer", 2, {0: 6.0, 120: 3.1}, num_steps=120)
+    runs = [load_run(path, "plain") for path in (seeds[0], longer)]
+    with pytest.raises(ValueError, match="called plain are of 100, 120 steps"):
+        write_report([*runs, load_run(seeds[2])], tmp_path / "report.md", title="T")
 
 
 def test_seeds_that_are_not_every_arms_are_a_setting(seeds: list[Path], tmp_path: Path) -> None:
