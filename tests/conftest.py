@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 from collections.abc import Generator
 from pathlib import Path
 
@@ -20,6 +21,9 @@ VOCAB_SIZE = 509  # a prime: no padding rule or shard size divides it
 def pytest_configure() -> None:
     """Each worker and the ranks that it forks keep to their share of the cores. On one core of two
     four ranks take a fifth less time of the processor: none is woken on another core."""
+    # A shell starts what it leaves in the background with Ctrl-C ignored, and so would be the
+    # commands that tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     cores = sorted(os.sched_getaffinity(0))
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))

@@ -42,9 +42,7 @@ def interrupted(text: str, output_dir: Path) -> None:
     (line,) = [line for line in text.splitlines() if " interrupted: " in line]
     newest = list_checkpoints(output_dir)[-1]
     assert line.startswith("megatron-salt pretrain: interrupted: after step ")
-    assert line.endswith(
-        f"; the newest checkpoint is {newest}; the same command goes on from there"
-    )
+    assert line.endswith(f"; the newest checkpoint is {newest}: the same command goes on there")
     done = int(line.split("after step ")[1].split(";")[0])
     assert int(newest.name.removeprefix("step_")) <= done < STEPS
 
