@@ -70,8 +70,9 @@ def describe_run(config: RunConfig, deepspeed_config: str) -> str:
     resume, warnings = find_resume(config.train.output_dir, config.train.resume)
     resumed = read_checkpoint_manifest(resume) if resume else None
     check_start(config, layout, settings, fingerprint, resume, resumed)
-    if resumed is not None and resumed.run.step < config.train.steps:
-        check_same_tag_inputs(config, resumed, tag_inputs)
+    if resumed is not None:
+        if resumed.run.step < config.train.steps:
+            check_same_tag_inputs(config, resumed, tag_inputs)
         switch = carried_over(resumed.run.switch, resumed.run.config.salt, config.salt)
         config = dataclasses.replace(config, salt=effective(config.salt, switch))
     teacher = None

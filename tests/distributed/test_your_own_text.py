@@ -99,10 +99,9 @@ def test_the_wheel_is_the_product(tmp_path: Path) -> None:
     work.mkdir()
     assert megatron_salt("--version") == f"megatron-salt {metadata.version('megatron_salt')}\n"
     write_text(work / "text.jsonl")
-    examples, tokenizer, preprocess, inspect, *_ = (words[1:] for words in commands_of_page())
+    examples, tokenizer, preprocess, *_ = (words[1:] for words in commands_of_page())
     assert "examples/slurm/pretrain_salt.sbatch" in megatron_salt(*examples)
     assert os.access(work / "examples" / "slurm" / "local_cluster.sh", os.X_OK)
     megatron_salt(*(SHORTER.get(word, word) for word in tokenizer))
     megatron_salt(*preprocess)
-    assert "documents" in megatron_salt(*inspect)
     assert f"native     available: {site}/megatron_salt/kernels/lib" in megatron_salt("kernels")
