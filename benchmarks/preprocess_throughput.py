@@ -134,7 +134,7 @@ def write_text(base: Path, destination: Path, num_bytes: int) -> int:
 
 def timed_run(text: Path, tokenizer: Path, directory: Path) -> Times:
     """Seconds of the command as a user starts it, with its default settings."""
-    tool = REPO / "tools" / "`preprocess`"
+    tool = REPO / "tools" / "preprocess_data.py"
     command = [sys.executable, str(tool), "--input", str(text), "--tokenizer", str(tokenizer)]
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
     with tempfile.TemporaryDirectory(dir=directory) as output:
