@@ -14,6 +14,8 @@ import sys
 from collections.abc import Sequence
 
 from megatron_salt.config.command_line import parse_command_line
+from megatron_salt.config.fields import DataConfig
+from megatron_salt.config.values import parse_blend
 from megatron_salt.noise import silence_known_warnings
 from megatron_salt.parallel import endings
 from megatron_salt.parallel.machine import set_cuda_connections
@@ -30,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"WARNING {warning}", file=sys.stderr)
     if argv is None:
         endings.interrupt_on_sigterm()
+    if endings.is_first_rank():
+        check_prefixes(command.config.data)
     run = None
     try:
         silence_known_warnings()
@@ -67,6 +71,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise
     del run
     leave()
+
+
+def check_prefixes(data: DataConfig) -> None:
+    """End, before torch is imported, if a dataset is not there: the most usual slip."""
+    from megatron_salt.data.manifest import check_exists
+
+    try:
+        for prefix in [*parse_blend(data.train_data_path, "")[0], *data.valid_data_path]:
+            check_exists(prefix)
+    except FileNotFoundError as error:
+        endings.refuse(PROGRAM, error)
 
 
 if __name__ == "__main__":

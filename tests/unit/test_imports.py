@@ -13,7 +13,7 @@ PACKAGE = ROOT / "megatron_salt"
 # Each room (folder) and the rooms that its files may import; "entry" are the files above the rooms.
 # The picture of docs/architecture.md is made from it.
 ALLOWED = {
-    "entry": "commands config parallel planner training",
+    "entry": "commands config data parallel planner training",
     "commands": "config corpus data evaluation files generation parallel planner report scoring",
     "generation": "checkpoint corpus data kernels model parallel",
     "planner": "checkpoint config data files method model parallel teacher training",
