@@ -65,10 +65,12 @@ def test_training_chooses_queues_before_torch_is_imported(tmp_path: Path) -> Non
         "pretrain.main(sys.argv[1:])\n"
     )
     run = {
-        "data": {"train_data_path": ["none"]},
+        "data": {"train_data_path": [str(tmp_path / "some")]},
         "model": {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2},
         "train": {"steps": 1, "output_dir": str(tmp_path / "run")},
     }
+    for name in ("some.bin", "some.idx"):  # which are looked for before
+        (tmp_path / name).touch()
     (tmp_path / "run.json").write_text(json.dumps(run), encoding="utf-8")
     command = [sys.executable, "-c", program, "--config", str(tmp_path / "run.json"),
                "--deepspeed_config", str(EXAMPLES[0])]  # fmt: skip
