@@ -11,6 +11,7 @@ from megatron_salt import __version__
 from megatron_salt.commands.table import COMMANDS, ELSEWHERE, LIGHT, make_parser, program_help
 from megatron_salt.config.command_line import OPTIONS, hint
 from megatron_salt.config.fields import KEYS
+from megatron_salt.config.values import nearest
 from megatron_salt.noise import silence_known_warnings
 from megatron_salt.parallel import endings
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"megatron-salt {__version__}")
         return 0
     if name not in COMMANDS:
-        meant = hint(name, list(COMMANDS))
+        meant = nearest(name, list(COMMANDS))
         message = f"there is no command {name!r}.{meant} `megatron-salt --help` lists them"
         endings.refuse("megatron-salt", message)
     if name not in ELSEWHERE:
@@ -53,7 +54,8 @@ def run_command(name: str, words: Sequence[str]) -> int:
             known += [f"--{key}" for key in (*KEYS, *OPTIONS)]
         for word in (word.split("=")[0] for word in words if word.startswith("--")):
             if word.rstrip("+") not in known:  # argparse would miss what it was to be
-                raise ValueError(f"unknown argument {word}.{hint(word, known)}")
+                meant = hint(word, known) if takes_settings else nearest(word, known)
+                raise ValueError(f"unknown argument {word}.{meant}")
         args, others = parser.parse_known_args(words)
         settings = [others] if takes_settings else []
         if others and not settings:

@@ -81,9 +81,9 @@ class _Parser(ArgumentParser):
             message = f"{found[1]}.{found[2]} = {found[3]}: expected {type_text(kind)}"
             if f"{found[1]}.{found[2]}" in LISTS:
                 message += f', as "[{found[3]}]"'
-        missing = "the following arguments are required: model."
-        if message.startswith(missing[:-6]) and "model." in message:
-            message = f"--config FILE.yaml is not given, or lacks settings:{message.split(':')[1]}"
+        before, required, names = message.partition("the following arguments are required:")
+        if required and not before:
+            message = f"--config FILE.yaml is not given, or lacks settings:{names}"
         endings.refuse(self.prog, message)
 
 

@@ -74,8 +74,8 @@ def find_moved(prefix: str) -> str:
 
     Raises: FileNotFoundError saying what the path is relative to, and what to do.
     """
-    folders = os.environ.get(DATA_FOLDERS, "")
-    places = [Path(prefix), *(Path(each) / Path(prefix).name for each in folders.split(os.pathsep))]
+    folders = filter(None, os.environ.get(DATA_FOLDERS, "").split(os.pathsep))
+    places = [Path(prefix), *(Path(each) / Path(prefix).name for each in folders)]
     for place in places:
         if idx_path(place).is_file():
             return str(place)

@@ -21,7 +21,8 @@ LOCK_WAIT_S = 120.0
 # Settings that a run which is done may change: nothing that was trained depends on them.
 NOT_TRAINED = ("train.steps:", "train.resume:", "train.log_interval:", "train.eval_interval:",
                "train.checkpoint_interval:", "train.keep_checkpoints:", "train.tensorboard:",
-               "train.allow_lr_jump:")  # fmt: skip
+               "train.allow_lr_jump:", "train.check_gradients:", "train.output_dir:",
+               "data.cache_path:", "parallel.timeout_minutes:")  # fmt: skip
 
 
 def changed_settings(before: RunConfig, now: RunConfig) -> list[str]:
@@ -113,7 +114,8 @@ def check_start(
         check_schedule_goes_on(config, resume_from, resumed, settings.learning_rate)
         return
     changed = changed_settings(resumed.run.config, config)
-    changed += changed_deepspeed(deepspeed, settings.values)
+    found = changed_deepspeed(deepspeed, settings.values)  # of which the rest trains nothing
+    changed += [each for each in found if each.startswith("optimizer:")]
     own = output_dir.resolve() in resume_from.resolve().parents
     if own and (ignored := [each for each in changed if not each.startswith(NOT_TRAINED)]):
         raise ValueError(
