@@ -3,9 +3,9 @@
     python docs/make_configuration_table.py            # print
     python docs/make_configuration_table.py --write    # put it into docs/configuration.md
 
-The only source is `megatron_salt/config/fields.py`: fields and defaults come from its dataclasses, and
-meanings from the docstrings below the fields. tests/unit/test_docs.py fails when the document is
-behind.
+The only source is `megatron_salt/config/fields.py`: fields and defaults come from its dataclasses,
+and meanings from the docstrings below the fields. tests/unit/test_docs.py fails when the document
+is behind.
 """
 
 from __future__ import annotations
