@@ -159,6 +159,8 @@ SLIPS = [
     ("plan --gpus 8 --gpu h100", "--config FILE.yaml is not given", "model.num_layers"),
     ("completion ksh", "'ksh'", "bash"),
     ("tga", "no command 'tga'", "Did you mean 'tag'?"),
+    # What the JSON owns of a run is an option of a tool.
+    (TAG + "--micro-batch-size 3", "--micro-batch-size", "Did you mean '--micro_batch_size'?"),
 ]  # fmt: skip
 
 
