@@ -125,7 +125,8 @@ def test_one_dataset_without_sources_has_no_parts_and_evaluate_has_them_too(
     assert {key for key in result if "/" in key} == {f"valid_ce_nats/{name}" for name in "abc"}
     # The run's own data, moved: found by its name under a folder.
     (tmp_path / "was").rename(tmp_path / "moved")
-    lost = run_forked(*words, *scores, folder=tmp_path)
+    # Not in the folder of the command, unless that is one of those that are named.
+    lost = run_forked(*words, *scores, folder=tmp_path / "moved", there=True)
     assert lost.returncode == 2 and "set MEGATRON_SALT_DATA to the folder" in lost.stderr
     moved = str(tmp_path / "moved")
     done = run_forked(*words, *scores, folder=tmp_path, MEGATRON_SALT_DATA=f"/absent:{moved}")

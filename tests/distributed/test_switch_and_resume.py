@@ -330,6 +330,11 @@ def test_finished_run_has_nothing_left_to_do(dataset: Path, tmp_path: Path) -> N
     with pytest.raises(RankError, match=r"changed \(train.lr_warmup_steps: 0 -> 1\). Choose"):
         run_ranks(1, prepare, other, deepspeed_config)
     assert state() == before
+    # Neither where the run lies nor what is logged of it was trained.
+    (tmp_path / "run").rename(tmp_path / "moved")
+    moved = replace(config, train=replace(config.train, output_dir=str(tmp_path / "moved")))
+    with pytest.raises(RankError, match="NothingToDo"):
+        run_ranks(1, prepare, moved, make_deepspeed(tmp_path, wall_clock_breakdown=True))
 
 
 def test_a_rate_that_would_jump_is_refused(dataset: Path, tmp_path: Path) -> None:
