@@ -16,10 +16,10 @@ import dataclasses
 import inspect
 import json
 import sys
-import types
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
+from megatron_salt.config.command_line import type_text
 from megatron_salt.config.fields import SECTIONS
 
 DOCUMENT = Path(__file__).with_name("configuration.md")
@@ -40,15 +40,10 @@ def field_docstrings(kind: type) -> dict[str, str]:
 
 
 def values_of(hint: Any) -> str:
-    """A type in the words of a YAML file."""
-    if get_origin(hint) is Literal:
-        return ", ".join(f"`{value}`" for value in get_args(hint))
-    if isinstance(hint, types.UnionType):
-        inner = [values_of(part) for part in get_args(hint) if part is not type(None)]
-        return ", ".join([*inner, "`null`"])
-    if get_origin(hint) is list:
-        return "list"
-    return {int: "integer", float: "number", bool: "`true`, `false`", str: "text"}[hint]
+    """A type in the words of `--help`, with what is written as it stands as code."""
+    kinds = {"whole number", "number", "list", "text"}
+    words = type_text(hint).split(" | ")
+    return ", ".join(word if word in kinds else f"`{word}`" for word in words)
 
 
 def default_of(field: dataclasses.Field[Any]) -> str:

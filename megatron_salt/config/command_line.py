@@ -208,8 +208,8 @@ def print_help(parser: ArgumentParser, topic: str | None) -> None:
     actions = {action.dest: action for action in parser._actions}
     formatter = argparse.HelpFormatter(parser.prog, max_help_position=6)
     for key in wanted:
-        action = actions[key]
-        kind = action._typehint  # type: ignore[attr-defined]
+        action, (section, field) = actions[key], key.split(".")
+        kind = get_type_hints(SECTIONS[section])[field]
         default = "required" if key in REQUIRED else f"default: {json.dumps(action.default)}"
         formatter.start_section(f"--{key} ({type_text(kind)}; {default})")
         formatter.add_text(action.help)
