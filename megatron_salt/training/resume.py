@@ -110,13 +110,13 @@ def check_start(
         raise ValueError(f"{resume_from}: {error}") from None
     deepspeed = read_json(str(resume_from / "deepspeed.json"))
     _check_deepspeed(deepspeed, settings)
+    own = output_dir.resolve() in resume_from.resolve().parents
     if resumed.run.step < config.train.steps:
-        check_schedule_goes_on(config, resume_from, resumed, settings.learning_rate)
+        _check_schedule(config, resumed, settings.learning_rate, own=own)
         return
     changed = changed_settings(resumed.run.config, config)
     found = changed_deepspeed(deepspeed, settings.values)  # of which the rest trains nothing
     changed += [each for each in found if each.startswith("optimizer:")]
-    own = output_dir.resolve() in resume_from.resolve().parents
     if own and (ignored := [each for each in changed if not each.startswith(NOT_TRAINED)]):
         raise ValueError(
             f"{resume_from} is at the end: nothing would be trained with what has changed "
@@ -124,18 +124,17 @@ def check_start(
         )
 
 
-def check_schedule_goes_on(
-    config: RunConfig, resume_from: Path, resumed: CheckpointManifest, peak: float
+def _check_schedule(
+    config: RunConfig, resumed: CheckpointManifest, peak: float, *, own: bool
 ) -> None:
-    """Raise ValueError where the schedule of the learning rate is not the one it has followed, or
-    where the KD phase of this very run would end in the past. (One that starts from another run's
-    checkpoint may be a plain one.)
+    """Raise ValueError where the learning rate would not go on as it was, or where the KD phase of
+    this very run (`own`) would end in the past: one that starts from another run's checkpoint may
+    be a plain one.
 
     Math: the new schedule must say of the last step done what the old one said, within 1 %.
     """
     before, now, step = resumed.run.config, config, resumed.run.step
     taught = min(before.salt.kd_steps, step)
-    own = Path(now.train.output_dir).resolve() in resume_from.resolve().parents
     fixed = before.salt.switch == now.salt.switch == "fixed"
     if own and fixed and now.salt.kd_steps < taught:
         raise ValueError(
