@@ -317,7 +317,7 @@ def with_labels(runs: Sequence[RunLog], num_baselines: int, labels: Sequence[str
     """The runs with their names: of each run (the baselines' may be left out), of each setting, or,
     without labels, of the first of the runs that differ in nothing but train.seed.
 
-    Raises: ValueError for another number of labels.
+    Raises: ValueError for another number of labels, or for folders of one name in their place.
     """
     settings: dict[str, list[int]] = {}
     for place, run in enumerate(runs):
@@ -330,6 +330,11 @@ def with_labels(runs: Sequence[RunLog], num_baselines: int, labels: Sequence[str
     by_setting = len(set(labels)) == len(labels) == len(settings) < len(runs)
     if not labels or by_setting:
         names = labels or [runs[places[0]].label for places in settings.values()]
+        if alike := [name for name in names if list(names).count(name) > 1]:
+            raise ValueError(
+                f"folders called {alike[0]} hold runs of different settings, or one seed twice: "
+                "name the runs with --label"
+            )
         of_run = {p: n for n, places in zip(names, settings.values(), strict=True) for p in places}
         return [replace(run, label=of_run[place]) for place, run in enumerate(runs)]
     if len(labels) == len(runs) - num_baselines:

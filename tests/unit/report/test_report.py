@@ -351,6 +351,8 @@ def test_runs_that_differ_in_their_seed_alone_are_one_setting(seeds: list[Path])
     # Without their settings, or with one seed twice, they are settings of their own.
     assert labels(1) == ["plain-1", "plain-2", "salt-1", "salt-1"]
     runs[3] = runs[2]
+    with pytest.raises(ValueError, match="folders called salt-1 hold runs of different settings"):
+        labels(2)
     assert labels(2, "one", "two") == ["plain-1", "plain-1", "one", "two"]
     with pytest.raises(ValueError, match=r"3 labels for 4 runs of 3 settings: give one for each"):
         labels(2, "a", "a", "b")
