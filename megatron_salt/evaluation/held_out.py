@@ -147,8 +147,8 @@ class HeldOut:
         return self._compared_with_stored(teacher, self.teacher.ce_nats)
 
     def _compared_with_stored(self, teacher: Teacher, now: float) -> str:
-        stored = teacher.manifest.model.evaluation
-        line = f"teacher {teacher.checkpoint}: held-out CE {now:.4f} nats/token"
+        stored = teacher.record.evaluation
+        line = f"teacher {teacher.source}: held-out CE {now:.4f} nats/token"
         if not math.isfinite(now):
             raise ValueError(f"{line}: it cannot teach; name another teacher.checkpoint")
         if stored is None:

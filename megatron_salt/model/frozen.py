@@ -53,6 +53,8 @@ class FrozenModel:
             sequence_parallel=False,
             dtype=dtype,
         )
+        self.hidden_size, self.seq_length = model.hidden_size, seq_length
+        self.prefix_masks = self.parts.prefix_masks
         inner = [kind(*arguments) for kind, arguments in layers.transformer_layers(self.parts)]
         whole = nn.ModuleList([layers.Embedding(self.parts), *inner]).to(dtype).to(groups.device)
         self.layers = whole.requires_grad_(False).eval()
@@ -82,7 +84,7 @@ class FrozenModel:
     @torch.no_grad()
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """Last hidden states [B, S, E] of these rows, on this rank alone; S at most seq_length."""
-        self.parts.prefix_masks.advance(tokens_BS.device)
+        self.prefix_masks.advance(tokens_BS.device)
         hidden = tokens_BS
         for layer in self.layers:
             hidden = layer(hidden)

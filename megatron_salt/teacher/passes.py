@@ -5,16 +5,35 @@ Letters: R rows (sequences) of a data-parallel replica's step, S sequence, E tea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from megatron_salt.model.frozen import FrozenModel
+from megatron_salt.model.attention import PrefixMasks
 from megatron_salt.parallel.groups import Groups
 from megatron_salt.parallel.timers import LapTimer
 from megatron_salt.teacher.plan import TeacherPlan
+
+
+class TeacherModel(Protocol):
+    """What teaches: a `FrozenModel`, or what can stand for one."""
+
+    hidden_size: int
+    seq_length: int
+    prefix_masks: PrefixMasks
+    head_WE: Tensor | None
+    """The output head's columns that are the student's on this rank; on the last stage."""
+
+    def chunk(self, number: int, num_chunks: int) -> Sequence[nn.Module]:
+        """The layers of one part of a forward pass: of all, tokens [B, S] to hidden [S, B, E]."""
+
+    def num_bytes(self) -> int: ...
+
+    def release(self) -> None: ...
 
 
 @dataclass(kw_only=True, eq=False)
@@ -27,7 +46,7 @@ class TeacherPass:
     in their order, whatever happens in between, so nobody waits for a transfer that has no partner.
     """
 
-    model: FrozenModel
+    model: TeacherModel
     groups: Groups
     timer: LapTimer
     plan: TeacherPlan
@@ -54,7 +73,7 @@ class TeacherPass:
     def run(self, piece: int, chunk: int) -> None:
         """One part of the layers on one of this rank's pieces; parts of a piece in their order."""
         start, stop = self.plan.pieces[piece]
-        masks = self.model.parts.prefix_masks
+        masks = self.model.prefix_masks
         with self.timer.lap():
             if chunk == 0:
                 self._hidden = self.tokens_RS[start:stop]

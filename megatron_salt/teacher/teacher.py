@@ -10,18 +10,15 @@ output head is sharded in the student's columns.
 from __future__ import annotations
 
 from collections import deque
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_salt.checkpoint.manifest import CheckpointManifest
-from megatron_salt.checkpoint.weights import load_frozen
-from megatron_salt.kernels import VocabShard
+from megatron_salt.checkpoint.manifest import ModelRecord
 from megatron_salt.parallel.groups import Groups
 from megatron_salt.parallel.timers import LapTimer
-from megatron_salt.teacher.passes import TeacherPass
+from megatron_salt.teacher.passes import TeacherModel, TeacherPass
 from megatron_salt.teacher.pieces import assign_pieces, teacher_pieces
 from megatron_salt.teacher.plan import TeacherPlan
 
@@ -30,31 +27,23 @@ class Teacher:
     """A frozen model that teaches: the model, its place in a plan, buffers for hidden states.
 
     Args:
-        checkpoint: its directory; manifest: what it says about itself.
-        vocab: the student's vocabulary columns on this rank.
-        head_columns: W, the width of the student's shard with padding.
+        record: what the model says about itself.
+        source: where it is from, for people.
         micro_batch_size: rows per forward pass.
-    Raises: ValueError as `load_frozen`.
     """
 
     def __init__(
         self,
-        checkpoint: Path,
-        manifest: CheckpointManifest,
+        model: TeacherModel,
+        record: ModelRecord,
         groups: Groups,
         *,
-        vocab: VocabShard,
-        head_columns: int,
-        seq_length: int,
+        source: str,
         micro_batch_size: int,
         dtype: torch.dtype,
     ) -> None:
         self.groups, self.dtype, self.micro_batch_size = groups, dtype, micro_batch_size
-        self.checkpoint, self.manifest = checkpoint, manifest
-        self.model = load_frozen(
-            checkpoint, manifest, groups, seq_length=seq_length, dtype=dtype,
-            head=vocab if groups.is_last_stage else None, head_columns=head_columns,
-        )  # fmt: skip
+        self.model, self.record, self.source = model, record, source
         self._connect()
         self.timer = LapTimer(groups.device)
         self.plan: TeacherPlan | None = None
@@ -62,7 +51,6 @@ class Teacher:
 
     @property
     def head_WE(self) -> Tensor | None:
-        """The output head's columns that are the student's on this rank; on the last stage."""
         return self.model.head_WE
 
     def _connect(self) -> None:
@@ -115,7 +103,7 @@ class Teacher:
         """
         self.plan = plan
         count = 2 if ahead and self.groups.is_last_stage else 1
-        shape = self._buffer_shape(plan, self.model.parts.seq_length)
+        shape = self._buffer_shape(plan, self.model.seq_length)
         if [tuple(buffer.shape) for buffer in self._buffers] != [shape] * count:
             self._buffers = deque(self._empty(shape) for _ in range(count))
 
@@ -124,7 +112,7 @@ class Teacher:
         if not self.groups.is_last_stage:
             start, stop = plan.rows(self.groups.pp_rank, self.groups.tp_rank)
             num_rows = stop - start
-        return num_rows, seq_length, self.model.parts.model.hidden_size
+        return num_rows, seq_length, self.model.hidden_size
 
     def _empty(self, shape: tuple[int, int, int]) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.groups.device)

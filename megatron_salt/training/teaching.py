@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_salt.checkpoint.manifest import CheckpointManifest, weights_fingerprint
+from megatron_salt.checkpoint.weights import load_frozen
 from megatron_salt.config.fields import RunConfig
 from megatron_salt.data.dataset import Batch
 from megatron_salt.data.tokenizer import Tokenizer
@@ -78,10 +79,15 @@ class Teaching:
         self.console.warn(unseen_objectives(folder, manifest, config))
         self.fingerprint = weights_fingerprint(manifest)
         parts = self.student.parts
+        dtype = DTYPES[settings.precision]
+        model = load_frozen(
+            folder, manifest, groups, seq_length=seq_length, dtype=dtype,
+            head=parts.vocab if groups.is_last_stage else None,
+            head_columns=parts.padded_vocab // parts.tp_size,
+        )  # fmt: skip
         self.teacher = Teacher(
-            folder, manifest, groups, vocab=parts.vocab,
-            head_columns=parts.padded_vocab // parts.tp_size, seq_length=seq_length,
-            micro_batch_size=settings.micro_batch_size, dtype=DTYPES[settings.precision],
+            model, manifest.model, groups, source=str(folder),
+            micro_batch_size=settings.micro_batch_size, dtype=dtype,
         )  # fmt: skip
         self.student.loss_function.teacher_head_WE = self.teacher.head_WE
         self.shape = StepShape.of_run(

@@ -21,7 +21,7 @@ ALLOWED = {
     "training": "checkpoint config data evaluation files kernels method model parallel teacher",
     "evaluation": "checkpoint config data files kernels model parallel teacher",
     "scoring": "checkpoint data files kernels model parallel",
-    "teacher": "checkpoint config data kernels model parallel",
+    "teacher": "checkpoint config data model parallel",
     "checkpoint": "config files kernels method model parallel",
     "corpus": "data files",
     "data": "config files method",

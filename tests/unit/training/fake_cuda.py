@@ -171,6 +171,7 @@ def make_run(case: dict[str, Any], folder: Path) -> tuple[Any, Any, Any, Any, An
     """Config, DeepSpeed's settings, groups, student and teacher, as a run makes them."""
     import tiny
 
+    from megatron_salt.checkpoint.weights import load_frozen
     from megatron_salt.config.deepspeed import load_deepspeed_config
     from megatron_salt.config.fields import ModelConfig
     from megatron_salt.model.weights import DTYPES
@@ -205,10 +206,14 @@ def make_run(case: dict[str, Any], folder: Path) -> tuple[Any, Any, Any, Any, An
         num_positions=teacher_config.num_positions,
     )  # fmt: skip
     manifest = SimpleNamespace(model=record)
+    dtype = DTYPES[settings.precision]
+    model = load_frozen(
+        folder, manifest, groups, seq_length=config.data.seq_length, dtype=dtype,
+        head=parts.vocab, head_columns=parts.padded_vocab // parts.tp_size,
+    )  # fmt: skip
     teacher = Teacher(
-        folder, manifest, groups, vocab=parts.vocab,
-        head_columns=parts.padded_vocab // parts.tp_size, seq_length=config.data.seq_length,
-        micro_batch_size=settings.micro_batch_size, dtype=DTYPES[settings.precision],
+        model, record, groups, source="a teacher", dtype=dtype,
+        micro_batch_size=settings.micro_batch_size,
     )  # fmt: skip
     student.loss_function.teacher_head_WE = teacher.head_WE
     shape = StepShape.of_run(config, settings, groups.layout, VOCAB_SIZE, teacher_config.model)
