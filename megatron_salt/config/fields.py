@@ -44,16 +44,27 @@ class ModelConfig:
     """Positions in the table of learned_absolute; null: data.seq_length. Unused with rope."""
     position_embedding_type: Literal["rope", "learned_absolute"] = "rope"
     """Position embeddings: rotary (rope), or a learned table as in GPT-2 (learned_absolute)."""
-    rotary_base: int = 10000
+    rotary_base: float = 10000.0
     """Base period of the rotary embeddings."""
+    rotary_percent: float = 1.0
+    """Share of a head's channels that rotary embeddings turn; the others stay (Pythia: 0.25)."""
+    rope_scaling: dict[str, float] | None = None
+    """Slower rotation for longer sequences. {factor: F}: all angles divided by F; with
+    low_freq_factor, high_freq_factor and original_max_position_embeddings: the rule of Llama 3."""
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     """Kind of normalisation before attention, MLP and output head."""
     layernorm_epsilon: float = 1e-5
     """Epsilon of the normalisation."""
-    activation: Literal["swiglu", "gelu"] = "swiglu"
-    """MLP activation: gated SwiGLU (Llama) or GELU (GPT)."""
+    activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
+    """MLP activation: gated SwiGLU (Llama), GELU (Pythia), or its tanh approximation (GPT-2)."""
     add_bias_linear: bool = False
     """Biases in the linear layers (GPT style)."""
+    add_qkv_bias: bool = False
+    """Biases of queries, keys and values alone (Qwen2)."""
+    qk_layernorm: bool = False
+    """Normalise each head's query and key before they are turned (Qwen3)."""
+    parallel_residual: bool = False
+    """Attention and MLP both read the layer's input, each through a norm of its own (Pythia)."""
     untie_embeddings_and_output_weights: bool = True
     """Give the output head a weight of its own instead of the embedding's."""
     init_method_std: float = 0.02
@@ -68,6 +79,11 @@ class ModelConfig:
     @property
     def head_size(self) -> int:
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the MLP's first matrix is a gate above what it gates."""
+        return self.activation == "swiglu"
 
     @property
     def ffn_size(self) -> int:

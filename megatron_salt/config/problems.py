@@ -23,6 +23,8 @@ from megatron_salt.config.values import (
 ADAPTIVE_ONLY = ("min_kd_steps", "switch_margin_nats", "switch_better_share", "switch_patience")
 ABOVE_0 = ("model.rotary_base", "model.layernorm_epsilon", "model.init_method_std",
            "salt.teacher_temperature", "salt.student_temperature")  # fmt: skip
+ROPE_FACTORS = ("factor", "low_freq_factor", "high_freq_factor",
+                "original_max_position_embeddings")  # fmt: skip
 LONGEST_WAIT_MINUTES = 365 * 24 * 60  # clocks overflow at 292 years, in 64 bits of nanoseconds
 
 
@@ -141,14 +143,46 @@ def model_problems(model: ModelConfig, seq_length: int, parallel: ParallelConfig
             f"parallel.sequence_parallel: data.seq_length = {seq_length} is not divisible by tp "
             f"{tp}"
         )
+    if model.add_qkv_bias and model.add_bias_linear:
+        yield "model.add_qkv_bias has no effect with model.add_bias_linear: leave one of them out"
+    yield from rotary_problems(model)
     if model.position_embedding_type == "rope":
-        if model.head_size % 2:
-            yield f"model: rotary embeddings need an even head size, not {model.head_size}"
-    elif model.max_position_embeddings and model.max_position_embeddings < seq_length:
+        return
+    if model.max_position_embeddings and model.max_position_embeddings < seq_length:
         yield (
             f"model.max_position_embeddings = {model.max_position_embeddings} is below "
             f"data.seq_length = {seq_length}"
         )
+
+
+def rotary_problems(model: ModelConfig) -> Iterator[str]:
+    """What concerns rotary embeddings: which channels turn, and how fast."""
+    scaling = model.rope_scaling
+    if model.position_embedding_type != "rope":
+        for name, is_set in (
+            ("rotary_percent", model.rotary_percent != 1),
+            ("rope_scaling", scaling),
+        ):
+            if is_set:
+                yield f"model.{name} has no effect without rope: remove it"
+        return
+    if not 0.0 < model.rotary_percent <= 1.0:
+        yield f"model.rotary_percent = {model.rotary_percent}: must be above 0, at most 1"
+    elif int(model.head_size * model.rotary_percent) % 2:
+        turned = int(model.head_size * model.rotary_percent)
+        yield (
+            f"model: rotary embeddings turn pairs of channels, not {turned} (rotary_percent = "
+            f"{model.rotary_percent} of a head size of {model.head_size})"
+        )
+    if scaling is None:
+        return
+    if set(scaling) not in ({ROPE_FACTORS[0]}, set(ROPE_FACTORS)):
+        allowed = ", ".join(ROPE_FACTORS)
+        yield f"model.rope_scaling has {', '.join(scaling)}: give factor alone, or {allowed}"
+    elif not all(is_number(value) and value > 0 for value in scaling.values()):
+        yield f"model.rope_scaling = {scaling}: must be numbers above 0"
+    elif len(scaling) > 1 and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        yield f"model.rope_scaling = {scaling}: high_freq_factor must be above low_freq_factor"
 
 
 def train_problems(config: RunConfig) -> Iterator[str]:

@@ -105,7 +105,8 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool) -> 
 
     Math: x cos + (-x2, x1) sin of the halves (x1, x2) of the channels: bit for bit megatron-core's
         `apply_rotary_pos_emb`, where it is not compiled; there each result is rounded once.
-    Shapes: query [S, B, H, C], key [S, B, G, C], cos and sin [S, 1, 1, C] as in `RotaryTable`.
+    Shapes: query [S, B, H, C], key [S, B, G, C], cos and sin [S, 1, 1, C] as in `RotaryTable`; or
+        fewer than C, of the first channels, which alone are turned.
     """
     if back:
         sin = -sin
@@ -113,6 +114,9 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool) -> 
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    if (turning := cos.shape[-1]) < x.shape[-1]:
+        parts = x.split([turning, x.shape[-1] - turning], dim=-1)
+        return torch.cat([_turned(parts[0], cos, sin), parts[1]], dim=-1)
     # In place: on a CPU each new tensor costs as much as the arithmetic.
     return torch.cat(x.chunk(2, dim=-1)[::-1], dim=-1).mul_(sin).add_(x * cos)
 
@@ -139,8 +143,9 @@ class _Rotation(torch.autograd.Function):
 
 
 class RotaryTable:
-    """Cosine and sine of the rotary angles [S, 1, 1, C] in the model's precision, one pair shared
-    by all layers of a model on this rank; the first half of the sine is negated (see `rotate`).
+    """Cosine and sine of the rotary angles [S, 1, 1, C] of the channels that turn, in the model's
+    precision, one pair shared by all layers of a model on this rank; the first half of the sine is
+    negated (see `rotate`).
 
     A plain object, not a module with buffers: it has no place in checkpoints.
     """
@@ -150,14 +155,20 @@ class RotaryTable:
     ) -> None:
         rotary = RotaryEmbedding(
             kv_channels=model.head_size,
-            rotary_percent=1.0,
-            rotary_base=model.rotary_base,
+            rotary_percent=model.rotary_percent,
+            rotary_base=model.rotary_base,  # type: ignore[arg-type]  # any number, raised to a power
             use_cpu_initialization=True,
             cp_group=group,
         )
+        scaling = model.rope_scaling or {}
+        if len(scaling) > 1:
+            # Its constructor takes the factor only, and has the other three of Llama 3.1.
+            rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **scaling)
+        elif scaling:
+            rotary.inv_freq /= scaling["factor"]
         angles = rotary.get_emb(seq_length)
         sin = angles.sin()
-        sin[..., : model.head_size // 2].neg_()
+        sin[..., : sin.shape[-1] // 2].neg_()
         self.cos, self.sin = angles.cos().to(dtype), sin.to(dtype)
         self._rotate = compiled_rotate if fuse else rotate
 

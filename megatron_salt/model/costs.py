@@ -13,7 +13,7 @@ def layer_costs(model: ModelConfig, vocab_size: int, seq_length: int) -> tuple[f
     d, head = model.hidden_size, model.head_size
     query_size = model.num_attention_heads * head
     qkv = d * (query_size + 2 * model.query_groups * head)
-    mlp = d * model.ffn_size * (3 if model.activation == "swiglu" else 2)
+    mlp = d * model.ffn_size * (3 if model.is_gated else 2)
     # Linear layers cost their weights. Scores and values look at half the sequence each (causal).
     layer = qkv + query_size * d + mlp + seq_length * query_size
     # The embedding is a look-up.

@@ -41,6 +41,9 @@ if not torch.cuda.is_available():
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
 
 
+ACTIVATIONS = {"swiglu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+
+
 def transformer_config(
     model: ModelConfig,
     *,
@@ -62,8 +65,10 @@ def transformer_config(
         normalization=model.normalization,
         layernorm_epsilon=model.layernorm_epsilon,
         add_bias_linear=model.add_bias_linear,
-        gated_linear_unit=model.activation == "swiglu",
-        activation_func=F.silu if model.activation == "swiglu" else F.gelu,
+        add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
+        gated_linear_unit=model.is_gated,
+        activation_func=ACTIVATIONS[model.activation],
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=tp_size,
@@ -74,8 +79,8 @@ def transformer_config(
         # Weights come from model/weights.py, the same for every layout.
         perform_initialization=False,
         use_cpu_initialization=True,
-        # Not for gelu: megatron-core's fused one is the tanh approximation, another function.
-        bias_activation_fusion=fuse and model.activation == "swiglu",
+        # megatron-core's fused GELU is a tanh approximation with constants of its own.
+        bias_activation_fusion=fuse and model.is_gated,
         bias_dropout_fusion=fuse,
         persist_layer_norm=False,
         masked_softmax_fusion=False,
@@ -101,10 +106,27 @@ class Norm(nn.Module):
         return norm
 
 
+class HeadNorm(Norm):
+    """`Norm` of the channels of a head, whose weight all heads share.
+
+    Each tensor-parallel rank sees its own heads only, so the weight's gradient is partial even
+    without sequence parallelism.
+    """
+
+    def __new__(  # type: ignore[misc]
+        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+    ) -> nn.Module:
+        norm = super().__new__(cls, config, hidden_size, eps)
+        for weight in norm.parameters():
+            weight.sequence_parallel = config.tensor_model_parallel_size > 1  # type: ignore[attr-defined]
+        return norm
+
+
 def layer_submodules(parts: ModelParts) -> TransformerLayerSubmodules:
     """megatron-core's local layer spec with our core attention and norm."""
     column, row = tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear
     backends = attention.device_attention_backends()
+    head_norm = HeadNorm if parts.model.qk_layernorm else IdentityOp
     linears = MLPSubmodules(linear_fc1=column, linear_fc2=row)
     if hasattr(MLP, "as_mlp_submodule"):  # megatron-core with it warns of a spec, at every layer
         mlp = partial(MLP.as_mlp_submodule, submodules=linears)
@@ -122,8 +144,8 @@ def layer_submodules(parts: ModelParts) -> TransformerLayerSubmodules:
                     params={"rotary": parts.rotary, "backends": backends},
                 ),
                 linear_proj=row,
-                q_layernorm=IdentityOp,
-                k_layernorm=IdentityOp,
+                q_layernorm=head_norm,
+                k_layernorm=head_norm,
             ),
         ),
         self_attn_bda=get_bias_dropout_add,
@@ -253,6 +275,8 @@ class DecoderLayer(TransformerLayer):
         return self._layer(hidden_SBD, mask_B1SS)
 
     def _layer(self, hidden_SBD: Tensor, mask_B1SS: Tensor | None) -> Tensor:
+        if self.parts.model.parallel_residual:
+            return self._parallel(hidden_SBD, mask_B1SS)
         try:
             output_SBD, _ = super().forward(
                 hidden_SBD, attention_mask=mask_B1SS, inference_context=self.parts.cache
@@ -263,6 +287,16 @@ class DecoderLayer(TransformerLayer):
             # that it has made of the attention would stay until the layer's next forward.
             self.mlp_norm_manager = None
         return output_SBD
+
+    def _parallel(self, hidden_SBD: Tensor, mask_B1SS: Tensor | None) -> Tensor:
+        """Math: x + attention(norm_1(x)) + mlp(norm_2(x)); megatron-core has no such layer."""
+        attended, attention_bias = self.self_attention(
+            self.input_layernorm(hidden_SBD), mask_B1SS, inference_context=self.parts.cache
+        )
+        inner, mlp_bias = self.mlp(self.pre_mlp_layernorm(hidden_SBD))
+        for part, bias in ((attended, attention_bias), (inner, mlp_bias)):
+            hidden_SBD = hidden_SBD + (part if bias is None else part + bias)
+        return hidden_SBD
 
 
 class FinalNorm(nn.Module):

@@ -190,11 +190,12 @@ def initialize_weights(
     return table
 
 
-def sum_sequence_parallel_gradients(student: nn.Module, group: dist.ProcessGroup) -> None:
-    """Add up, over tp, the gradients of weights that saw only this rank's tokens, as they appear.
+def sum_partial_gradients(student: nn.Module, group: dist.ProcessGroup) -> None:
+    """Add up, over tp, the gradients of weights that saw only this rank's tokens or heads, as they
+    appear.
 
     For the ZeRO stages that give a gradient away before the step is over; elsewhere
-    `gradients.sum_sequence_parallel` does it once per step, as megatron-core does.
+    `gradients.sum_partial` does it once per step, as megatron-core does.
 
     Collectives: an all-reduce over tp per such weight (D numbers, or a learned position table) and
         micro-batch.

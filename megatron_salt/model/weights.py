@@ -55,14 +55,16 @@ def weight_table(
     def add(name: str, shape: tuple[int, ...], sharding: Sharding, init: Init) -> None:
         table[name] = WeightSpec(name=name, shape=shape, sharding=sharding, init=init)
 
-    def add_norm(name: str) -> None:
-        add(f"{name}.weight", (d,), "replicated", "ones")
+    def add_norm(name: str, size: int) -> None:
+        add(f"{name}.weight", (size,), "replicated", "ones")
         if model.normalization == "LayerNorm":
-            add(f"{name}.bias", (d,), "replicated", "zeros")
+            add(f"{name}.bias", (size,), "replicated", "zeros")
 
-    def add_linear(name: str, rows: int, cols: int, sharding: Sharding, init: Init) -> None:
+    def add_linear(
+        name: str, rows: int, cols: int, sharding: Sharding, init: Init, has_bias: bool = False
+    ) -> None:
         add(f"{name}.weight", (rows, cols), sharding, init)
-        if model.add_bias_linear:
+        if model.add_bias_linear or has_bias:
             bias: Sharding = "replicated" if sharding == "columns" else sharding
             add(f"{name}.bias", (rows,), bias, "zeros")
 
@@ -73,16 +75,20 @@ def weight_table(
     if model.position_embedding_type == "learned_absolute":
         add("position_embedding.weight", (max_position_embeddings, d), "replicated", "normal")
     for layer in (f"layers.{index}" for index in range(model.num_layers)):
-        add_norm(f"{layer}.input_layernorm")
-        add_linear(f"{layer}.self_attention.linear_qkv", qkv_size, d, "rows", "normal")
-        add_linear(f"{layer}.self_attention.linear_proj", d, query_size, "columns", "scaled_normal")
-        add_norm(f"{layer}.pre_mlp_layernorm")
-        if model.activation == "swiglu":
+        attention = f"{layer}.self_attention"
+        add_norm(f"{layer}.input_layernorm", d)
+        add_linear(f"{attention}.linear_qkv", qkv_size, d, "rows", "normal", model.add_qkv_bias)
+        if model.qk_layernorm:
+            add_norm(f"{attention}.q_layernorm", head)
+            add_norm(f"{attention}.k_layernorm", head)
+        add_linear(f"{attention}.linear_proj", d, query_size, "columns", "scaled_normal")
+        add_norm(f"{layer}.pre_mlp_layernorm", d)
+        if model.is_gated:
             add_linear(f"{layer}.mlp.linear_fc1", 2 * f, d, "gated_rows", "normal")
         else:
             add_linear(f"{layer}.mlp.linear_fc1", f, d, "rows", "normal")
         add_linear(f"{layer}.mlp.linear_fc2", d, f, "columns", "scaled_normal")
-    add_norm("final_layernorm")
+    add_norm("final_layernorm", d)
     if model.untie_embeddings_and_output_weights:
         add(OUTPUT_LAYER, (vocab_size, d), "vocab_rows", "normal")
     return table

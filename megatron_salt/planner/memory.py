@@ -195,8 +195,11 @@ def layer_bytes(sizes: Sizes) -> int:
     attention = 3 * query + 3 * key if rope else 2 * query + 2 * key
     if sizes.has_prefixes and key < query:
         attention = 4 * query if rope else 4 * query + 2 * key
-    mlp = 2 if model.activation == "gelu" else 3 if sizes.on_cuda else 5
+    mlp = 2 if not model.is_gated else 3 if sizes.on_cuda else 5
     per_token = w * (attention + mlp * model.ffn_size // tp) + 4 * model.num_attention_heads // tp
+    if model.qk_layernorm:  # as `_norm_bytes`, but what it reads is kept anyway
+        heads = (model.num_attention_heads + model.query_groups) // tp
+        per_token += 4 * heads if sizes.on_cuda else 8 * (query + key) + 4 * heads
     return 2 * _norm_bytes(sizes) + sizes.tokens * per_token
 
 
@@ -215,7 +218,7 @@ def backward_bytes(sizes: Sizes) -> float:
     """Gradients that exist at once in the backward of an MLP: of its two products' results and of
     its input and output, of all tokens; with full recomputation the layer made again."""
     model = sizes.config.model
-    inner = (3 if model.activation == "swiglu" else 2) * model.ffn_size // sizes.layout.tp_size
+    inner = (3 if model.is_gated else 2) * model.ffn_size // sizes.layout.tp_size
     again = layer_bytes(sizes) if sizes.config.parallel.recompute_granularity == "full" else 0
     return float(sizes.width * sizes.tokens * (inner + 2 * model.hidden_size) + again)
 
@@ -258,7 +261,7 @@ def teacher_forward_bytes(sizes: Sizes) -> float:
     model = sizes.teacher.model
     start, stop = sizes.shape.pieces[0]
     query, key = model.num_attention_heads * model.head_size, model.query_groups * model.head_size
-    mlp = 2 if model.activation == "gelu" else 3 if sizes.on_cuda else 5
+    mlp = 2 if not model.is_gated else 3 if sizes.on_cuda else 5
     inner = max(4 * query + 3 * key, mlp * model.ffn_size)
     tokens = (stop - start) * sizes.config.data.seq_length
     return float(tokens * sizes.width * (2 * model.hidden_size + inner))

@@ -113,8 +113,8 @@ class StudentEngine:
             raise ValueError(f"{settings.path}: DeepSpeed refuses it: {error}") from error
         module = self._build_module(values)
         table = student.initialize_weights(module, self.parts, config.train.seed)
-        if parallel.sequence_parallel and not settings.keeps_whole_sums:
-            student.sum_sequence_parallel_gradients(module, groups.tp)
+        if not settings.keeps_whole_sums:
+            student.sum_partial_gradients(module, groups.tp)
         weight_decay = values["optimizer"].get("params", {}).get("weight_decay", 0.0)
         self.engine: Any = deepspeed.initialize(
             model=module,
@@ -231,8 +231,8 @@ class StudentEngine:
     def _take_model_step(self, lr_kwargs: dict[str, Any] | None) -> None:
         """DeepSpeed's clipping and update, called when all gradients of a step are there."""
         self.fused.announce()
-        if self.parts.sequence_parallel and self.settings.keeps_whole_sums:
-            gradients.sum_sequence_parallel(self.module, self.engine.optimizer, self.groups.tp)
+        if self.settings.keeps_whole_sums:
+            gradients.sum_partial(self.module, self.engine.optimizer, self.groups.tp)
         if self.gradient_check is not None:
             self.gradient_check.look()
         self._update(lr_kwargs)

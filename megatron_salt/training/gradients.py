@@ -51,8 +51,9 @@ def reduce_tied(engine: Any) -> None:
         dist.all_reduce(gradient, group=group)
 
 
-def sum_sequence_parallel(student: nn.Module, optimizer: Any, group: dist.ProcessGroup) -> None:
-    """Add up, over tp, the gradients of weights that saw only this rank's tokens, once per step.
+def sum_partial(student: nn.Module, optimizer: Any, group: dist.ProcessGroup) -> None:
+    """Add up, over tp, the gradients of weights that saw only this rank's tokens or heads, once per
+    step: those that carry megatron-core's mark `sequence_parallel`.
 
     Only where whole sums lie on every rank until the update (`DeepSpeedSettings.keeps_whole_sums`).
 
@@ -63,7 +64,7 @@ def sum_sequence_parallel(student: nn.Module, optimizer: Any, group: dist.Proces
     found = [accumulated(parameter, optimizer) for parameter in marked]
     gradients = [gradient for gradient in found if gradient is not None]
     assert len(gradients) == len(marked)  # or they are kept elsewhere, and would not be added up
-    if not gradients:  # a pipeline stage without norms
+    if not gradients:  # one rank, or a pipeline stage without norms
         return
     flat = _flatten_dense_tensors(gradients)
     dist.all_reduce(flat, group=group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -39,8 +40,9 @@ class OneRank:
         return 0
 
 
-def table(dtype: torch.dtype) -> RotaryTable:
-    return RotaryTable(MODEL, LENGTH, OneRank(), dtype, fuse=False)
+def table(dtype: torch.dtype, percent: float = 1.0) -> RotaryTable:
+    model = dataclasses.replace(MODEL, rotary_percent=percent)
+    return RotaryTable(model, LENGTH, OneRank(), dtype, fuse=False)
 
 
 def angles() -> Tensor:
@@ -65,18 +67,21 @@ def inputs(dtype: torch.dtype, length: int) -> tuple[Tensor, Tensor, Tensor]:
     return mixed, query.reshape(length, 3, 4, WIDTH), key
 
 
-@pytest.mark.parametrize("length", [LENGTH, 7])
+@pytest.mark.parametrize(("length", "percent"), [(LENGTH, 1.0), (7, 1.0), (LENGTH, 0.25)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rotation_is_megatron_cores_bit_for_bit(dtype: torch.dtype, length: int) -> None:
-    """Values and, through autograd of its formula, gradients; whole and shorter lengths."""
+def test_rotation_is_megatron_cores_bit_for_bit(
+    dtype: torch.dtype, length: int, percent: float
+) -> None:
+    """Values and, through autograd of its formula, gradients; whole and shorter lengths, all
+    channels and some."""
     results = []
     frequencies = RotaryEmbedding(
-        WIDTH, 1.0, rotary_base=500, use_cpu_initialization=True, cp_group=OneRank()
+        WIDTH, percent, rotary_base=500, use_cpu_initialization=True, cp_group=OneRank()
     ).get_emb(length)
     for ours in (True, False):
         mixed, query, key = inputs(dtype, length)
         if ours:
-            turned = table(dtype).rotated(query, key)
+            turned = table(dtype, percent).rotated(query, key)
         else:
             turned = tuple(
                 rope_utils._apply_rotary_pos_emb_bshd(x, frequencies) for x in (query, key)
