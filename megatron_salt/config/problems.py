@@ -168,8 +168,7 @@ def rotary_problems(model: ModelConfig) -> Iterator[str]:
         return
     if not 0.0 < model.rotary_percent <= 1.0:
         yield f"model.rotary_percent = {model.rotary_percent}: must be above 0, at most 1"
-    elif int(model.head_size * model.rotary_percent) % 2:
-        turned = int(model.head_size * model.rotary_percent)
+    elif (turned := int(model.head_size * model.rotary_percent)) % 2 or not turned:
         yield (
             f"model: rotary embeddings turn pairs of channels, not {turned} (rotary_percent = "
             f"{model.rotary_percent} of a head size of {model.head_size})"

@@ -284,7 +284,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
      "max_position_embeddings = 16 is below data.seq_length = 32"),
     ({"model.kv_channels": 7}, "pairs of channels, not 7"),
     ({"model.rotary_percent": 0.0}, "rotary_percent = 0.0"),
-    ({"model.rotary_percent": 0.1}, "pairs of channels, not 1 .rotary_percent = 0.1 of"),
+    ({"model.rotary_percent": 0.1}, "pairs of channels, not 0 .rotary_percent = 0.1 of"),
     ({"model.rope_scaling": {"factor": 8, "low_freq_factor": 1}}, "give factor alone, or factor, "),
     ({"model.rope_scaling": {"factor": 0}}, "rope_scaling = .*must be numbers above 0"),
     ({"model.rope_scaling": {"factor": 8, "low_freq_factor": 4, "high_freq_factor": 4,
