@@ -41,6 +41,7 @@ class ModelRecord:
     """Optimizer steps behind its weights."""
     config: ModelConfig
     vocab_size: int
+    """Rows of its vocabulary: those behind the tokens of its tokenizer are nobody's."""
     num_positions: int
     """Rows of a learned position table."""
     seq_length: int

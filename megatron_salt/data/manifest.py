@@ -19,7 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron_salt.config.values import nearest
-from megatron_salt.data.tokenizer import Tokenizer, check_same_tokens, load_tokenizer
+from megatron_salt.data.tokenizer import (
+    Tokenizer,
+    check_reads,
+    check_same_tokens,
+    load_tokenizer,
+)
 from megatron_salt.files.disk import sha256_of
 
 logger = logging.getLogger(__name__)
@@ -178,6 +183,17 @@ def verify_dataset(
     if tokenizer is not None:
         _check_tokenizer(prefix, manifest, tokenizer)
     return manifest
+
+
+def data_tokenizer(prefix: str | Path, reader: Tokenizer) -> Tokenizer:
+    """The tokenizer that a dataset was made with, as its copy says, if `reader` reads its tokens;
+    `reader` itself where it does not, which `verify_dataset` refuses, or where there is no copy."""
+    try:
+        own = load_tokenizer(tokenizer_directory(prefix))
+        check_reads("", reader, "", own)
+    except (OSError, ValueError):
+        return reader
+    return own
 
 
 def _check_index(path: Path) -> _IndexSummary:

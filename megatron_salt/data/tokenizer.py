@@ -181,7 +181,8 @@ class HuggingFaceTokenizer(Tokenizer):
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Loads a sentencepiece `*.model`, a Hugging Face `*.json`, or a directory with one of them.
 
-    In a directory that has both, `tokenizer.model` is taken.
+    In a directory that has both, `tokenizer.json` is taken: tokens that were added to a
+    sentencepiece model are in it alone.
 
     Raises: FileNotFoundError when nothing is there, ValueError when it is not a usable tokenizer.
     """
@@ -189,7 +190,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not path.exists():
         raise FileNotFoundError(f"no tokenizer at {path}: no such file or directory")
     if path.is_dir():
-        found = [path / n for n in (SENTENCEPIECE_NAME, HUGGING_FACE_NAME) if (path / n).is_file()]
+        found = [path / n for n in (HUGGING_FACE_NAME, SENTENCEPIECE_NAME) if (path / n).is_file()]
         if not found:
             raise FileNotFoundError(
                 f"the directory {path} has neither {SENTENCEPIECE_NAME} nor {HUGGING_FACE_NAME}"
@@ -218,10 +219,28 @@ def check_same_tokens(
     name_a: str, tokenizer_a: Tokenizer, name_b: str, tokenizer_b: Tokenizer
 ) -> None:
     """Raises ValueError with the first differing ids unless every id names the same token."""
-    if tokenizer_a.fingerprint == tokenizer_b.fingerprint:
-        return
-    pairs = enumerate(zip_longest(tokenizer_a.tokens(), tokenizer_b.tokens()))
+    size = max(tokenizer_a.vocab_size, tokenizer_b.vocab_size)
+    _check_tokens(size, name_a, tokenizer_a, name_b, tokenizer_b)
+
+
+def check_reads(name: str, tokenizer: Tokenizer, data_name: str, data_tokenizer: Tokenizer) -> None:
+    """Raises ValueError unless every id of `data_tokenizer` means the same to `tokenizer`, which
+    may have more behind them, and the same id ends documents; the first differing ids are named."""
+    _check_tokens(data_tokenizer.vocab_size, name, tokenizer, data_name, data_tokenizer)
+    if tokenizer.eod != data_tokenizer.eod:
+        raise ValueError(
+            f"{name} ends documents with id {tokenizer.eod}, {data_name} with {data_tokenizer.eod}"
+        )
+
+
+def _check_tokens(
+    size: int, name_a: str, tokenizer_a: Tokenizer, name_b: str, tokenizer_b: Tokenizer
+) -> None:
+    """Of the ids below `size`."""
+    pairs = enumerate(zip_longest(tokenizer_a.tokens()[:size], tokenizer_b.tokens()[:size]))
     differences = [(index, *pair) for index, pair in pairs if pair[0] != pair[1]]
+    if not differences:
+        return
     shown = [
         f"  id {index}: {_shown_token(token_a)} in {name_a}, {_shown_token(token_b)} in {name_b}"
         for index, token_a, token_b in differences[:SHOWN_DIFFERENCES]

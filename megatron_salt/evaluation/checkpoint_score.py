@@ -19,7 +19,7 @@ from megatron_salt.checkpoint.weights import load_frozen
 from megatron_salt.config.fields import DataConfig, TextOrNumber
 from megatron_salt.config.values import parse_blend
 from megatron_salt.data.dataset import Batch, DataSource, verify_datasets
-from megatron_salt.data.manifest import idx_path
+from megatron_salt.data.manifest import data_tokenizer, idx_path
 from megatron_salt.data.order import evaluation_rows
 from megatron_salt.data.tokenizer import load_tokenizer
 from megatron_salt.evaluation.score_sums import ScoreSums, part_sums
@@ -94,13 +94,14 @@ def score_checkpoint(path: str, request: ScoreRequest, groups: Groups) -> dict[s
     folder = resolve(path, what="--checkpoint")
     manifest = read_checkpoint_manifest(folder)
     precision = request.precision or manifest.model.precision
-    tokenizer = load_tokenizer(folder / "tokenizer")
     own = DataConfig(seq_length=manifest.model.seq_length)
     if manifest.training or not request.data:
         own = manifest.run.config.data
     data = held_out_data(own, request)
+    first = [*data.valid_data_path, *parse_blend(data.train_data_path, "data.train_data_path")[0]]
+    tokenizer = data_tokenizer(first[0], load_tokenizer(folder / "tokenizer"))
     verify_datasets(data, tokenizer)
-    vocab_size = manifest.model.vocab_size
+    vocab_size = tokenizer.vocab_size
     check_teacher_fits(folder, manifest, vocab_size, data.seq_length)
     vocab = VocabShard(size=vocab_size, start=0, stop=vocab_size)
     model = load_frozen(

@@ -56,7 +56,8 @@ def continuer(
         raise ValueError(f"{what} positions, its table has {rows}: shorten the prompt or the text")
     if length > model.seq_length:
         note(f"{what} positions; beyond the {model.seq_length} of its training it writes poorly")
-    vocab = VocabShard(size=model.vocab_size, start=0, stop=model.vocab_size)
+    size = min(model.vocab_size, tokenizer.vocab_size)  # rows beyond the tokens mean nothing
+    vocab = VocabShard(size=size, start=0, stop=size)
 
     def continued(groups: Groups) -> list[dict[str, Any]]:
         frozen = load_frozen(

@@ -17,7 +17,7 @@ from megatron_salt.checkpoint.manifest import (
     weights_fingerprint,
 )
 from megatron_salt.data import tags
-from megatron_salt.data.manifest import bin_path, verify_dataset
+from megatron_salt.data.manifest import bin_path, data_tokenizer, verify_dataset
 from megatron_salt.data.selection import Rule, read_table
 from megatron_salt.data.tokenizer import load_tokenizer
 from megatron_salt.kernels import choose_backend
@@ -51,6 +51,8 @@ class TaggingJob:
     folder: Path
     manifest: CheckpointManifest
     origin: tags.TagOrigin
+    vocab_size: int
+    """The data's tokens, which have all probability; the model may have more rows."""
     eod: int
 
 
@@ -102,7 +104,7 @@ def job_of(request: TagRequest) -> TaggingJob:
     """What the tags will be of. Reads no weights."""
     folder = resolve(request.teacher, what="--teacher")
     manifest = read_checkpoint_manifest(folder)
-    tokenizer = load_tokenizer(folder / "tokenizer")
+    tokenizer = data_tokenizer(request.data, load_tokenizer(folder / "tokenizer"))
     verify_dataset(request.data, tokenizer)
     longest = manifest.model.seq_length
     if request.window is not None and request.window < 1:
@@ -117,10 +119,10 @@ def job_of(request: TagRequest) -> TaggingJob:
         store=tuple(name for name in ("loss", "entropy") if name in request.store),
         precision=request.precision or manifest.model.precision, loss_impl=_loss_backend(request),
     )  # fmt: skip
-    if not 1 <= request.top_k < manifest.model.vocab_size:
+    if not 1 <= request.top_k < tokenizer.vocab_size:
         raise ValueError(
             f"--top_k {request.top_k}: must lie between 1 and the vocabulary of "
-            f"{manifest.model.vocab_size} tokens"
+            f"{tokenizer.vocab_size} tokens"
         )
     if request.rule.score == "entropy" and "entropy" not in settings.store:
         raise ValueError("--score entropy needs --store entropy")
@@ -132,7 +134,10 @@ def job_of(request: TagRequest) -> TaggingJob:
         model=tags.ModelIdentity(fingerprint=weights, step=model.step, name=model.name),
         settings=settings,
     )  # fmt: skip
-    return TaggingJob(folder=folder, manifest=manifest, origin=origin, eod=tokenizer.eod)
+    return TaggingJob(
+        folder=folder, manifest=manifest, origin=origin, eod=tokenizer.eod,
+        vocab_size=min(tokenizer.vocab_size, model.vocab_size),
+    )  # fmt: skip
 
 
 def _loss_backend(request: TagRequest) -> str:

@@ -43,7 +43,7 @@ class Scorer:
         self.num_rows, self.impl = request.micro_batch_size, request.loss_impl
         on_cpu = groups.device.type == "cpu"
         self.chunking = Chunking(chunk_bytes=CPU_CHUNK_BYTES) if on_cpu else Chunking()
-        size = manifest.model.vocab_size
+        size = job.vocab_size
         self.vocab = VocabShard(size=size, start=0, stop=size)
         self.model = load_frozen(
             job.folder, manifest, groups, seq_length=self.settings.max_length,

@@ -12,22 +12,22 @@ from megatron_salt.checkpoint.manifest import (
 )
 from megatron_salt.config.fields import RunConfig
 from megatron_salt.config.values import parse_objective
-from megatron_salt.data.tokenizer import Tokenizer, check_same_tokens, load_tokenizer
+from megatron_salt.data.tokenizer import Tokenizer, check_reads, load_tokenizer
 
 
 def find_teacher(
     path: str, tokenizer: Tokenizer, seq_length: int, resumed: CheckpointManifest | None
 ) -> tuple[Path, CheckpointManifest]:
-    """The teacher's checkpoint: of the run's tokenizer, and of the run that is resumed.
+    """The teacher's checkpoint: it reads the run's tokens, and is of the run that is resumed.
 
-    For rank 0 alone, which tells the others.
+    Its tokenizer may have more tokens, behind the run's. For rank 0 alone, which tells the others.
     Raises: ValueError naming the checkpoint and what does not fit.
     """
     folder = resolve(path, what="teacher.checkpoint")
     manifest = read_checkpoint_manifest(folder)
-    theirs = load_tokenizer(folder / "tokenizer")
     try:
-        check_same_tokens(f"teacher {folder}", theirs, "the student's data", tokenizer)
+        theirs = load_tokenizer(folder / "tokenizer")
+        check_reads(f"teacher {folder}", theirs, "the student's data", tokenizer)
     except ValueError as error:
         raise ValueError(f"{error}\ntake another teacher, or its tokenizer for the data") from None
     check_teacher_fits(folder, manifest, tokenizer.vocab_size, seq_length)
@@ -43,11 +43,15 @@ def find_teacher(
 def check_teacher_fits(
     path: Path, manifest: CheckpointManifest, vocab_size: int, seq_length: int
 ) -> None:
-    """Raise ValueError if the teacher's vocabulary or trained length cannot serve the student."""
-    if manifest.model.vocab_size != vocab_size:
+    """Raise ValueError if the teacher's vocabulary or trained length cannot serve the student.
+
+    Rows beyond the tokenizer's tokens do no harm: the head is cut to `vocab_size`.
+    """
+    if manifest.model.vocab_size < vocab_size:
         raise ValueError(
-            f"teacher {path} has a vocabulary of {manifest.model.vocab_size} tokens, the student's "
-            f"tokenizer {vocab_size}: they must be the same tokenizer"
+            f"teacher {path} has {manifest.model.vocab_size} rows in its vocabulary for a "
+            f"tokenizer of {vocab_size} tokens: the folder tokenizer/ is not its own; name another "
+            "checkpoint"
         )
     longest = manifest.model.seq_length
     if seq_length > longest:

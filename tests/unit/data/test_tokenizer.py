@@ -11,7 +11,13 @@ import tokenizers
 from commands import call
 
 from megatron_salt.corpus.train_tokenizer import sample_documents, train_tokenizer
-from megatron_salt.data.tokenizer import Tokenizer, check_same_tokens, load_tokenizer, sentinel_ids
+from megatron_salt.data.tokenizer import (
+    Tokenizer,
+    check_reads,
+    check_same_tokens,
+    load_tokenizer,
+    sentinel_ids,
+)
 
 AWKWARD_TEXTS = (
     "",
@@ -119,6 +125,29 @@ def test_at_most_five_differences_are_shown_and_the_shorter_lacks_ids(
     assert "small (512 tokens) and large (519 tokens)" in message
     assert "id 512: absent in small, '<extra 0>' in large" in message
     assert message.count("  id ") == 5 and "and 2 more" in message
+
+
+def test_more_tokens_behind_are_read_too(hugging_face_path: Path, tmp_path: Path) -> None:
+    library = tokenizers.Tokenizer.from_file(str(hugging_face_path))
+    library.add_tokens(["<extra>"])
+    library.save(str(tmp_path / "longer.json"))
+    small, large = load_tokenizer(hugging_face_path), load_tokenizer(tmp_path / "longer.json")
+    check_reads("large", large, "data", small)
+    with pytest.raises(ValueError, match="give 1 ids different tokens:\n  id 512: absent in small"):
+        check_reads("small", small, "data", large)
+    large.eod = 7
+    with pytest.raises(ValueError, match="large ends documents with id 7, data with 0"):
+        check_reads("large", large, "data", small)
+
+
+def test_of_both_files_in_a_folder_the_json_is_taken(
+    sentencepiece_path: Path, hugging_face_path: Path, tmp_path: Path
+) -> None:
+    """It alone knows tokens that were added to a sentencepiece model."""
+    shutil.copyfile(sentencepiece_path, tmp_path / "tokenizer.model")
+    assert load_tokenizer(tmp_path).path.name == "tokenizer.model"
+    shutil.copyfile(hugging_face_path, tmp_path / "tokenizer.json")
+    assert load_tokenizer(tmp_path).path.name == "tokenizer.json"
 
 
 def test_truncation_and_padding_of_the_file_do_not_apply(
