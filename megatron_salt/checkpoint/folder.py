@@ -22,7 +22,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_salt.checkpoint.manifest import MANIFEST, CheckpointManifest, read_checkpoint_manifest
+from megatron_salt.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointManifest,
+    ModelRecord,
+    installed_versions,
+    read_checkpoint_manifest,
+)
 from megatron_salt.checkpoint.weights import weights_file
 from megatron_salt.files.disk import atomic_path, fsync_path, sha256_of
 
@@ -96,8 +102,7 @@ def publish(partial: Path, manifest: CheckpointManifest, output_dir: str | Path)
         for tp_rank in range(manifest.model.tp_size):
             if weights_file(pp_rank, tp_rank) not in manifest.files:
                 raise RuntimeError(f"{partial}: no {weights_file(pp_rank, tp_rank)}; not published")
-    with atomic_path(partial / MANIFEST) as temporary:
-        temporary.write_text(json.dumps(asdict(manifest), indent=1), encoding="utf-8")
+    _write_manifest(partial, manifest)
     # Directory entries, so that the rename after this implies the files.
     for directory in [partial, *(path for path in partial.rglob("*") if path.is_dir())]:
         fsync_path(directory)
@@ -113,6 +118,20 @@ def publish(partial: Path, manifest: CheckpointManifest, output_dir: str | Path)
         partial.rename(final)
     fsync_path(final.parent)
     return final
+
+
+def write_model_manifest(partial: Path, model: ModelRecord) -> None:
+    """Hash the files of a folder and write the manifest of a model that has no run."""
+    files = hash_files(partial, list_files(partial))
+    manifest = CheckpointManifest(
+        model=model, training=None, versions=installed_versions(), files=files
+    )
+    _write_manifest(partial, manifest)
+
+
+def _write_manifest(partial: Path, manifest: CheckpointManifest) -> None:
+    with atomic_path(partial / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(asdict(manifest), indent=1), encoding="utf-8")
 
 
 def remove_old(output_dir: str | Path, keep: int) -> list[str]:

@@ -83,6 +83,8 @@ class RunRecord:
     """Fingerprint of the selected sequences of every training dataset, if the run selects."""
     switch: SwitchState
     """What the adaptive switch has seen and decided; with a fixed one nothing."""
+    init_fingerprint: str | None = None
+    """Identity of the weights that the run started from (train.init_from)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ COMMANDS = {
     "tag": "a small model's losses and masks of all tokens of a dataset",
     "select": "the sequences for the KD phase, by the tags",
     "evaluate": "held-out nats per token of checkpoints",
+    "convert": "Hugging Face models to checkpoints, and checkpoints to Hugging Face models",
     "generate": "text from checkpoints, side by side",
     "compare": "report and plots of several runs",
     "plan": "memory, hours and the fastest layout, before any data exists",

@@ -249,6 +249,12 @@ class TrainConfig:
     """Steps between checkpoints; 0: only after the last step."""
     keep_checkpoints: int = 3
     """How many of the newest checkpoints to keep; 0: all."""
+    init_from: str | None = None
+    """Start from the weights of this checkpoint or run (a converted one too), at any layout, with a
+    fresh optimizer; null: from random weights. A resumed run has its own."""
+    export_hf: str | None = None
+    """Folder for a Hugging Face model of the last checkpoint, made at the end of the run; null:
+    none. `megatron-salt convert` makes it of any checkpoint."""
     resume: str = "auto"
     """Where to go on. auto: at the newest complete checkpoint in output_dir, if any; none: from the
     start; or the path of a checkpoint."""

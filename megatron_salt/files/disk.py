@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,6 +43,31 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         fsync_path(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_new_folder(path: Path) -> None:
+    """Raise ValueError where something would be overwritten; an empty folder is none."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path} is there already: name another folder, or remove it")
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that becomes `path` when the body succeeds.
+
+    Its files are flushed before. On failure it is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for each in [*temporary.rglob("*"), temporary]:
+            fsync_path(each)
+        temporary.rename(path)  # an empty folder gives way
+        fsync_path(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sha256_of(path: str | Path) -> str:

@@ -467,7 +467,13 @@ def family_of(model: ModelConfig) -> tuple[str, Family]:
     Raises: ValueError where there is none, naming the settings that keep it from the nearest one.
     """
     wrong = {kind: family.differences(model) for kind, family in FAMILIES.items()}
-    nearest = min(wrong, key=lambda kind: len(wrong[kind]))
+    position = model.position_embedding_type
+    nearest = min(
+        wrong,
+        key=lambda kind: (
+            len(wrong[kind]), position not in FAMILIES[kind].style["position_embedding_type"]
+        ),
+    )  # fmt: skip
     if wrong[nearest]:
         raise ValueError(
             "no class of transformers computes this model, so it cannot be exported: the nearest "

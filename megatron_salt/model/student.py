@@ -168,25 +168,41 @@ def gathered(parameter: nn.Parameter, *, write: bool = False) -> Iterator[None]:
 
 
 def initialize_weights(
-    student: nn.Module, parts: layers.ModelParts, seed: int
+    student: nn.Module,
+    parts: layers.ModelParts,
+    seed: int,
+    weights: Iterable[tuple[str, Tensor]] | None = None,
 ) -> dict[str, WeightSpec]:
     """Fill this rank's parameters: the same model from the same seed at every layout.
 
+    Args:
+        weights: (canonical name, whole weight) of every weight, in place of random ones. Rows of
+            the vocabulary behind the student's are left out.
     Returns: the table of the whole model's weights.
     Mutates: the parameters and their tensor-parallel marks.
-    Raises: RuntimeError for a parameter that the weight table lacks.
+    Raises: RuntimeError for a parameter that the weight table or `weights` lacks.
     """
     table = weight_table(parts.model, parts.vocab_size, parts.num_positions)
-    for name, parameter in layers.canonical_parameters(student).items():
-        if name not in table:
-            raise RuntimeError(f"parameter {name} is missing from the weight table")
+    parameters = layers.canonical_parameters(student)
+    if unknown := sorted(set(parameters) - set(table)):
+        raise RuntimeError(f"missing from the weight table: {', '.join(unknown)}")
+    if weights is None:
+        weights = ((name, initial_weight(table[name], parts.model, seed)) for name in parameters)
+    filled = set()
+    for name, full in weights:
+        if name not in parameters:  # another stage's
+            continue
+        parameter, spec = parameters[name], table[name]
         # megatron-core sets this mark in the initialisation that ours replaces. By it gradient
         # norms count a replicated weight once and a sharded one on every rank.
-        parameter.tensor_model_parallel = table[name].sharding != "replicated"  # type: ignore[attr-defined]
-        full = initial_weight(table[name], parts.model, seed)
-        part = shard(full, table[name], parts.tp_rank, parts.tp_size, parts.padded_vocab)
+        parameter.tensor_model_parallel = spec.sharding != "replicated"  # type: ignore[attr-defined]
+        rows = full[: spec.shape[0]] if spec.sharding == "vocab_rows" else full
+        part = shard(rows, spec, parts.tp_rank, parts.tp_size, parts.padded_vocab)
         with gathered(parameter, write=True), torch.no_grad():
             parameter.copy_(part)
+        filled.add(name)
+    if missing := sorted(set(parameters) - filled):
+        raise RuntimeError(f"no weights for {', '.join(missing)}")
     return table
 
 

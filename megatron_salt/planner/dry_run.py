@@ -32,6 +32,7 @@ from megatron_salt.planner.memory import stage_memory
 from megatron_salt.planner.sizes import Sizes, TeacherSize
 from megatron_salt.teacher.find import find_teacher, unseen_objectives
 from megatron_salt.teacher.plan import TeacherPlan, multiply_adds, plan_teacher, teaches_ahead
+from megatron_salt.training.initial import check_export, find_initial
 from megatron_salt.training.resume import check_same_tag_inputs, check_start
 
 
@@ -75,6 +76,10 @@ def describe_run(config: RunConfig, deepspeed_config: str) -> str:
             check_same_tag_inputs(config, resumed, tag_inputs)
         switch = carried_over(resumed.run.switch, resumed.run.config.salt, config.salt)
         config = dataclasses.replace(config, salt=effective(config.salt, switch))
+    if resumed is None:
+        find_initial(config, tokenizer)
+    if resumed is None or resumed.run.step < config.train.steps:
+        check_export(config, tokenizer)
     teacher = None
     if config.teacher.checkpoint is not None:
         path, seq_length = config.teacher.checkpoint, config.data.seq_length

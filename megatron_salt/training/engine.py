@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -78,7 +78,9 @@ class StudentEngine:
         *,
         vocab_size: int,
         watchdog: StepWatchdog,
+        weights: Iterable[tuple[str, Tensor]] | None = None,
     ) -> None:
+        """Args: weights: what the student starts from; None: random ones of train.seed."""
         self.watchdog = watchdog
         if not settings.lets_deepspeed_speak:
             deepspeed_logger.setLevel(logging.WARNING)
@@ -112,7 +114,7 @@ class StudentEngine:
         except (ValueError, AssertionError) as error:  # which know no file
             raise ValueError(f"{settings.path}: DeepSpeed refuses it: {error}") from error
         module = self._build_module(values)
-        table = student.initialize_weights(module, self.parts, config.train.seed)
+        table = student.initialize_weights(module, self.parts, config.train.seed, weights)
         if not settings.keeps_whole_sums:
             student.sum_partial_gradients(module, groups.tp)
         weight_decay = values["optimizer"].get("params", {}).get("weight_decay", 0.0)

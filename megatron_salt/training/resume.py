@@ -22,7 +22,7 @@ LOCK_WAIT_S = 120.0
 NOT_TRAINED = ("train.steps:", "train.resume:", "train.log_interval:", "train.eval_interval:",
                "train.checkpoint_interval:", "train.keep_checkpoints:", "train.tensorboard:",
                "train.allow_lr_jump:", "train.check_gradients:", "train.output_dir:",
-               "data.cache_path:", "parallel.timeout_minutes:")  # fmt: skip
+               "train.export_hf:", "data.cache_path:", "parallel.timeout_minutes:")  # fmt: skip
 
 
 def changed_settings(before: RunConfig, now: RunConfig) -> list[str]:
@@ -178,7 +178,8 @@ def _check_same_run(
             "(the folder tokenizer in the checkpoint), or choose another train.output_dir"
         )
     changes = changed_settings(run.config, config)
-    wrong = [change for change in changes if change.startswith(("model.", "data.seq_length:"))]
+    shapes = ("model.", "data.seq_length:", "train.init_from:")
+    wrong = [change for change in changes if change.startswith(shapes)]
     if wrong:
         raise ValueError(
             f"the checkpoint's model is not this run's: {'; '.join(wrong)}: give the same model, "

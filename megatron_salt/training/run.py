@@ -21,6 +21,7 @@ from megatron_salt.data.order import rows_of_rank
 from megatron_salt.data.read_ahead import ReadAhead
 from megatron_salt.evaluation.held_out import HeldOut
 from megatron_salt.model.loss import LossSums
+from megatron_salt.parallel.groups import same_error_everywhere
 from megatron_salt.parallel.timers import Stopwatch
 from megatron_salt.parallel.watchdog import StepWatchdog
 from megatron_salt.teacher.schedule import measured_times, times_table
@@ -29,6 +30,7 @@ from megatron_salt.training import start
 from megatron_salt.training.checks import StepChecks
 from megatron_salt.training.console import Console
 from megatron_salt.training.engine import StudentEngine
+from megatron_salt.training.initial import export_last, initial_weights
 from megatron_salt.training.kd_phase import KdPhase
 from megatron_salt.training.learning_rate import learning_rate
 from megatron_salt.training.saving import Saver
@@ -60,6 +62,7 @@ def prepare(
     student = StudentEngine(
         config, settings, groups, vocab_size=agreed.tokenizer.vocab_size,
         watchdog=watchdog(groups, config.parallel.timeout_minutes),
+        weights=initial_weights(agreed.initial, groups, console),
     )  # fmt: skip
     start.resume_student(student, config, agreed, console)
     log = start.open_log(config, student, agreed.step)
@@ -72,7 +75,7 @@ def prepare(
         teaching.bring(agreed.tokenizer, held_out, agreed.resumed)
     elif config.teacher.checkpoint and agreed.resume_from and agreed.resumed:
         console.warn(held_out.resume(agreed.resume_from, agreed.resumed))
-    saver = Saver(config, student, held_out, kd, log, console)
+    saver = Saver(config, student, held_out, kd, agreed.init_fingerprint, log, console)
     run = Run(config, agreed, student, teaching, held_out, saver)
     if agreed.step == 0:
         # The untrained student's score: where every curve begins.
@@ -263,6 +266,10 @@ class Run:
         self.batches.close()
         if self.settings.values.get("comms_logger", {}).get("enabled"):
             comm.log_summary()
+        if self.config.train.export_hf:
+            with same_error_everywhere("exporting the last checkpoint"):
+                if self.groups.rank == 0:
+                    self.console.say(export_last(self.config))
         for file in (self.log, self.agreed.lock):
             if file is not None:
                 file.close()

@@ -28,6 +28,7 @@ class Saver:
     student: StudentEngine
     held_out: HeldOut
     kd: KdPhase
+    init_fingerprint: str | None
     log: MetricsLog | None
     console: Console
 
@@ -98,7 +99,8 @@ class Saver:
             data_rows=step * settings.global_batch_size, data=data.fingerprints(),
             dp_size=layout.dp_size, zero_stage=settings.zero_stage,
             teacher_valid_ce_nats=scores.ce_nats if scores else None,
-            tags=tags, selection=selection, switch=self.kd.state, **known,
+            tags=tags, selection=selection, switch=self.kd.state,
+            init_fingerprint=self.init_fingerprint, **known,
         )  # fmt: skip
         versions = manifest.installed_versions()
         return manifest.CheckpointManifest(

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from megatron_salt.checkpoint.manifest import CheckpointManifest, verify_hashes
+from megatron_salt.checkpoint.manifest import (
+    CheckpointManifest,
+    verify_hashes,
+    weights_fingerprint,
+)
 from megatron_salt.config.command_line import write_config
 from megatron_salt.config.deepspeed import (
     DeepSpeedSettings,
@@ -35,6 +39,7 @@ from megatron_salt.parallel.machine import adam_to_compile, check_fused_adam, fu
 from megatron_salt.training import resume
 from megatron_salt.training.console import Console
 from megatron_salt.training.engine import StudentEngine
+from megatron_salt.training.initial import Initial, check_export, find_initial
 from megatron_salt.training.metrics import MetricsLog
 
 
@@ -51,6 +56,8 @@ class Start:
     resume_from: Path | None
     resumed: CheckpointManifest | None
     """What the checkpoint says about itself; None: a new run."""
+    initial: Initial | None
+    """Whose weights a new run starts from; None: random ones, or those of `resumed`."""
     switch: SwitchState
     lock: IO[str] | None
     """On rank 0: open as long as the run holds its output_dir."""
@@ -58,6 +65,13 @@ class Start:
     @property
     def step(self) -> int:
         return self.resumed.run.step if self.resumed else 0
+
+    @property
+    def init_fingerprint(self) -> str | None:
+        """Identity of the weights that the run started from, however often it was resumed."""
+        if self.resumed:
+            return self.resumed.run.init_fingerprint
+        return weights_fingerprint(self.initial.manifest) if self.initial else None
 
 
 def join_ranks(config: RunConfig, deepspeed_config: str) -> tuple[DeepSpeedSettings, Groups]:
@@ -91,7 +105,7 @@ def agree_on_start(
     lock: IO[str] | None = None
     with same_error_everywhere("checking data and checkpoint"):
         tokenizer = dataset.find_tokenizer(config.data)
-        found = tag_inputs = None
+        found = tag_inputs = initial = None
         if groups.rank == 0:
             dataset.verify_datasets(config.data, tokenizer)
             check_sentinels(config.data, tokenizer)
@@ -100,9 +114,13 @@ def agree_on_start(
             found = resume.decide_start(config, groups.layout, settings, tokenizer.fingerprint)
             if found[1] is not None and found[1].run.step < config.train.steps:
                 resume.check_same_tag_inputs(config, found[1], tag_inputs)
+            if found[1] is None:
+                initial = find_initial(config, tokenizer)
+            if found[1] is None or found[1].run.step < config.train.steps:
+                check_export(config, tokenizer)
     # One rank looks and decides: shared file systems show different ranks different folders.
     resume_from, resumed, warnings = from_rank_0(found)
-    tag_inputs = from_rank_0(tag_inputs)
+    tag_inputs, initial = from_rank_0((tag_inputs, initial))
     console.warn(warnings)
     if resumed and resumed.run.step >= config.train.steps:
         raise NothingToDo(
@@ -116,7 +134,7 @@ def agree_on_start(
             verify_hashes(resume_from, resumed, share)
     if resumed:
         switch = carried_over(resumed.run.switch, resumed.run.config.salt, config.salt)
-    return Start(tokenizer, tag_inputs, resume_from, resumed, switch, lock)
+    return Start(tokenizer, tag_inputs, resume_from, resumed, initial, switch, lock)
 
 
 def build_data(

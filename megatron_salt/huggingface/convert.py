@@ -1,0 +1,280 @@
+"""Hugging Face folders to checkpoints, and checkpoints to Hugging Face folders.
+
+Only safetensors and JSON are read and written: no transformers, no pickle. Every weight keeps its
+bits and its precision.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_salt.checkpoint.folder import resolve, write_model_manifest
+from megatron_salt.checkpoint.manifest import ModelRecord, read_checkpoint_manifest
+from megatron_salt.checkpoint.weights import read_weights, write_weights
+from megatron_salt.config.fields import ModelConfig
+from megatron_salt.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_salt.files.disk import atomic_folder, check_new_folder
+from megatron_salt.huggingface.families import (
+    Family,
+    family_of,
+    read_config,
+    to_ours,
+    to_theirs,
+)
+from megatron_salt.huggingface.tokenizer_export import export_tokenizer
+from megatron_salt.model.weights import DTYPES, EMBEDDING, weight_table
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+PART_BYTES = 4 << 30
+"""Weights of this size, or one that is larger, are in memory at a time and in one file."""
+
+
+class StoredWeights:
+    """The tensors of a Hugging Face folder, read one by one.
+
+    Raises: ValueError where there are none in safetensors, or some of its index are missing.
+    """
+
+    def __init__(self, folder: Path, family: Family, stack: ExitStack) -> None:
+        self.folder = folder
+        if (folder / INDEX).is_file():
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        elif (folder / "model.safetensors").is_file():
+            with safe_open(folder / "model.safetensors", framework="pt") as stored:
+                index = dict.fromkeys(stored.keys(), "model.safetensors")
+        else:
+            pickled = [path.name for path in folder.glob("*.bin")]
+            found = (
+                f"only pickled weights ({pickled[0]}, …), which may run any code when read: save "
+            )
+            remedy = "the model with transformers' save_pretrained, which writes safetensors"
+            raise ValueError(f"{folder}: " + (found + remedy if pickled else f"no {INDEX} and no "
+                             "model.safetensors: not a Hugging Face model"))  # fmt: skip
+        files = {}
+        for name in sorted(set(index.values())):
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder / name} is missing, which {INDEX} names")
+            files[name] = stack.enter_context(safe_open(folder / name, framework="pt"))
+        prefix = family.optional_prefix
+        bare = bool(prefix) and not any(name.startswith(prefix) for name in index)
+        self._places = {
+            (prefix + name if bare and not name.startswith("lm_head") else name): (
+                name,
+                files[file],
+            )
+            for name, file in index.items()
+            if not re.fullmatch(family.buffers, name)
+        }
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def take(self, name: str) -> Tensor:
+        """A tensor, once. Raises: ValueError if it is not there, or of a precision unknown here."""
+        if name not in self._places:
+            raise ValueError(f"{self.folder}: the tensor {name} is missing")
+        stored_name, file = self._places.pop(name)
+        tensor: Tensor = file.get_tensor(stored_name)
+        if tensor.dtype not in DTYPES.values():
+            raise ValueError(
+                f"{self.folder}: {name} is stored as {tensor.dtype}; only {', '.join(DTYPES)} can "
+                "be converted"
+            )
+        return tensor
+
+    def check_all_taken(self) -> None:
+        """Raise ValueError naming tensors that this model has no place for."""
+        if self._places:
+            names = sorted(self._places)
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise ValueError(
+                f"{self.folder}: no place for {', '.join(names[:5])}{more}: the model is not what "
+                f"its {CONFIG} says"
+            )
+
+
+def import_folder(source: Path, target: Path, ignored: Iterable[str] = ()) -> ModelRecord:
+    """Make a checkpoint of a Hugging Face folder: it teaches, tags, is scored and starts students.
+
+    Beside what every checkpoint has it holds `model.yaml`: settings for a student of this shape.
+
+    Args:
+        ignored: fields of config.json that change nothing of what the model computes.
+    Memory: the weights of one part.
+    Raises: ValueError or FileNotFoundError naming file, field or tensor. `target` is there as a
+        whole or not at all.
+    """
+    check_new_folder(target)
+    values = _read_json(source / CONFIG)
+    family, model, rows, longest = read_config(values, str(source / CONFIG), ignored)
+    tokenizer = load_tokenizer(source)
+    if tokenizer.vocab_size > rows:
+        raise ValueError(
+            f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, the model {rows} rows: it "
+            f"cannot read tokens from id {rows} on; take them out of the tokenizer's added_tokens, "
+            "or save a model with resized embeddings"
+        )
+    positions = model.max_position_embeddings or longest
+    with atomic_folder(target) as partial, ExitStack() as stack:
+        stored = StoredWeights(source, family, stack)
+        weights = _imported(stored, family, model, rows, positions)
+        num_parts, dtype = 0, torch.float32
+        for num_parts, part in enumerate(_in_parts(weights), 1):
+            write_weights(partial, num_parts - 1, 0, part)
+            dtype = part[EMBEDDING].dtype if EMBEDDING in part else dtype
+        stored.check_all_taken()
+        tokenizer.save(partial / "tokenizer")
+        section = yaml.safe_dump({"model": dataclasses.asdict(model)}, sort_keys=False)
+        (partial / "model.yaml").write_text(section, encoding="utf-8")
+        record = ModelRecord(
+            name=source.resolve().name, step=0, config=model, vocab_size=rows,
+            num_positions=positions, seq_length=longest, objective=["causal"],
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            precision={kind: name for name, kind in DTYPES.items()}[dtype],
+            tp_size=1, pp_size=num_parts, evaluation=None,
+        )  # fmt: skip
+        write_model_manifest(partial, record)
+    return record
+
+
+def _imported(
+    stored: StoredWeights, family: Family, model: ModelConfig, rows: int, positions: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of ours. A head that a tied model has stored as well must be its embedding."""
+    embedding = torch.empty(0)
+    for name, spec in weight_table(model, rows, positions).items():
+        layout, theirs = family.theirs(name)
+        ours = to_ours(layout, [stored.take(each) for each in theirs], model)
+        if tuple(ours.shape) != spec.shape:
+            raise ValueError(
+                f"{stored.folder}: {' and '.join(theirs)} make {tuple(ours.shape)} of {name}, and "
+                f"{CONFIG} says {spec.shape}"
+            )
+        embedding = ours if name == EMBEDDING else embedding
+        yield name, ours
+    head = f"{family.weights['output_layer'][1]}.weight"
+    if not model.untie_embeddings_and_output_weights and head in stored:
+        if not torch.equal(stored.take(head), embedding):
+            raise ValueError(
+                f"{stored.folder}: {head} is not the embedding, though {CONFIG} ties them: set "
+                "tie_word_embeddings to false there if the head is a weight of its own"
+            )
+
+
+def _in_parts(weights: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    part: dict[str, Tensor] = {}
+    size = 0
+    for name, weight in weights:
+        if part and size + weight.nbytes > PART_BYTES:
+            yield part
+            part, size = {}, 0
+        part[name] = weight
+        size += weight.nbytes
+    yield part
+
+
+def check_exportable(model: ModelConfig, target: Path) -> tuple[str, Family]:
+    """What a model is exported as.
+
+    Raises: ValueError where no class of transformers computes it, or `target` is there already.
+    """
+    check_new_folder(target)
+    return family_of(model)
+
+
+def export_checkpoint(path: str, target: Path) -> str:
+    """Make a Hugging Face folder of a checkpoint, or of a run's newest one. Returns its class.
+
+    Weights keep their precision and the vocabulary its real rows. Beginning and end of a text are
+    our end of document.
+    Memory: all weights.
+    Raises: ValueError naming checkpoint, setting or text of the tokenizer. `target` is there as a
+        whole or not at all.
+    """
+    source = resolve(path, what="--from")
+    manifest = read_checkpoint_manifest(source)
+    about, model = manifest.model, manifest.model.config
+    kind, family = check_exportable(model, target)
+    tokenizer = load_tokenizer(source / "tokenizer")
+    with atomic_folder(target) as partial:
+        export_tokenizer(tokenizer, partial, longest=about.seq_length)
+        full = read_weights(source, manifest)
+        files: list[dict[str, Tensor]] = list(_in_parts(_exported(full, family, model)))
+        index: dict[str, str] = {}
+        for number, part in enumerate(files, 1):
+            name = "model.safetensors"
+            if len(files) > 1:
+                name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+            save_file(part, partial / name, metadata={"format": "pt"})
+            index |= dict.fromkeys(part, name)
+        if len(files) > 1:
+            size = sum(weight.nbytes for part in files for weight in part.values())
+            _write_json(partial / INDEX, {"metadata": {"total_size": size}, "weight_map": index})
+        dtype = str(full[EMBEDDING].dtype).removeprefix("torch.")
+        _write_json(partial / CONFIG, _config(kind, family, about, tokenizer, dtype))
+        ends = {name: tokenizer.eod for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        _write_json(partial / "generation_config.json", {**ends, "_from_model_config": True})
+    return family.architecture
+
+
+def _exported(
+    full: Mapping[str, Tensor], family: Family, model: ModelConfig
+) -> Iterator[tuple[str, Tensor]]:
+    for name, weight in full.items():
+        layout, theirs = family.theirs(name)
+        # Halves of a weight share its memory, which safetensors does not write.
+        parts = [each.clone() for each in to_theirs(layout, weight, model)]
+        yield from zip(theirs, parts, strict=True)
+
+
+def _config(
+    kind: str, family: Family, about: ModelRecord, tokenizer: Tokenizer, dtype: str
+) -> dict[str, Any]:
+    model = about.config
+    learned = model.position_embedding_type == "learned_absolute"
+    longest = {"n_positions": about.num_positions} if learned else {
+        "max_position_embeddings": about.seq_length
+    }  # fmt: skip
+    return {
+        "architectures": [family.architecture],
+        "model_type": kind,
+        "vocab_size": about.vocab_size,
+        **longest,
+        **family.write(model),
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        "initializer_range": model.init_method_std,
+        # The names of transformers 4 and 5.
+        "torch_dtype": dtype,
+        "dtype": dtype,
+        "bos_token_id": tokenizer.eod,
+        "eos_token_id": tokenizer.eod,
+        "pad_token_id": tokenizer.eod,
+        "use_cache": True,
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return values
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
