@@ -1,0 +1,1 @@
+"""Hugging Face's formats: what is written for its libraries, and read from its folders."""
