@@ -1,1 +1,1 @@
-"""Models of Hugging Face: folders that come in as checkpoints, and checkpoints that go out."""
+"""Hugging Face's formats: models that come in as checkpoints or teach as they are, and go out."""

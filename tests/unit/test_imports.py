@@ -18,6 +18,7 @@ ALLOWED = {
     "generation": "checkpoint corpus data kernels model parallel",
     "planner": "checkpoint config data files method model parallel teacher training",
     "report": "data files teacher",
+    "huggingface": "data files",
     "training": "checkpoint config data evaluation files kernels method model parallel teacher",
     "evaluation": "checkpoint config data files kernels model parallel teacher",
     "scoring": "checkpoint data files kernels model parallel",
