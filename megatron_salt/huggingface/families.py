@@ -34,7 +34,7 @@ HARMLESS = frozenset({
     "unk_token_id", "use_cache",
 })  # fmt: skip
 TANH_GELUS = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
-ELSEWHERE = "; as a teacher it may work through teacher.hf, which runs the class itself"
+OTHERWISE = "; as a teacher it may work through teacher.hf, which runs the class itself"
 
 
 class Fields:
@@ -73,7 +73,7 @@ class Fields:
                 self.refuse(name, found, f"only {value!r} can be converted")
 
     def refuse(self, name: str, value: Any, why: str) -> None:
-        raise ValueError(f"{self.source}: {name} = {value!r}: {why}{ELSEWHERE}")
+        raise ValueError(f"{self.source}: {name} = {value!r}: {why}{OTHERWISE}")
 
     def finish(self) -> None:
         """Raise ValueError naming the fields that nobody has asked for; null is as good as none."""
@@ -82,7 +82,7 @@ class Fields:
             found = ", ".join(f"{name} = {value!r}" for name, value in left.items())
             raise ValueError(
                 f"{self.source}: what {found} would change is not known here. If it changes "
-                f"nothing of what the model computes, name it with --ignore-field{ELSEWHERE}"
+                f"nothing of what the model computes, name it with --ignore-field{OTHERWISE}"
             )
 
 
@@ -447,7 +447,7 @@ def read_config(
     if kind not in FAMILIES:
         raise ValueError(
             f"{source}: model_type = {kind!r}: only {', '.join(FAMILIES)} can be "
-            f"converted{ELSEWHERE}"
+            f"converted{OTHERWISE}"
         )
     family = FAMILIES[kind]
     fields = Fields(values, source, family.defaults, ignored)
