@@ -123,12 +123,8 @@ def model_problems(model: ModelConfig, seq_length: int, parallel: ParallelConfig
             f"model.num_attention_heads = {model.num_attention_heads} is not a multiple of "
             f"num_query_groups = {model.query_groups}: change one of them"
         )
-    size = f"parallel.tensor_model_parallel_size = {tp}"
-    shared = {"num_attention_heads": model.num_attention_heads, "ffn_hidden_size": model.ffn_size,
-              "num_query_groups": model.num_query_groups or 0}  # fmt: skip
-    for name, value in shared.items():
-        if value % tp:
-            yield f"model.{name} = {value} is not divisible by {size}: change one of them"
+    for uneven in indivisible_sizes(model, tp):
+        yield f"model.{uneven}: change one of them"
     if pp > model.num_layers:
         yield (
             f"parallel.pipeline_model_parallel_size = {pp} exceeds model.num_layers = "
@@ -148,6 +144,25 @@ def model_problems(model: ModelConfig, seq_length: int, parallel: ParallelConfig
         yield (
             f"model.max_position_embeddings = {model.max_position_embeddings} is below "
             f"data.seq_length = {seq_length}"
+        )
+
+
+def indivisible_sizes(model: ModelConfig, tp_size: int) -> Iterator[str]:
+    """What of a layer cannot be shared evenly by tensor-parallel ranks."""
+    shared = {"num_attention_heads": model.num_attention_heads, "ffn_hidden_size": model.ffn_size,
+              "num_query_groups": model.num_query_groups or 0}  # fmt: skip
+    for name, value in shared.items():
+        if value % tp_size:
+            size = f"parallel.tensor_model_parallel_size = {tp_size}"
+            yield f"{name} = {value} is not divisible by {size}"
+
+
+def spreading_problems(teacher: ModelConfig, tp_size: int) -> Iterator[str]:
+    """What keeps a teacher from being spread over ranks; for once it is known."""
+    for uneven in indivisible_sizes(teacher, tp_size):
+        yield (
+            f"the teacher's {uneven}: set teacher.tensor_parallel to false, or choose another "
+            "teacher or size"
         )
 
 
@@ -217,6 +232,16 @@ def teacher_problems(config: RunConfig) -> Iterator[str]:
         yield (
             f"teacher.checkpoint = {teacher.checkpoint} would never teach, salt.kd_steps is 0: set "
             "salt.kd_steps, or leave the teacher out"
+        )
+    if teacher.tensor_parallel and teacher.checkpoint is None:
+        yield (
+            "teacher.tensor_parallel has no effect without a teacher: set teacher.checkpoint, or "
+            "leave it out"
+        )
+    if teacher.tensor_parallel and config.parallel.tensor_model_parallel_size == 1:
+        yield (
+            "teacher.tensor_parallel has no effect with parallel.tensor_model_parallel_size = 1: "
+            "raise that size, or leave it out"
         )
     chunks = teacher.forward_chunks
     if chunks is not None and chunks <= 0:
