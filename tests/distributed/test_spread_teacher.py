@@ -276,7 +276,7 @@ def test_rows_may_move_to_another_stage(dataset: Path, even_teacher: Path, tmp_p
 
 
 def test_a_teacher_that_cannot_be_shared_evenly_is_refused(
-    dataset: Path, teacher: Path, tmp_path: Path
+    dataset: Path, teacher: Path, even_teacher: Path, tmp_path: Path
 ) -> None:
     """With the remedy, by the dry run and before weights are read."""
     config = make_config(
@@ -291,6 +291,10 @@ def test_a_teacher_that_cannot_be_shared_evenly_is_refused(
     )
     with pytest.raises(ValueError, match=wanted):
         describe_run(config, path)
+    checkpoint = dataclasses.replace(config.teacher, checkpoint=str(even_teacher))
+    text = describe_run(dataclasses.replace(config, teacher=checkpoint), path)
+    assert "parameters, each stage's spread over its 2 tensor-parallel ranks for 2 steps" in text
+    assert "the 8 sequences of a replica's step over 1 stages, 8 each" in text
     refused = run_ranks_to_the_end(2, 60, _weights, config, path)
     assert {each.kind for each in refused} == {"ValueError", "FailedElsewhere"}
     assert all(re.search(wanted, each.message) for each in refused)
