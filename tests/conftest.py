@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         # The fixtures' dataset is written by a worker process, the teacher trained by a rank; the
         # CUDA code on the CPU takes a compiler ten seconds.
         uses = set(getattr(item, "fixturenames", ()))
-        if uses & {"dataset", "teacher"} or "cuda on cpu" in item.name:
+        if uses & {"dataset", "teacher", "even_teacher"} or "cuda on cpu" in item.name:
             item.add_marker("processes")
 
 
@@ -77,6 +77,16 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def teacher(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """output_dir of a small model trained for a few steps on one rank."""
+    return _train_teacher(dataset, tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="session")
+def even_teacher(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `teacher`; two ranks can share its heads and their groups."""
+    return _train_teacher(dataset, tmp_path_factory.mktemp("even"), num_query_groups=2)
+
+
+def _train_teacher(dataset: Path, folder: Path, **changes: int) -> Path:
     import torch
     from commands import run_command
     from ranks import run_ranks
@@ -85,8 +95,8 @@ def teacher(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from megatron_salt.config.command_line import write_config
     from megatron_salt.training.run import prepare, train
 
-    folder = tmp_path_factory.mktemp("teacher")
-    config = make_config(dataset, folder / "run", model=TEACHER_MODEL, train__steps=8)
+    model = {**TEACHER_MODEL, **changes}
+    config = make_config(dataset, folder / "run", model=model, train__steps=8)
     if torch.cuda.is_available():  # which a forked process cannot use
         write_config(config, folder / "run.json")
         done = run_command(

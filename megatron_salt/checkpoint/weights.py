@@ -73,13 +73,14 @@ def load_frozen(
     dtype: torch.dtype,
     head: VocabShard | None,
     head_columns: int,
+    tensor_parallel: bool = False,
 ) -> FrozenModel:
     """The model of a checkpoint, frozen, on every rank.
 
     Everything about its shape comes from its own checkpoint, but the length that it reads.
 
     Args:
-        head, head_columns: see `FrozenModel`.
+        head, head_columns, tensor_parallel: see `FrozenModel`.
     Collectives: one broadcast per weight over all ranks; rank 0 alone reads.
     Raises: ValueError naming the checkpoint and the weight, if one is missing, of another shape,
         all zeros or not finite. Call `teacher.find.check_teacher_fits` first.
@@ -93,7 +94,7 @@ def load_frozen(
     return FrozenModel(
         model.config, weights, groups, source=source, vocab_size=model.vocab_size,
         num_positions=model.num_positions, seq_length=seq_length, dtype=dtype, head=head,
-        head_columns=head_columns,
+        head_columns=head_columns, tensor_parallel=tensor_parallel,
     )  # fmt: skip
 
 

@@ -150,6 +150,9 @@ class TeacherConfig:
     placement: Literal["auto", "bubble", "before_step"] = "auto"
     """When the teacher runs. before_step: on this batch, before its step. bubble: on the next one,
     while pipeline stages would wait. Same results. auto: bubble with several stages."""
+    tensor_parallel: bool = False
+    """Spread each stage's teacher over the stage's tensor-parallel ranks, if it does not fit whole
+    beside the student. They add up the results of every layer. Same losses but for rounding."""
     forward_chunks: int | None = None
     """Placement bubble: into how many chunks of layers a forward pass of the teacher is cut; null:
     as many as fit well, at least 4."""
@@ -283,6 +286,11 @@ class RunConfig:
     def num_positions(self) -> int:
         """Rows of a learned position table: as stated, else the length of a sequence."""
         return self.model.max_position_embeddings or self.data.seq_length
+
+    @property
+    def teacher_tp_size(self) -> int:
+        """Over how many ranks each of the teacher's layers is spread."""
+        return self.parallel.tensor_model_parallel_size if self.teacher.tensor_parallel else 1
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -125,12 +125,8 @@ def model_problems(model: ModelConfig, seq_length: int, parallel: ParallelConfig
             f"model.num_attention_heads = {model.num_attention_heads} is not a multiple of "
             f"num_query_groups = {model.query_groups}: change one of them"
         )
-    size = f"parallel.tensor_model_parallel_size = {tp}"
-    shared = {"num_attention_heads": model.num_attention_heads, "ffn_hidden_size": model.ffn_size,
-              "num_query_groups": model.num_query_groups or 0}  # fmt: skip
-    for name, value in shared.items():
-        if value % tp:
-            yield f"model.{name} = {value} is not divisible by {size}: change one of them"
+    for uneven in indivisible_sizes(model, tp):
+        yield f"model.{uneven}: change one of them"
     if pp > model.num_layers:
         yield (
             f"parallel.pipeline_model_parallel_size = {pp} exceeds model.num_layers = "
@@ -182,6 +178,25 @@ def rotary_problems(model: ModelConfig) -> Iterator[str]:
         yield f"model.rope_scaling = {scaling}: must be numbers above 0"
     elif len(scaling) > 1 and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
         yield f"model.rope_scaling = {scaling}: high_freq_factor must be above low_freq_factor"
+
+
+def indivisible_sizes(model: ModelConfig, tp_size: int) -> Iterator[str]:
+    """What of a layer cannot be shared evenly by tensor-parallel ranks."""
+    shared = {"num_attention_heads": model.num_attention_heads, "ffn_hidden_size": model.ffn_size,
+              "num_query_groups": model.num_query_groups or 0}  # fmt: skip
+    for name, value in shared.items():
+        if value % tp_size:
+            size = f"parallel.tensor_model_parallel_size = {tp_size}"
+            yield f"{name} = {value} is not divisible by {size}"
+
+
+def spreading_problems(teacher: ModelConfig, tp_size: int) -> Iterator[str]:
+    """What keeps a teacher from being spread over ranks; for once it is known."""
+    for uneven in indivisible_sizes(teacher, tp_size):
+        yield (
+            f"the teacher's {uneven}: set teacher.tensor_parallel to false, or choose another "
+            "teacher or size"
+        )
 
 
 def train_problems(config: RunConfig) -> Iterator[str]:
@@ -250,6 +265,16 @@ def teacher_problems(config: RunConfig) -> Iterator[str]:
         yield (
             f"teacher.checkpoint = {teacher.checkpoint} would never teach, salt.kd_steps is 0: set "
             "salt.kd_steps, or leave the teacher out"
+        )
+    if teacher.tensor_parallel and teacher.checkpoint is None:
+        yield (
+            "teacher.tensor_parallel has no effect without a teacher: set teacher.checkpoint, or "
+            "leave it out"
+        )
+    if teacher.tensor_parallel and config.parallel.tensor_model_parallel_size == 1:
+        yield (
+            "teacher.tensor_parallel has no effect with parallel.tensor_model_parallel_size = 1: "
+            "raise that size, or leave it out"
         )
     chunks = teacher.forward_chunks
     if chunks is not None and chunks <= 0:

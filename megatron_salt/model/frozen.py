@@ -1,4 +1,4 @@
-"""A frozen language model on one rank, from a stream of weights: teaches, tags, is evaluated.
+"""A frozen language model, from a stream of weights: teaches, tags, is evaluated.
 
 Letters: B micro-batch, S sequence, E width, V vocabulary, W columns of the head kept on this rank.
 """
@@ -20,13 +20,16 @@ from megatron_salt.parallel.layout import split_evenly
 
 
 class FrozenModel:
-    """A language model without gradient, optimizer or wrapper, whole on this rank.
+    """A language model without gradient, optimizer or wrapper: whole on this rank, or spread over
+    the student's tensor-parallel ranks, which then run it together.
 
     Args:
         weights: (canonical name, whole weight) of every weight of `weight_table`, once.
         source: names the model in errors.
         head: vocabulary columns of the output head to keep on this rank; None: no head.
         head_columns: W, the width of that shard with padding.
+        tensor_parallel: spread it. The head's columns stay those that are asked for.
+    Collectives: spread, an all-reduce over tp of [S, B, E] for the embedding, two for each layer.
     Raises: RuntimeError naming a parameter that `weights` does not have.
     """
 
@@ -43,17 +46,19 @@ class FrozenModel:
         dtype: torch.dtype,
         head: VocabShard | None,
         head_columns: int,
+        tensor_parallel: bool = False,
     ) -> None:
         self.parts = layers.ModelParts(
             model,
             vocab_size=vocab_size,
             seq_length=seq_length,
             num_positions=num_positions,
-            groups=groups.teacher,
+            groups=groups.student if tensor_parallel else groups.teacher,
             sequence_parallel=False,
             dtype=dtype,
         )
         self.hidden_size, self.seq_length = model.hidden_size, seq_length
+        self.tp_size = self.parts.tp_size
         self.prefix_masks = self.parts.prefix_masks
         inner = [kind(*arguments) for kind, arguments in layers.transformer_layers(self.parts)]
         whole = nn.ModuleList([layers.Embedding(self.parts), *inner]).to(dtype).to(groups.device)
@@ -63,7 +68,9 @@ class FrozenModel:
         parameters = layers.canonical_parameters(self.layers)
         for name, weight in weights:
             if name in parameters:
-                part = shard(weight, table[name], 0, 1, self.parts.padded_vocab)
+                part = shard(
+                    weight, table[name], self.parts.tp_rank, self.tp_size, self.parts.padded_vocab
+                )
                 with torch.no_grad():
                     parameters.pop(name).copy_(part)
             if name == output_weight_name(model) and head is not None:
@@ -83,7 +90,8 @@ class FrozenModel:
 
     @torch.no_grad()
     def forward(self, tokens_BS: Tensor) -> Tensor:
-        """Last hidden states [B, S, E] of these rows, on this rank alone; S at most seq_length."""
+        """Last hidden states [B, S, E] of these rows, the same on all ranks that share the model;
+        S at most seq_length."""
         self.prefix_masks.advance(tokens_BS.device)
         hidden = tokens_BS
         for layer in self.layers:

@@ -83,7 +83,7 @@ def describe_run(config: RunConfig, deepspeed_config: str) -> str:
     teacher = None
     if config.teacher.checkpoint is not None:
         path, seq_length = config.teacher.checkpoint, config.data.seq_length
-        folder, teacher = find_teacher(path, tokenizer, seq_length, resumed)
+        folder, teacher = find_teacher(path, tokenizer, seq_length, resumed, config.teacher_tp_size)
         warnings = [*warnings, *unseen_objectives(folder, teacher, config)]
     sizes = Sizes(
         config=config, settings=settings, layout=layout, vocab_size=tokenizer.vocab_size,
@@ -169,15 +169,18 @@ def _teacher_lines(sizes: Sizes) -> list[str]:
         return ["teacher: none"]
     count = num_parameters(teacher.model, teacher.vocab_size, teacher.num_positions)
     rows = sizes.shape.num_rows
-    parts = split_evenly(rows, layout.tp_size * layout.pp_size)
+    parts = split_evenly(rows, sizes.shape.teachers_per_stage * layout.pp_size)
     counts = sorted({stop - start for start, stop in parts})
     most = "at most " if config.salt.switch == "adaptive" else ""
     share = " or ".join(map(str, counts))
+    copies, sharers = f"a replica on each of {layout.world_size} ranks", "ranks"
+    if config.teacher_tp_size > 1:
+        copies = f"each stage's spread over its {layout.tp_size} tensor-parallel ranks"
+        sharers = "stages"
     return [
-        f"teacher: {count:,} parameters, a replica on each of "
-        f"{layout.world_size} ranks for {most}{config.salt.kd_steps:,} steps",
-        f"  its work: the {rows} sequences of a replica's step over {len(parts)} ranks, {share} "
-        f"each, {max(counts) * config.data.seq_length:,} tokens at most",
+        f"teacher: {count:,} parameters, {copies} for {most}{config.salt.kd_steps:,} steps",
+        f"  its work: the {rows} sequences of a replica's step over {len(parts)} {sharers}, "
+        f"{share} each, {max(counts) * config.data.seq_length:,} tokens at most",
     ]
 
 

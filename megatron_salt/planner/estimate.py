@@ -93,7 +93,7 @@ def _arrival(sizes: Sizes, machine: Machine, times: StepTimes) -> float:
     pp = sizes.layout.pp_size
     if pp == 1:
         return 0.0
-    rows = sizes.shape.num_rows / sizes.layout.tp_size * (pp - 1) / pp
+    rows = sizes.shape.num_rows / sizes.shape.teachers_per_stage * (pp - 1) / pp
     rate = machine.link_bytes_s(sizes.layout.world_size)
     received = rows * sizes.hidden_row_bytes / rate
     plan = plan_teacher(sizes.shape, times, in_bubbles=False)
@@ -116,7 +116,7 @@ def closed_form(sizes: Sizes, machine: Machine) -> tuple[float, float]:
     pieces, chunks = sizes.shape.pieces, len(sizes.shape.chunk_bounds)
     rows = pieces[0][1] - pieces[0][0]
     row = sum(times.teacher(0, chunk) for chunk in range(chunks)) / rows
-    work = row * sizes.shape.num_rows / layout.tp_size
+    work = row * sizes.shape.num_rows / sizes.shape.teachers_per_stage
     extra = times.update + hidden_exchange_s(sizes, machine)
     if not teaches_ahead(sizes.config.teacher.placement, layout):
         return lm_s, step + work / layout.pp_size + _arrival(sizes, machine, times) + extra

@@ -18,7 +18,7 @@ from megatron_salt.config.deepspeed import (
     read_json,
 )
 from megatron_salt.config.fields import ModelConfig, RunConfig
-from megatron_salt.config.problems import model_problems
+from megatron_salt.config.problems import model_problems, spreading_problems
 from megatron_salt.parallel.layout import Layout, layout_for_world
 from megatron_salt.planner.sizes import Sizes, TeacherSize
 
@@ -51,6 +51,10 @@ class PlannerInputs:
         )
         for problem in model_problems(config.model, config.data.seq_length, parallel):
             raise ValueError(problem)
+        config = replace(config, parallel=parallel)
+        if self.teacher is not None:
+            for problem in spreading_problems(self.teacher.model, config.teacher_tp_size):
+                raise ValueError(problem)
         rows = layout.dp_size * micro_batch_size
         if settings.global_batch_size % rows:
             raise ValueError(
@@ -58,7 +62,6 @@ class PlannerInputs:
                 f"multiple of micro-batch size {micro_batch_size} * data-parallel size "
                 f"{layout.dp_size}"
             )
-        config = replace(config, parallel=parallel)
         settings = replace(
             settings,
             micro_batch_size=micro_batch_size,

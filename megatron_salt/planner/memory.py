@@ -38,7 +38,7 @@ class StageMemory:
     optimizer: float
     """Master weights and optimiser state."""
     teacher: float
-    """Its replica."""
+    """Its layers, or this rank's part of them."""
     teacher_head: float
     """Its output head in this rank's vocabulary columns, on the last stage."""
     hidden_states: float
@@ -254,7 +254,8 @@ def teacher_forward_bytes(sizes: Sizes) -> float:
     """A piece of rows in a layer of the teacher, no gradients: its input, the normalised one and
     the larger of attention (the product, and rotated queries in three parts) and MLP.
 
-    Source: `TeacherPass.run`, `layers.DecoderLayer`; the replica is whole on every rank.
+    Source: `TeacherPass.run`, `layers.DecoderLayer`. Spread over ranks, each has its part of the
+    heads and of the MLP.
     """
     if sizes.teacher is None:
         return 0.0
@@ -262,7 +263,7 @@ def teacher_forward_bytes(sizes: Sizes) -> float:
     start, stop = sizes.shape.pieces[0]
     query, key = model.num_attention_heads * model.head_size, model.query_groups * model.head_size
     mlp = 2 if not model.is_gated else 3 if sizes.on_cuda else 5
-    inner = max(4 * query + 3 * key, mlp * model.ffn_size)
+    inner = max(4 * query + 3 * key, mlp * model.ffn_size) / sizes.config.teacher_tp_size
     tokens = (stop - start) * sizes.config.data.seq_length
     return float(tokens * sizes.width * (2 * model.hidden_size + inner))
 
@@ -330,7 +331,7 @@ def hidden_state_bytes(sizes: Sizes, stage: int, plan: TeacherPlan | None) -> fl
         return float(sizes.hidden_row_bytes * num_rows * (2 if ahead else 1))
     if plan is None:
         pieces = sizes.shape.pieces
-        first, last = split_evenly(len(pieces), layout.tp_size * layout.pp_size)[0]
+        first, last = split_evenly(len(pieces), sizes.shape.teachers_per_stage * layout.pp_size)[0]
         start, stop = pieces[first][0], pieces[last - 1][1]
     else:
         start, stop = plan.rows(stage, 0)
@@ -351,10 +352,11 @@ def stage_memory(sizes: Sizes, plan: TeacherPlan | None = None) -> list[StageMem
         if last:  # the head's gradient has been added to the others when the layers' turn comes
             moment = max(loss_bytes(sizes), moment)
         head = sizes.columns * teacher.model.hidden_size if teacher and last else 0
+        whole = teacher.numel(config.teacher_tp_size) if teacher else 0
         result.append(
             StageMemory(
                 parameters=count, **model_states(count, sizes.settings, layout),
-                teacher=float(teacher.numel * sizes.width) if teacher else 0.0,
+                teacher=float(whole * sizes.width),
                 teacher_head=float(head * sizes.width),
                 hidden_states=hidden_state_bytes(sizes, stage, plan),
                 inputs=input_bytes(sizes), pipeline=pipeline_bytes(sizes, stage),

@@ -144,9 +144,11 @@ def _describe_own(plan: PlanReport, own: Estimate) -> list[str]:
     assert own.steps is not None
     if (teaching := own.steps.plan) is not None:
         counts = ", ".join(f"{len(ranks[0])}" for ranks in teaching.pieces_of)
+        spread = sizes.config.teacher_tp_size > 1
+        who = "the ranks of each stage together" if spread else "a rank of each stage"
         lines.append(
-            f"In the bubbles the teacher reads a replica's step in {teaching.work}, a rank of each "
-            f"stage {counts} of them, in {teaching.num_chunks} chunks each."
+            f"In the bubbles the teacher reads a replica's step in {teaching.work}, {who} "
+            f"{counts} of them, in {teaching.num_chunks} chunks each."
         )
     kind = ", measured; what the file does not have counts nothing" * plan.measured
     lines.append(f"A step{kind}\n\n{steps_table(own)}")

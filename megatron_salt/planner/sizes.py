@@ -30,16 +30,15 @@ class TeacherSize:
         model, positions = manifest.model.config, manifest.model.num_positions
         return cls(model=model, vocab_size=manifest.model.vocab_size, num_positions=positions)
 
-    @cached_property
-    def numel(self) -> int:
-        """Parameters of the replica that a rank keeps: all but an output layer of its own.
+    def numel(self, tp_size: int) -> int:
+        """Parameters that each of `tp_size` ranks keeps: all but an output layer of its own.
 
-        Source: `FrozenModel`; its embedding is padded like one rank's.
+        Source: `FrozenModel`; its embedding is padded like that many ranks'.
         """
         table = weight_table(self.model, self.vocab_size, self.num_positions)
-        padded = padded_vocab(self.model, self.vocab_size, 1)
+        padded = padded_vocab(self.model, self.vocab_size, tp_size)
         kept = [spec for name, spec in table.items() if name != OUTPUT_LAYER]
-        return sum(math.prod(shard_shape(spec, 1, padded)) for spec in kept)
+        return sum(math.prod(shard_shape(spec, tp_size, padded)) for spec in kept)
 
 
 @dataclass(frozen=True, kw_only=True)

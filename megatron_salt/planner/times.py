@@ -124,20 +124,40 @@ def step_times(sizes: Sizes, machine: Machine) -> StepTimes:
         if sizes.teacher is not None:
             start, stop = sizes.shape.pieces[0]
             hidden_transfer = (stop - start) * sizes.hidden_row_bytes / rate
+
+    def teacher(piece: int, chunk: int) -> float:
+        seconds = base.teacher(piece, chunk) * per_multiply_add
+        return seconds + teacher_collectives_s(sizes, machine, piece, chunk)
+
     return StepTimes(
         forward=forward, backward=backward, transfer=transfer, hidden_transfer=hidden_transfer,
-        teacher=cache(lambda piece, chunk: base.teacher(piece, chunk) * per_multiply_add),
+        teacher=cache(teacher),
         update=max(each.reduction + each.update for each in over_dp),
     )  # fmt: skip
 
 
+def teacher_collectives_s(sizes: Sizes, machine: Machine, piece: int, chunk: int) -> float:
+    """Of a teacher that is spread: 2 all-reduces over tp of w S B E bytes in a layer, one for the
+    embedding.
+
+    Source: `FrozenModel`.
+    """
+    tp = sizes.config.teacher_tp_size
+    if tp == 1:
+        return 0.0
+    (start, stop), (first, end) = sizes.shape.pieces[piece], sizes.shape.chunk_bounds[chunk]
+    once = all_reduce_s((stop - start) * sizes.hidden_row_bytes, tp, machine.link_bytes_s(tp))
+    return once * (2 * (end - first) + (chunk == 0))
+
+
 def hidden_exchange_s(sizes: Sizes, machine: Machine) -> float:
-    """The broadcasts over tp that end a pass on the last stage: R S E w bytes in all.
+    """The broadcasts over tp that end a pass on the last stage: R S E w bytes in all. Ranks that
+    share a teacher have all rows.
 
     Source: `TeacherPass.finish`.
     """
     tp = sizes.layout.tp_size
-    if tp == 1 or sizes.teacher is None:
+    if tp == sizes.config.teacher_tp_size or sizes.teacher is None:
         return 0.0
     return sizes.shape.num_rows * sizes.hidden_row_bytes / machine.link_bytes_s(tp)
 

@@ -11,16 +11,21 @@ from megatron_salt.checkpoint.manifest import (
     weights_fingerprint,
 )
 from megatron_salt.config.fields import RunConfig
+from megatron_salt.config.problems import spreading_problems
 from megatron_salt.config.values import parse_objective
 from megatron_salt.data.tokenizer import Tokenizer, check_reads, load_tokenizer
 
 
 def find_teacher(
-    path: str, tokenizer: Tokenizer, seq_length: int, resumed: CheckpointManifest | None
-) -> tuple[Path, CheckpointManifest]:
+    path: str, tokenizer: Tokenizer, seq_length: int, resumed: CheckpointManifest | None,
+    tp_size: int = 1,
+) -> tuple[Path, CheckpointManifest]:  # fmt: skip
     """The teacher's checkpoint: it reads the run's tokens, and is of the run that is resumed.
 
     Its tokenizer may have more tokens, behind the run's. For rank 0 alone, which tells the others.
+
+    Args:
+        tp_size: over how many ranks it is to be spread.
     Raises: ValueError naming the checkpoint and what does not fit.
     """
     folder = resolve(path, what="teacher.checkpoint")
@@ -31,6 +36,8 @@ def find_teacher(
     except ValueError as error:
         raise ValueError(f"{error}\ntake another teacher, or its tokenizer for the data") from None
     check_teacher_fits(folder, manifest, tokenizer.vocab_size, seq_length)
+    if uneven := list(spreading_problems(manifest.model.config, tp_size)):
+        raise ValueError("\n".join([f"teacher {folder} cannot be spread:", *uneven]))
     fingerprint = weights_fingerprint(manifest)
     if resumed and resumed.run.teacher_fingerprint not in (None, fingerprint):
         raise ValueError(

@@ -24,6 +24,9 @@ class TeacherModel(Protocol):
 
     hidden_size: int
     seq_length: int
+    tp_size: int
+    """Over how many ranks it is spread: 1, or all of the student's tensor-parallel ones, which then
+    run its layers together: the same rows in the same order."""
     prefix_masks: PrefixMasks
     head_WE: Tensor | None
     """The output head's columns that are the student's on this rank; on the last stage."""
@@ -117,7 +120,8 @@ class TeacherPass:
     def finish(self) -> Tensor | None:
         """All R rows on the last stage, [R, S, E]; None elsewhere. Waits for the transfers.
 
-        Collectives: on the last stage one broadcast per tensor-parallel rank of R/tp rows over tp.
+        Collectives: on the last stage one broadcast per tensor-parallel rank of R/tp rows over tp;
+            none of a teacher that is spread, whose ranks have all computed or received all rows.
         Raises: RuntimeError if a piece of this rank was left out.
         """
         groups, layout = self.groups, self.groups.layout
@@ -129,7 +133,7 @@ class TeacherPass:
         self._transfers.clear()
         if not groups.is_last_stage:
             return None
-        if layout.tp_size > 1:
+        if layout.tp_size > self.model.tp_size:
             for tp_rank in range(layout.tp_size):
                 start, stop = self.plan.block(tp_rank)
                 source = layout.rank(tp_rank, groups.dp_rank, groups.pp_rank)

@@ -32,6 +32,8 @@ class StepShape:
     micro_batch_size: int
     num_micro_batches: int
     layout: Layout
+    teacher_tp_size: int = 1
+    """Over how many ranks the teacher is spread: 1, or all tensor-parallel ones."""
     recompute: bool = False
     num_chunks: int | None = None
     """Chunks of the teacher's layers; None: as many as make one at most a quarter of a stage's
@@ -50,6 +52,7 @@ class StepShape:
             student=config.model, teacher=teacher, vocab_size=vocab_size,
             seq_length=config.data.seq_length, micro_batch_size=settings.micro_batch_size,
             num_micro_batches=settings.num_micro_batches, layout=layout,
+            teacher_tp_size=config.teacher_tp_size,
             recompute=config.parallel.recompute_granularity == "full",
             num_chunks=config.teacher.forward_chunks,
         )  # fmt: skip
@@ -60,8 +63,15 @@ class StepShape:
         return self.micro_batch_size * self.num_micro_batches
 
     @property
+    def teachers_per_stage(self) -> int:
+        """One on each tensor-parallel rank, with rows of its own; or one on all of them."""
+        return self.layout.tp_size // self.teacher_tp_size
+
+    @property
     def pieces(self) -> list[tuple[int, int]]:
-        return teacher_pieces(self.num_rows, self.micro_batch_size, self.layout)
+        return teacher_pieces(
+            self.num_rows, self.micro_batch_size, self.layout, self.teacher_tp_size
+        )
 
     @property
     def stage_bounds(self) -> tuple[int, ...]:
@@ -76,9 +86,8 @@ class StepShape:
         if num_chunks is None:
             teacher = layer_costs(self.teacher, self.vocab_size, self.seq_length)[1] * num_layers
             student = sum(layer_costs(self.student, self.vocab_size, self.seq_length))
-            # A whole forward of the teacher on one rank, in forwards of a stage of tp ranks.
-            layout = self.layout
-            ratio = teacher / student * layout.pp_size * layout.tp_size
+            # A whole forward of one teacher, in forwards of a stage of tp ranks.
+            ratio = teacher / student * self.layout.pp_size * self.teachers_per_stage
             rows = self.pieces[0][1] - self.pieces[0][0]
             num_chunks = max(4, math.ceil(4.0 * ratio * rows / self.micro_batch_size))
         return split_evenly(num_layers, min(num_chunks, num_layers))
@@ -91,7 +100,8 @@ class TeacherPlan:
     pieces: list[tuple[int, int]]
     """Rows [start, stop) of each piece, the same for every placement."""
     pieces_of: list[list[range]]
-    """Numbers of the pieces of each rank of a replica, [pp_rank][tp_rank]."""
+    """Numbers of the pieces of each rank of a replica, [pp_rank][tp_rank]. Ranks that
+    share a teacher have the same."""
     num_chunks: int
     placement: Placement | None
     """Where in the pipeline's step; None: everything before the student's step."""
@@ -107,7 +117,7 @@ class TeacherPlan:
         work = f"{self.work} for each replica"
         if self.placement is None:
             return f"{work}, all at once"
-        counts = [sum(map(len, ranks)) for ranks in self.pieces_of]
+        counts = [len({piece for mine in ranks for piece in mine}) for ranks in self.pieces_of]
         return (
             f"{work}, {counts} by stage, in {self.num_chunks} chunks each, where the pipeline "
             f"waits; by {costs} a step takes {self.placement.overhead:.1%} longer than without it"
@@ -164,8 +174,8 @@ def multiply_adds(shape: StepShape) -> StepTimes:
 
     def teacher(piece: int, chunk: int) -> float:
         (row, row_stop), (first, stop) = pieces[piece], chunks[chunk]
-        # Not over tp: the teacher is whole on every rank.
-        return (row_stop - row) * shape.seq_length * layer * (stop - first)
+        work = (row_stop - row) * shape.seq_length * layer * (stop - first)
+        return work / shape.teacher_tp_size
 
     return StepTimes(forward=forward, backward=backward, teacher=teacher)
 
@@ -219,4 +229,4 @@ def _pieces_of(shape: StepShape, times: StepTimes, level: float) -> list[list[ra
     ]
     rows = pieces[0][1] - pieces[0][0]
     row_work = times.teacher_work([0], len(shape.chunk_bounds)) / rows
-    return assign_pieces(pieces, shape.layout, stage_work, row_work)
+    return assign_pieces(pieces, shape.layout, stage_work, row_work, shape.teacher_tp_size)

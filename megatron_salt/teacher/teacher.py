@@ -1,4 +1,4 @@
-"""The teacher of a run: a frozen replica on every rank, its work divided among them.
+"""The teacher of a run, on every rank or spread over a stage's; its work divided among them.
 
 Letters: R rows (sequences) of a data-parallel replica's step, S sequence, E teacher width,
 V vocabulary, W the student's vocabulary columns on this rank.
@@ -78,8 +78,9 @@ class Teacher:
         Collectives: those of `TeacherPass`.
         """
         layout = self.groups.layout
-        pieces = teacher_pieces(len(tokens_RS), self.micro_batch_size, layout)
-        pieces_of = assign_pieces(pieces, layout, [0.0] * layout.pp_size, 1.0)
+        tp_size = self.model.tp_size
+        pieces = teacher_pieces(len(tokens_RS), self.micro_batch_size, layout, tp_size)
+        pieces_of = assign_pieces(pieces, layout, [0.0] * layout.pp_size, 1.0, tp_size)
         plan = TeacherPlan(pieces=pieces, pieces_of=pieces_of, num_chunks=1, placement=None)
         out_RSE = self._empty(self._buffer_shape(plan, tokens_RS.shape[1]))
         forward = self._pass(plan, tokens_RS, prefix_R, out_RSE)
@@ -124,8 +125,8 @@ class Teacher:
         return self._pass(self.plan, tokens_RS, prefix_R, self._buffers[0])
 
     def take_time_s(self) -> float:
-        """Seconds of this rank's forward passes since the last call, without the exchange. Waits
-        for them."""
+        """Seconds of this rank's forward passes since the last call, without the exchange of hidden
+        states. Waits for them."""
         return self.timer.take_s()
 
     def num_bytes(self) -> int:

@@ -74,7 +74,7 @@ class Teaching:
         found: tuple[Path, CheckpointManifest] | None = None
         with same_error_everywhere("checking the teacher"):
             if groups.rank == 0:
-                found = find_teacher(path, tokenizer, seq_length, resumed)
+                found = find_teacher(path, tokenizer, seq_length, resumed, config.teacher_tp_size)
         folder, manifest = from_rank_0(found)
         self.console.warn(unseen_objectives(folder, manifest, config))
         self.fingerprint = weights_fingerprint(manifest)
@@ -84,6 +84,7 @@ class Teaching:
             folder, manifest, groups, seq_length=seq_length, dtype=dtype,
             head=parts.vocab if groups.is_last_stage else None,
             head_columns=parts.padded_vocab // parts.tp_size,
+            tensor_parallel=config.teacher.tensor_parallel,
         )  # fmt: skip
         self.teacher = Teacher(
             model, manifest.model, groups, source=str(folder),

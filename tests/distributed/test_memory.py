@@ -51,8 +51,8 @@ def teachers(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     found = {}
     for kind, whole in (("llama", LLAMA), ("gpt", GPT)):
         folder = tmp_path_factory.mktemp(kind)
-        model = {**whole, "hidden_size": 40, "num_attention_heads": 2,
-                 "num_query_groups": 1, "ffn_hidden_size": 48}  # fmt: skip
+        model = {**whole, "hidden_size": 40, "num_attention_heads": 4,
+                 "num_query_groups": 2, "ffn_hidden_size": 48}  # fmt: skip
         config = make_config(
             dataset, folder / "run", model=model, data__seq_length=LENGTH, train__steps=1
         )
@@ -101,7 +101,11 @@ def _measure(config: RunConfig, deepspeed: str) -> dict[str, tuple[Count, StageM
     run.step(step)  # DeepSpeed and Adam allocate at their first step
     stage = run.groups.pp_rank
     if run.teacher is not None:
-        with_teacher = replace(sizes, teacher=TeacherSize.of(run.teacher.manifest))
+        theirs = run.teacher.record
+        size = TeacherSize(
+            model=theirs.config, vocab_size=theirs.vocab_size, num_positions=theirs.num_positions
+        )
+        with_teacher = replace(sizes, teacher=size)
         counted = _count(run, 1, inherited)
         found["KD"] = counted, stage_memory(with_teacher, teaching_plan(with_teacher))[stage]
         step = KD_STEPS - 1
@@ -130,6 +134,10 @@ CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
     ),
     "tp2-bf16-sp": ("llama", 2, {**BF16, **zero(1)}, {"tp": 2, "sp": True}),
     "tp2-pp2-bf16-full": ("gpt", 4, {**BF16, **zero(1)}, {"tp": 2, "pp": 2, "recompute": "full"}),
+    "tp2-sp-spread": ("llama", 2, {}, {"tp": 2, "sp": True, "spread": True}),
+    "tp2-pp2-bf16-spread": (
+        "gpt", 4, {**BF16, **zero(1)}, {"tp": 2, "pp": 2, "spread": True},
+    ),
 }  # fmt: skip
 SETTINGS = {
     "tp": "parallel__tensor_model_parallel_size",
@@ -137,6 +145,7 @@ SETTINGS = {
     "sp": "parallel__sequence_parallel",
     "recompute": "parallel__recompute_granularity",
     "placement": "teacher__placement",
+    "spread": "teacher__tensor_parallel",
     "objective": "data__objective",
 }
 

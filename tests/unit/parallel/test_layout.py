@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
@@ -110,6 +111,19 @@ def test_pieces_are_shared_once_and_evenly(layout: Layout, micro_batch_size: int
         )
         if layout.tp_size == 1:
             assert max(rows) <= best
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=IDS)
+def test_ranks_that_share_a_teacher_share_its_pieces(layout: Layout) -> None:
+    """As one rank per stage would divide them."""
+    alone = replace(layout, tp_size=1)
+    for num_rows, micro_batch_size in itertools.product((1, 5, 12, 64), (1, 2, 5)):
+        pieces = teacher_pieces(num_rows, micro_batch_size, layout, layout.tp_size)
+        assert pieces == teacher_pieces(num_rows, micro_batch_size, alone)
+        work = [float(stage % 2) for stage in range(layout.pp_size)]
+        shares = assign_pieces(pieces, layout, work, 0.5, layout.tp_size)
+        expected = assign_pieces(pieces, alone, work, 0.5)
+        assert shares == [ranks * layout.tp_size for ranks in expected]
 
 
 def test_stages_with_less_to_do_take_more_pieces() -> None:

@@ -28,7 +28,12 @@ from megatron_salt.planner.estimate import (
     water_level,
 )
 from megatron_salt.planner.inputs import PlannerInputs, read_inputs
-from megatron_salt.planner.memory import hidden_state_bytes, model_states, stage_memory
+from megatron_salt.planner.memory import (
+    hidden_state_bytes,
+    model_states,
+    stage_memory,
+    teacher_forward_bytes,
+)
 from megatron_salt.planner.output import PlanReport, as_dict, describe_plan, timelines
 from megatron_salt.planner.sizes import Sizes, TeacherSize
 from megatron_salt.report.timeline import draw_timelines
@@ -293,6 +298,86 @@ def test_bound_is_the_formula_of_equal_stages(tmp_path: Path, num_micro: int) ->
     bound = max(0.0, num_micro - 9) / (3 * (num_micro + 3))  # r = 1: the teacher is the student
     assert found.bound == pytest.approx(bound, abs=0.03)
     assert found.bound - 1e-9 <= found.bubble <= found.before_step + 1e-9
+
+
+# A teacher that is spread
+
+
+def spread_inputs(folder: Path, world_size: int, **settings: Any) -> PlannerInputs:
+    inputs = inputs_of(folder, world_size, **settings)
+    teacher = replace(inputs.config.teacher, checkpoint="slm", tensor_parallel=True)
+    return replace(inputs, config=replace(inputs.config, teacher=teacher))
+
+
+def test_times_of_a_teacher_that_is_spread(tmp_path: Path) -> None:
+    """Half of the products each, two all-reduces in a layer and one of the embedding, and no
+    exchange at the end."""
+    whole, spread = (at(f(tmp_path, 4), 2, 2, 1, 4) for f in (inputs_of, spread_inputs))
+    assert spread.shape.teachers_per_stage == 1 and whole.shape.teachers_per_stage == 2
+    assert whole.shape.pieces == spread.shape.pieces == [(r, r + 4) for r in range(0, 64, 4)]
+    assert len(spread.shape.chunk_bounds) == len(whole.shape.chunk_bounds) == 4
+    one, other = times.step_times(whole, H100), times.step_times(spread, H100)
+    once = times.all_reduce_s(4 * 16 * 32 * 4, 2, 450e9 * 0.8)  # B S E in fp32
+    for chunk in range(4):
+        products = one.teacher(3, chunk) / 2
+        collectives = (2 + (chunk == 0)) * once
+        assert other.teacher(3, chunk) == pytest.approx(products + collectives)
+    assert times.hidden_exchange_s(whole, H100) > 0 == times.hidden_exchange_s(spread, H100)
+    # The rank of the last stage receives the rows of all other stages, not a half of them.
+    slow = replace(H100, network_gb_s=0.001, gpus_per_node=2)
+    late = [simulated(each, slow).kd_before_s for each in (whole, spread)]
+    lm_s = [simulated(each, slow).lm_s for each in (whole, spread)]
+    received = 32 * 16 * 32 * 4 / slow.link_bytes_s(4)
+    assert late[0] and late[1]
+    assert late[0] - lm_s[0] == pytest.approx(received / 2, rel=0.01)
+    assert late[1] - lm_s[1] == pytest.approx(received, rel=0.01)
+    before = replace(spread.config.teacher, placement="before_step")
+    before_step = replace(spread, config=replace(spread.config, teacher=before))
+    assert closed_form(before_step, H100)[1] == pytest.approx(
+        simulated(before_step, H100).kd_before_s, rel=0.05
+    )
+
+
+def test_memory_of_a_teacher_that_is_spread(tmp_path: Path) -> None:
+    whole, spread = (at(f(tmp_path, 4), 2, 2, 1, 4) for f in (inputs_of, spread_inputs))
+    assert whole.teacher is not None
+    norms = 9 * 32  # two in each of four layers, one at the end
+    assert whole.teacher.numel(2) == (whole.teacher.numel(1) - norms) // 2 + norms
+    for one, other in zip(stage_memory(whole), stage_memory(spread), strict=True):
+        assert (one.teacher, other.teacher) == tuple(4 * whole.teacher.numel(n) for n in (1, 2))
+        assert one.teacher_head == other.teacher_head
+    for stage in range(2):  # all rows of its stage on each rank; on the last stage those of all
+        rows = (16, 32) if stage == 0 else (128, 128)
+        found = tuple(hidden_state_bytes(each, stage, None) for each in (whole, spread))
+        assert found == tuple(16 * 32 * 4 * n for n in rows)
+    wide = 4 * 16 * 4  # B S w
+    inner = 5 * 48  # SwiGLU on a CPU
+    parts = [replace(each, on_cuda=False) for each in (whole, spread)]
+    assert [teacher_forward_bytes(each) for each in parts] == [
+        wide * (2 * 32 + inner), wide * (2 * 32 + inner / 2)
+    ]  # fmt: skip
+
+
+def test_plans_with_a_teacher_that_is_spread(tmp_path: Path) -> None:
+    """Said in the text; a layout without tensor parallelism has a replica; one whose ranks cannot
+    share the teacher is refused."""
+    inputs = spread_inputs(
+        tmp_path, 4, parallel__pipeline_model_parallel_size=2,
+        parallel__tensor_model_parallel_size=2,
+    )  # fmt: skip
+    text = describe_plan(command.plan_run(inputs, H100))
+    assert "the ranks of each stage together " in text and "a rank of each stage" not in text
+    assert inputs.teacher is not None
+    alone = at(inputs, 1, 2, 2)
+    assert stage_memory(alone)[0].teacher == 4 * inputs.teacher.numel(1)
+    odd = replace(inputs.teacher, model=replace(inputs.teacher.model, ffn_hidden_size=49))
+    inputs = replace(inputs, teacher=odd)
+    assert at(inputs, 1, 2, 2)
+    with pytest.raises(ValueError, match="the teacher's ffn_hidden_size = 49 is not divisible by"):
+        at(inputs, 2, 2, 1)
+    refused: Counter[str] = Counter()
+    assert {each.layout.tp_size for each in ranking.candidates(inputs, H100, refused)} == {1}
+    assert "heads, groups or MLP width not divisible by tp" in refused
 
 
 # Memory

@@ -13,7 +13,8 @@ from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -21,6 +22,8 @@ from megatron_salt.config.fields import ModelConfig
 from megatron_salt.parallel.layout import Layout
 from megatron_salt.teacher import placement
 from megatron_salt.teacher import plan as teaching
+from megatron_salt.teacher.passes import TeacherPass
+from megatron_salt.teacher.pieces import assign_pieces, teacher_pieces
 from megatron_salt.teacher.plan import StepShape, TeacherPlan, multiply_adds, plan_teacher
 from megatron_salt.teacher.schedule import plain_programs, teaching_programs
 from megatron_salt.teacher.simulator import Op, StepTimes, channel
@@ -37,6 +40,8 @@ class Step:
     programs: list[list[Op]]
     plan: TeacherPlan
     tp_size: int
+    spread: bool = False
+    """Whether the tensor-parallel ranks run the teacher's layers together."""
 
 
 class Meeting(NamedTuple):
@@ -57,8 +62,10 @@ def meetings(step: Step, stage: int, tp_rank: int) -> list[Meeting]:
             found.append(Meeting((link, tp_rank), 2))
         elif op.kind in ("send_hidden", "recv_hidden"):
             piece = step.plan.of_tp_rank(op.number, tp_rank)
-            if piece is not None:
-                found.append(Meeting(("hidden", piece), 2, hidden=True))
+            if piece is not None:  # of a teacher that is spread every tensor-parallel rank has it
+                found.append(Meeting(("hidden", piece, tp_rank), 2, hidden=True))
+        elif op.kind == "teacher" and step.spread:  # its collectives
+            found.append(Meeting((op, stage), step.tp_size))
         elif op.kind in ("forward", "backward"):  # collectives of the tensor-parallel ranks
             found.append(Meeting((op.kind, stage, op.number), step.tp_size))
         elif op.kind == "reduce_tied":
@@ -102,7 +109,7 @@ def stuck(step: Step, *, one_queue: bool) -> dict[tuple[int, int], Meeting]:
     return {rank: left[-1] for rank, left in ahead.items() if left}
 
 
-def random_step(rng: random.Random, stages: int, tp_size: int) -> Step:
+def random_step(rng: random.Random, stages: int, tp_size: int, *, spread: bool) -> Step:
     """By the code that plans a run, for sizes and times by chance.
 
     Of its search one division of the rows and a few limits: which of its plans is the best does not
@@ -120,6 +127,7 @@ def random_step(rng: random.Random, stages: int, tp_size: int) -> Step:
         vocab_size=rng.choice([1000, 32000]), seq_length=128,
         micro_batch_size=rng.choice([1, 2, 4]), num_micro_batches=micro_batches,
         layout=Layout(tp_size=tp_size, pp_size=stages, dp_size=1),
+        teacher_tp_size=tp_size if spread else 1,
     )  # fmt: skip
     counted = multiply_adds(shape)
     factor = rng.uniform(0.3, 3.0)
@@ -141,14 +149,15 @@ def random_step(rng: random.Random, stages: int, tp_size: int) -> Step:
         patch.setattr(placement, "DEADLINES", 2)
         plan = plan_teacher(shape, times, in_bubbles=True)
     assert plan.placement is not None
-    return Step(teaching_programs(micro_batches, stages, plan.placement), plan, tp_size)
+    return Step(teaching_programs(micro_batches, stages, plan.placement), plan, tp_size, spread)
 
 
 @cache
 def steps_of(stages: int) -> list[Step]:
     rng, found = random.Random(stages), []
     while len(found) < NUM_SHAPES // stages:
-        step = random_step(rng, stages, rng.choice([1, 2]))
+        tp_size, spread = rng.choice([(1, False), (2, False), (2, True)])
+        step = random_step(rng, stages, tp_size, spread=spread)
         # Where the last stage teaches everything nothing travels.
         if any(op.kind == "recv_hidden" for op in step.programs[-1]):
             found.append(step)
@@ -247,8 +256,55 @@ def test_a_receive_that_is_missing_is_found() -> None:
     for op in last:
         if op.kind == "recv_hidden":
             left = replace(step, programs=[*others, [other for other in last if other != op]])
-            pieces = {step.plan.of_tp_rank(op.number, tp_rank) for tp_rank in range(step.tp_size)}
-            waiting = stuck(left, one_queue=False).values()
-            assert {("hidden", piece) for piece in pieces if piece is not None} & {
-                meeting.name for meeting in waiting
+            missing = {
+                ("hidden", step.plan.of_tp_rank(op.number, tp_rank), tp_rank)
+                for tp_rank in range(step.tp_size)
             }
+            assert missing & {each.name for each in stuck(left, one_queue=False).values()}
+
+
+class NotedPass(TeacherPass):
+    """Notes what a pass does, and does nothing."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.ops: list[Op] = []
+
+    def run(self, piece: int, chunk: int) -> None:
+        self.ops.append(Op("teacher", piece, chunk))
+
+    def send(self, piece: int) -> None:
+        self.ops.append(Op("send_hidden", piece))
+
+    def receive(self, piece: int) -> None:
+        self.ops.append(Op("recv_hidden", piece))
+
+
+@pytest.mark.parametrize("one_queue", [False, True], ids=["blocking-hosts", "one-queue"])
+@pytest.mark.parametrize("stages", [1, 2, 3, 5])
+def test_a_pass_before_the_step_blocks_nobody(stages: int, one_queue: bool) -> None:
+    """`run_all` of a teacher that is spread: all receives stand before the last stage's own work,
+    whose collectives wait behind them."""
+    layout = Layout(tp_size=2, pp_size=stages, dp_size=1)
+    for num_rows in (1, 2, 7, 20):
+        pieces = teacher_pieces(num_rows, 2, layout, 2)
+        shares = assign_pieces(pieces, layout, [0.0] * stages, 1.0, 2)
+        plan = TeacherPlan(pieces, shares, num_chunks=2, placement=None)
+        programs = []
+        for stage in range(stages):
+            place: Any = SimpleNamespace(
+                layout=layout, pp_rank=stage, tp_rank=0, is_last_stage=stage == stages - 1
+            )
+            nothing: Any = None
+            noted = NotedPass(
+                model=nothing, groups=place, timer=nothing, plan=plan, tokens_RS=nothing,
+                prefix_R=None, out_RSE=nothing,
+            )  # fmt: skip
+            noted.run_all()
+            programs.append(noted.ops)
+        assert sum(op.kind == "teacher" for ops in programs for op in ops) == 2 * len(pieces)
+        step = Step(programs, plan, 2, spread=True)
+        assert not stuck(step, one_queue=one_queue)
+        assert stages == 1 or num_rows == 1 or any(
+            op.kind == "recv_hidden" for op in programs[-1]
+        )  # fmt: skip

@@ -157,6 +157,26 @@ def test_number_of_chunks_follows_the_teacher() -> None:
     ]  # fmt: skip
 
 
+def test_ranks_that_share_a_teacher_are_as_one() -> None:
+    """The same pieces and places as of stages of one rank, in half the time and as many chunks as
+    that needs; for people each piece counts once."""
+    shape, alone = (shape_of(2, 8, tp=tp, num_chunks=None) for tp in (2, 1))
+    spread = dataclasses.replace(shape, teacher_tp_size=2)
+    times = multiply_adds(spread)
+    assert spread.pieces == alone.pieces
+    assert spread.chunk_bounds == alone.chunk_bounds
+    assert len(shape.chunk_bounds) == 2 * len(spread.chunk_bounds)
+    assert times.teacher(0, 0) == multiply_adds(alone).teacher(0, 0) / 2
+    plan = plan_teacher(spread, times, in_bubbles=True)
+    expected = plan_teacher(alone, multiply_adds(alone), in_bubbles=True)
+    assert plan.pieces_of == [ranks * 2 for ranks in expected.pieces_of]
+    assert plan.placement is not None and expected.placement is not None
+    assert plan.placement.before == expected.placement.before
+    assert plan.describe("") == expected.describe("")
+    for piece in range(len(plan.pieces)):
+        assert plan.of_tp_rank(piece, 0) == plan.of_tp_rank(piece, 1) == piece
+
+
 def test_tensor_parallel_ranks_share_a_schedule() -> None:
     shape = shape_of(2, 5, tp=2)
     plan = plan_teacher(shape, multiply_adds(shape), in_bubbles=True)
