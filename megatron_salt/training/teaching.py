@@ -99,7 +99,9 @@ class Teaching:
             if groups.rank == 0:
                 plan = plan_teacher(self.shape, costs, in_bubbles=self.ahead)
         plan = from_rank_0(plan)
-        self.console.say(held_out.score_teacher(self.teacher))
+        line, warnings = held_out.score_teacher(self.teacher)
+        self.console.say(line)
+        self.console.warn(warnings)
         self.teacher.take_time_s()  # steps count their own
         self.teacher.prepare(plan, ahead=self.ahead)
         self.console.say(f"teacher: {plan.describe('multiply-adds')}")
