@@ -101,7 +101,7 @@ def _measure(config: RunConfig, deepspeed: str) -> dict[str, tuple[Count, StageM
     run.step(step)  # DeepSpeed and Adam allocate at their first step
     stage = run.groups.pp_rank
     if run.teacher is not None:
-        with_teacher = replace(sizes, teacher=TeacherSize.of(run.teacher.manifest))
+        with_teacher = replace(sizes, teacher=TeacherSize.of(run.teacher.record))
         counted = _count(run, 1, inherited)
         found["KD"] = counted, stage_memory(with_teacher, teaching_plan(with_teacher))[stage]
         step = KD_STEPS - 1
