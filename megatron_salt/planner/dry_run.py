@@ -23,6 +23,7 @@ from megatron_salt.data.dataset import TagInputs, find_tokenizer, load_tag_input
 from megatron_salt.data.manifest import read_dataset_manifest
 from megatron_salt.data.objective import check_sentinels, spans_of_rows
 from megatron_salt.files.markdown import BYTE_UNITS, unit_for
+from megatron_salt.huggingface.teacher_folder import find_hf_teacher
 from megatron_salt.method.switch import carried_over, effective
 from megatron_salt.model.costs import layer_costs
 from megatron_salt.model.weights import num_parameters
@@ -76,13 +77,14 @@ def describe_run(config: RunConfig, deepspeed_config: str) -> str:
         switch = carried_over(resumed.run.switch, resumed.run.config.salt, config.salt)
         config = dataclasses.replace(config, salt=effective(config.salt, switch))
     teacher = None
-    if config.teacher.checkpoint is not None:
-        path, seq_length = config.teacher.checkpoint, config.data.seq_length
-        folder, teacher = find_teacher(path, tokenizer, seq_length, resumed)
+    if config.teacher.path is not None:
+        find = find_hf_teacher if config.teacher.hf else find_teacher
+        path, seq_length = config.teacher.path, config.data.seq_length
+        folder, teacher = find(path, tokenizer, seq_length, resumed)
         warnings = [*warnings, *unseen_objectives(folder, teacher, config)]
     sizes = Sizes(
         config=config, settings=settings, layout=layout, vocab_size=tokenizer.vocab_size,
-        teacher=None if teacher is None else TeacherSize.of(teacher),
+        teacher=None if teacher is None else TeacherSize.of(teacher.model),
     )  # fmt: skip
     lines = [
         *(f"WARNING {warning}" for warning in warnings),
@@ -162,7 +164,9 @@ def _teacher_lines(sizes: Sizes) -> list[str]:
     config, layout, teacher = sizes.config, sizes.layout, sizes.teacher
     if teacher is None:
         return ["teacher: none"]
-    count = num_parameters(teacher.model, teacher.vocab_size, teacher.num_positions)
+    count = teacher.parameters or num_parameters(
+        teacher.model, teacher.vocab_size, teacher.num_positions
+    )
     rows = sizes.shape.num_rows
     parts = split_evenly(rows, layout.tp_size * layout.pp_size)
     counts = sorted({stop - start for start, stop in parts})

@@ -51,7 +51,7 @@ class StepShape:
             seq_length=config.data.seq_length, micro_batch_size=settings.micro_batch_size,
             num_micro_batches=settings.num_micro_batches, layout=layout,
             recompute=config.parallel.recompute_granularity == "full",
-            num_chunks=config.teacher.forward_chunks,
+            num_chunks=1 if config.teacher.hf else config.teacher.forward_chunks,
         )  # fmt: skip
 
     @property
