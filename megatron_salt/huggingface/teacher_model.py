@@ -112,7 +112,7 @@ def load_hf_model(
             if prefixes:
                 check_masks(folder, model.base_model, manifest.model.vocab_size, seq_length)
         else:
-            with torch.random.fork_rng(), groups.device:  # its weights are drawn, for nothing
+            with groups.device:
                 model = auto.from_config(config, dtype=dtype)
     body = model.base_model.requires_grad_(False).eval()
     del model  # an output head of its own goes with it

@@ -23,11 +23,15 @@ from tiny import (
     run_to_end,
     without_times,
 )
+from torch import nn
 
 from megatron_salt.checkpoint.manifest import read_checkpoint_manifest
 from megatron_salt.config.fields import RunConfig
-from megatron_salt.data.dataset import DataSource, find_tokenizer
+from megatron_salt.data.dataset import DataSource, find_tokenizer, reads_reference_loss
+from megatron_salt.huggingface.teacher_model import broadcast_body
+from megatron_salt.parallel.groups import FailedElsewhere, initialize
 from megatron_salt.planner.dry_run import describe_run
+from megatron_salt.planner.inputs import read_inputs
 from megatron_salt.training.run import prepare
 
 pytest.importorskip("transformers")
@@ -39,7 +43,7 @@ BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"},
 
 def _teacher(family: str, dataset: Path, folder: Path) -> Path:
     """Trained for a moment, so that it is better than guessing."""
-    model = make_hf_model(family)
+    model = make_hf_model(family, attention_dropout=0.3)  # of which nothing may be seen
     ids = torch.from_numpy(np.fromfile(f"{dataset}.bin", dtype=np.uint16).astype(np.int64))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(30):
@@ -212,7 +216,7 @@ def test_first_score_with_and_without_a_token_in_front(
     config = make_config(
         dataset, tmp_path / "run", teacher__hf=str(teachers["phi"]), data__eod_mask_loss=True,
         parallel__tensor_model_parallel_size=2, parallel__pipeline_model_parallel_size=2,
-        train__eval_samples=21, **KD,
+        train__eval_samples=63, **KD,
     )  # fmt: skip
     line, warnings = run_ranks(4, _first_score, config, make_deepspeed(tmp_path))[0]
     assert warnings == []  # so small a model may know little
@@ -250,6 +254,28 @@ def test_teacher_that_did_not_load_is_refused_on_every_rank(
 # Around the run
 
 
+def _broadcast() -> list[Any]:
+    """A body of which rank 1 has other values, one other dtype and another shape."""
+    groups = initialize(1, 1, 5.0)
+    body = nn.Linear(3, 2).requires_grad_(False)
+    body.weight.fill_(groups.rank + 1.0)
+    shape, dtype = ((4,), torch.float64) if groups.rank == 0 else ((2,), torch.float32)
+    body.register_buffer("angles", torch.full(shape, groups.rank + 5.0, dtype=dtype))
+    broadcast_body(body, groups)
+    if groups.rank == 1:
+        body.register_buffer("more", torch.zeros(1))
+    with pytest.raises((ValueError, FailedElsewhere), match="rank 1 builds another.*'more'"):
+        broadcast_body(body, groups)
+    return [body.weight.numpy(), body.get_buffer("angles").numpy()]
+
+
+def test_every_rank_has_rank_0s_weights_and_buffers() -> None:
+    for weight, angles in run_ranks(2, _broadcast):
+        np.testing.assert_array_equal(weight, np.ones((2, 3), np.float32))
+        np.testing.assert_array_equal(angles, np.full(4, 5.0))
+        assert angles.dtype == np.float64
+
+
 def _alive_after_switch(config: RunConfig, deepspeed_config: str) -> tuple[int, int]:
     """(tensors of the teacher, those alive after the first LM step)."""
     run = prepare(config, deepspeed_config)
@@ -282,4 +308,12 @@ def test_dry_run_knows_its_size(dataset: Path, teachers: dict[str, Path], tmp_pa
     text = describe_run(config, make_deepspeed(tmp_path))
     count = sum(each.numel() for each in make_hf_model("llama").parameters())
     assert f"teacher: {count:,} parameters" in text
+    path = make_deepspeed(tmp_path)
+    size = read_inputs(config, path, 1, vocab_size=VOCAB_SIZE, teacher_config=None).teacher
+    assert size is not None and size.numel == count - VOCAB_SIZE * 32  # its head is not its own
+    route: dict[str, Any] = {"salt__ce_tokens": "excess_loss", "salt__ce_token_share": 0.5}
+    routed = make_config(
+        dataset, tmp_path / "run", teacher__hf=str(teachers["llama"]), **KD, **route
+    )
+    assert not reads_reference_loss(routed)  # of tags: this teacher is asked instead
     assert count > VOCAB_SIZE * 32

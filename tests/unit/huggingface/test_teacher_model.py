@@ -121,8 +121,8 @@ def test_logits_that_no_head_gives_are_refused(change: Any, message: str) -> Non
 
 
 def test_a_factor_that_no_config_names_is_found() -> None:
-    plain = as_teacher(make_hf_model("llama")).head_WE
-    scaled = as_teacher(_Changed(make_hf_model("llama"), lambda z: 0.37 * z)).head_WE
+    plain = as_teacher(make_hf_model("phi")).head_WE
+    scaled = as_teacher(_Changed(make_hf_model("phi"), lambda z: 0.37 * z)).head_WE
     assert plain is not None and scaled is not None
     torch.testing.assert_close(scaled, 0.37 * plain, rtol=1e-6, atol=0)
 
