@@ -1,6 +1,6 @@
 """How long does a training step take beside a plain PyTorch loop with transformers' Llama?
 
-    pip install -e ".[race]"
+    pip install -e ".[hf]"
     python benchmarks/step_beside_transformers.py [--label after]
 
 fp32, one process on a CPU. Student: 8 layers, 512 wide; teacher: 6 layers, 384 wide; a

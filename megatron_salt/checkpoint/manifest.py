@@ -13,6 +13,7 @@ from typing import Any
 from megatron_salt.config.fields import ModelConfig, RunConfig
 from megatron_salt.files.disk import sha256_of
 from megatron_salt.method.switch import SwitchState
+from megatron_salt.model.weights import num_parameters
 
 CHECKPOINT_FORMAT = 2
 MANIFEST = "manifest.json"
@@ -54,6 +55,16 @@ class ModelRecord:
     pp_size: int
     """Parts in which weights/ holds it, as tp_size."""
     evaluation: Evaluation | None
+    bos: int | None = None
+    """The token that began its texts, if it is known; our own have none."""
+    parameters: int | None = None
+    """Of a model that is not ours, whose `config` only stands for its cost; None: see `config`."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole model, real vocabulary rows only."""
+        own = num_parameters(self.config, self.vocab_size, self.num_positions)
+        return own if self.parameters is None else self.parameters
 
 
 @dataclass(frozen=True, kw_only=True)

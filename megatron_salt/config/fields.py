@@ -144,6 +144,9 @@ class TeacherConfig:
 
     checkpoint: str | None = None
     """The teacher: a megatron_salt checkpoint, or a run's output_dir (its last one). null: none."""
+    hf: str | None = None
+    """A Hugging Face folder: any causal language model of transformers teaches as it is, read at
+    the run's precision. Needs the extra hf. In place of checkpoint."""
     max_valid_ce_gap_nats: float = 0.05
     """Refuse a teacher whose held-out CE (nats per token) is further than this from the one stored
     in its checkpoint. Where the held-out samples differ both are printed instead."""
@@ -155,7 +158,12 @@ class TeacherConfig:
     beside the student. They add up the results of every layer. Same losses but for rounding."""
     forward_chunks: int | None = None
     """Placement bubble: into how many chunks of layers a forward pass of the teacher is cut; null:
-    as many as fit well, at least 4."""
+    as many as fit well, at least 4. A teacher.hf is always one."""
+
+    @property
+    def path(self) -> str | None:
+        """Where the teacher is, of either kind; None: there is none."""
+        return self.checkpoint or self.hf
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -255,21 +255,27 @@ def method_problems(config: RunConfig) -> Iterator[str]:
 def teacher_problems(config: RunConfig) -> Iterator[str]:
     """What concerns the teacher: whether there is one to teach, and its place in a step."""
     salt, teacher = config.salt, config.teacher
-    if salt.kd_steps != 0 and teacher.checkpoint is None and salt.kd_weight != 0.0:
+    if salt.kd_steps != 0 and teacher.path is None and salt.kd_weight != 0.0:
         yield (
             f"salt.kd_steps = {salt.kd_steps} but teacher.checkpoint is not set: name the "
-            "teacher's checkpoint, set salt.kd_steps to 0 for plain training, or salt.kd_weight "
-            "to 0 for a KD phase that only selects data"
+            "teacher's checkpoint (or its folder in teacher.hf), set salt.kd_steps to 0 for plain "
+            "training, or salt.kd_weight to 0 for a KD phase that only selects data"
         )
-    if teacher.checkpoint is not None and salt.kd_steps <= 0:
+    kind = "hf" if teacher.checkpoint is None else "checkpoint"
+    if teacher.checkpoint is not None and teacher.hf is not None:
         yield (
-            f"teacher.checkpoint = {teacher.checkpoint} would never teach, salt.kd_steps is 0: set "
+            f"teacher.checkpoint = {teacher.checkpoint} and teacher.hf = {teacher.hf}: there is "
+            "one teacher, leave one out"
+        )
+    if teacher.path is not None and salt.kd_steps <= 0:
+        yield (
+            f"teacher.{kind} = {teacher.path} would never teach, salt.kd_steps is 0: set "
             "salt.kd_steps, or leave the teacher out"
         )
     if teacher.tensor_parallel and teacher.checkpoint is None:
         yield (
-            "teacher.tensor_parallel has no effect without a teacher: set teacher.checkpoint, or "
-            "leave it out"
+            "teacher.tensor_parallel has no effect without teacher.checkpoint (a teacher.hf is "
+            "whole on every rank): leave it out, or convert the model"
         )
     if teacher.tensor_parallel and config.parallel.tensor_model_parallel_size == 1:
         yield (
@@ -279,6 +285,11 @@ def teacher_problems(config: RunConfig) -> Iterator[str]:
     chunks = teacher.forward_chunks
     if chunks is not None and chunks <= 0:
         yield f"teacher.forward_chunks = {chunks}: must be at least 1, or null"
+    if chunks is not None and chunks > 1 and teacher.hf is not None:
+        yield (
+            f"teacher.forward_chunks = {chunks}: a forward pass of teacher.hf is one chunk; leave "
+            "it out"
+        )
     if chunks is not None and teacher.placement == "before_step":
         yield (
             f"teacher.forward_chunks = {chunks} has no effect with teacher.placement = before_step"
@@ -303,11 +314,11 @@ def switch_problems(config: RunConfig) -> Iterator[str]:
                 )
         return
     adaptive = "salt.switch = adaptive"
-    if salt.kd_steps <= 0 or salt.kd_weight <= 0 or config.teacher.checkpoint is None:
+    if salt.kd_steps <= 0 or salt.kd_weight <= 0 or config.teacher.path is None:
         yield (
             f"{adaptive} asks when the teacher stops helping, but there is no teacher that "
-            "teaches: set teacher.checkpoint, salt.kd_steps and salt.kd_weight above 0, or choose "
-            "fixed"
+            "teaches: set teacher.checkpoint or teacher.hf, salt.kd_steps and salt.kd_weight "
+            "above 0, or choose fixed"
         )
         return
     if salt.transition == "constant":
@@ -378,7 +389,7 @@ def tag_problems(config: RunConfig) -> Iterator[str]:
             yield f"salt.{name} = {getattr(salt, name)} needs data.tags"
     if salt.kd_tokens != "all" and salt.kd_weight <= 0:
         yield f"salt.kd_tokens = {salt.kd_tokens} has no effect at salt.kd_weight 0"
-    if salt.ce_tokens == "excess_loss" and not data.tags and config.teacher.checkpoint is None:
+    if salt.ce_tokens == "excess_loss" and not data.tags and config.teacher.path is None:
         yield (
             "salt.ce_tokens = excess_loss compares with a reference loss: set teacher.checkpoint, "
             "or data.tags made with --store loss"

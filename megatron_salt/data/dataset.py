@@ -163,7 +163,7 @@ def load_tag_inputs(config: RunConfig, tokenizer: Tokenizer) -> TagInputs:
 
 def reads_reference_loss(config: RunConfig) -> bool:
     """Whether losses of the tags are read: a teacher in memory computes its own."""
-    return config.salt.ce_tokens == "excess_loss" and config.teacher.checkpoint is None
+    return config.salt.ce_tokens == "excess_loss" and config.teacher.path is None
 
 
 def reads_tags(config: RunConfig) -> bool:

@@ -25,6 +25,7 @@ from megatron_salt.config.fields import RunConfig
 from megatron_salt.data.dataset import Batch, DataSource
 from megatron_salt.data.order import evaluation_rows
 from megatron_salt.evaluation.score_sums import THIRDS, ScoreSums, ThirdCuts, part_sums
+from megatron_salt.evaluation.teacher_check import check_first_score
 from megatron_salt.kernels import TokenScores
 from megatron_salt.model.loss import LossFunction, by_sample, in_order_of_tokens
 from megatron_salt.parallel.groups import Groups
@@ -110,13 +111,32 @@ class HeldOut:
         )
         self.teacher: TeacherScores | None = None
 
-    def score_teacher(self, teacher: Teacher) -> str:
+    def score_teacher(self, teacher: Teacher) -> tuple[str, list[str]]:
         """Score the teacher on every held-out token; its loss beside the one stored with it, as a
-        line for people.
+        line for people, and warnings.
 
+        Collectives: those of `_teacher_losses`, twice for a teacher without a stored loss.
+        Raises: ValueError on all ranks if the loss is not finite, has moved, or is worse than
+            guessing.
+        """
+        found_2NS, packed = self._teacher_losses(teacher)
+        self.teacher = scores = TeacherScores(
+            loss_NS=found_2NS[0].clone(), counted_NS=found_2NS[1].byte(), packed=packed
+        )
+        if teacher.record.evaluation is None:
+            return self._without_stored(teacher, scores)
+        return self._compared_with_stored(teacher, scores.ce_nats), []
+
+    def _teacher_losses(self, teacher: Teacher, first: int | None = None) -> tuple[Tensor, Tensor]:
+        """The teacher's loss on every held-out token.
+
+        Args:
+            first: a token to put in front of each sequence; its last token is then not read, and
+                the tokens themselves are the labels, of which the first does not count.
+        Returns: on the CPU, loss and mask [2, N, S], 0 where a token does not count; and
+            `ScoreSums`, packed.
         Collectives: those of `Teacher.hidden_states` per micro-batch; one all-reduce of 8 N S bytes
             and one of a few hundred over all ranks.
-        Raises: ValueError on all ranks if the loss is not finite or has moved.
         """
         groups, device = self.groups, self.groups.device
         packed = ScoreSums.zeros(device)
@@ -124,35 +144,53 @@ class HeldOut:
         found_2NS = torch.zeros((2, self.num_samples, self.seq_length), device=device)
         for rows in self.rounds:
             batch = self.data.read_held_out(rows).to(device)
-            hidden_BSE = teacher.hidden_states(batch.tokens_RS)
+            tokens_BS, labels_BS, mask_BS = batch.tokens_RS, batch.labels_RS, batch.mask_RS
+            if first is not None:
+                shifted_BS = torch.full_like(tokens_BS, first), torch.zeros_like(mask_BS)
+                shifted_BS[0][:, 1:], shifted_BS[1][:, 1:] = tokens_BS[:, :-1], mask_BS[:, :-1]
+                labels_BS, (tokens_BS, mask_BS) = tokens_BS, shifted_BS
+            hidden_BSE = teacher.hidden_states(tokens_BS)
             if hidden_BSE is None:
                 continue
-            scores = self.student.loss_function.score_teacher(hidden_BSE, batch.labels_RS)
+            scores = self.student.loss_function.score_teacher(hidden_BSE, labels_BS)
             if groups.tp_rank != 0:  # the tp ranks have found the same
                 continue
-            packed += ScoreSums.pack(scores, in_order_of_tokens(batch.mask_RS))
+            packed += ScoreSums.pack(scores, in_order_of_tokens(mask_BS))
             assert scores.ce_T is not None
             loss_BS = by_sample(scores.ce_T, len(rows))
-            counts_BS = batch.mask_RS > 0
+            counts_BS = mask_BS > 0
             real = [place for place, row in enumerate(rows) if row >= 0]
             here = [rows[place] for place in real]
             found_2NS[0, here] = torch.where(counts_BS, loss_BS, 0.0)[real]
             found_2NS[1, here] = counts_BS.float()[real]
         dist.all_reduce(packed)
         dist.all_reduce(found_2NS)
-        found_2NS = found_2NS.cpu()
-        self.teacher = TeacherScores(
-            loss_NS=found_2NS[0].clone(), counted_NS=found_2NS[1].byte(), packed=packed.cpu()
-        )
-        return self._compared_with_stored(teacher, self.teacher.ce_nats)
+        return found_2NS.cpu(), packed.cpu()
+
+    def _without_stored(self, teacher: Teacher, scores: TeacherScores) -> tuple[str, list[str]]:
+        """The loss of a teacher that brings none, as a line, and warnings about it."""
+        source, record, ce_nats = teacher.source, teacher.record, scores.ce_nats
+        vocab_size = self.student.loss_function.vocab.size
+        warnings = check_first_score(source, ce_nats, vocab_size, record.num_parameters)
+        line = f"teacher {source}: held-out CE {ce_nats:.4f} nats/token; none was stored with it"
+        bos = self.data.tokenizer.eod if record.bos is None else record.bos
+        (bos_NS, counted_NS), _ = self._teacher_losses(teacher, bos)
+        if counted_NS.any():
+            # A label that both passes have scored stands one place further behind the token.
+            plain_NS = scores.loss_NS[:, :-1] * counted_NS[:, 1:]
+            plain, of_bos = (x.double().sum() / counted_NS.sum() for x in (plain_NS, bos_NS))
+            line += (
+                f"; with token {bos} in front of each sequence {of_bos:.4f}, without {plain:.4f} "
+                "on the same labels"
+            )
+        return line, warnings
 
     def _compared_with_stored(self, teacher: Teacher, now: float) -> str:
         stored = teacher.record.evaluation
+        assert stored is not None  # score_teacher
         line = f"teacher {teacher.source}: held-out CE {now:.4f} nats/token"
         if not math.isfinite(now):
-            raise ValueError(f"{line}: it cannot teach; name another teacher.checkpoint")
-        if stored is None:
-            return f"{line}; none was stored with it"
+            raise ValueError(f"{line}: it cannot teach; name another teacher")
         same = stored.data == self.fingerprint
         if same and not abs(now - stored.ce_nats) <= self.max_gap_nats:
             raise ValueError(

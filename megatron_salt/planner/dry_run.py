@@ -23,6 +23,7 @@ from megatron_salt.data.dataset import TagInputs, find_tokenizer, load_tag_input
 from megatron_salt.data.manifest import read_dataset_manifest
 from megatron_salt.data.objective import check_sentinels, spans_of_rows
 from megatron_salt.files.markdown import BYTE_UNITS, unit_for
+from megatron_salt.huggingface.teacher_folder import find_teacher_of
 from megatron_salt.method.switch import carried_over, effective
 from megatron_salt.model.costs import layer_costs
 from megatron_salt.model.weights import num_parameters
@@ -30,7 +31,7 @@ from megatron_salt.parallel.groups import planned_world_size
 from megatron_salt.parallel.layout import Layout, layout_for_world, split_evenly
 from megatron_salt.planner.memory import stage_memory
 from megatron_salt.planner.sizes import Sizes, TeacherSize
-from megatron_salt.teacher.find import find_teacher, unseen_objectives
+from megatron_salt.teacher.find import unseen_objectives
 from megatron_salt.teacher.plan import TeacherPlan, multiply_adds, plan_teacher, teaches_ahead
 from megatron_salt.training.initial import check_export, find_initial
 from megatron_salt.training.resume import check_same_tag_inputs, check_start
@@ -81,13 +82,12 @@ def describe_run(config: RunConfig, deepspeed_config: str) -> str:
     if resumed is None or resumed.run.step < config.train.steps:
         check_export(config, tokenizer)
     teacher = None
-    if config.teacher.checkpoint is not None:
-        path, seq_length = config.teacher.checkpoint, config.data.seq_length
-        folder, teacher = find_teacher(path, tokenizer, seq_length, resumed, config.teacher_tp_size)
+    if config.teacher.path is not None:
+        folder, teacher = find_teacher_of(config, tokenizer, resumed)
         warnings = [*warnings, *unseen_objectives(folder, teacher, config)]
     sizes = Sizes(
         config=config, settings=settings, layout=layout, vocab_size=tokenizer.vocab_size,
-        teacher=None if teacher is None else TeacherSize.of(teacher),
+        teacher=None if teacher is None else TeacherSize.of(teacher.model),
     )  # fmt: skip
     lines = [
         *(f"WARNING {warning}" for warning in warnings),
@@ -167,7 +167,9 @@ def _teacher_lines(sizes: Sizes) -> list[str]:
     config, layout, teacher = sizes.config, sizes.layout, sizes.teacher
     if teacher is None:
         return ["teacher: none"]
-    count = num_parameters(teacher.model, teacher.vocab_size, teacher.num_positions)
+    count = teacher.parameters or num_parameters(
+        teacher.model, teacher.vocab_size, teacher.num_positions
+    )
     rows = sizes.shape.num_rows
     parts = split_evenly(rows, sizes.shape.teachers_per_stage * layout.pp_size)
     counts = sorted({stop - start for start, stop in parts})

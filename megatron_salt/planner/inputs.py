@@ -19,6 +19,7 @@ from megatron_salt.config.deepspeed import (
 )
 from megatron_salt.config.fields import ModelConfig, RunConfig
 from megatron_salt.config.problems import model_problems, spreading_problems
+from megatron_salt.huggingface.teacher_folder import describe
 from megatron_salt.parallel.layout import Layout, layout_for_world
 from megatron_salt.planner.sizes import Sizes, TeacherSize
 
@@ -126,11 +127,14 @@ def _vocab_size(config: RunConfig) -> int:
 def _teacher(config: RunConfig, teacher_config: str | None, vocab_size: int) -> TeacherSize | None:
     if teacher_config is not None:
         return _teacher_of_yaml(teacher_config, vocab_size, config.data.seq_length)
-    if config.teacher.checkpoint is None:
-        return None
+    teacher = config.teacher
     try:
-        folder = resolve(config.teacher.checkpoint, what="teacher.checkpoint")
-        return TeacherSize.of(read_checkpoint_manifest(folder))
+        if teacher.hf is not None:
+            return TeacherSize.of(describe(Path(teacher.hf), config.data.seq_length, vocab_size))
+        if teacher.checkpoint is None:
+            return None
+        folder = resolve(teacher.checkpoint, what="teacher.checkpoint")
+        return TeacherSize.of(read_checkpoint_manifest(folder).model)
     except (OSError, ValueError) as error:
         raise ValueError(f"no teacher yet ({error}): give its YAML by --teacher-config") from error
 

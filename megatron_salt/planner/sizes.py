@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_salt.checkpoint.manifest import CheckpointManifest
+from megatron_salt.checkpoint.manifest import ModelRecord
 from megatron_salt.config.deepspeed import DeepSpeedSettings
 from megatron_salt.config.fields import ModelConfig, RunConfig
 from megatron_salt.config.values import parse_objective
@@ -24,17 +24,24 @@ class TeacherSize:
     model: ModelConfig
     vocab_size: int
     num_positions: int
+    parameters: int | None = None
+    """See `ModelRecord`."""
 
     @classmethod
-    def of(cls, manifest: CheckpointManifest) -> TeacherSize:
-        model, positions = manifest.model.config, manifest.model.num_positions
-        return cls(model=model, vocab_size=manifest.model.vocab_size, num_positions=positions)
+    def of(cls, record: ModelRecord) -> TeacherSize:
+        return cls(
+            model=record.config, vocab_size=record.vocab_size,
+            num_positions=record.num_positions, parameters=record.parameters,
+        )  # fmt: skip
 
     def numel(self, tp_size: int) -> int:
         """Parameters that each of `tp_size` ranks keeps: all but an output layer of its own.
 
         Source: `FrozenModel`; its embedding is padded like that many ranks'.
         """
+        if self.parameters is not None:
+            untied = self.model.untie_embeddings_and_output_weights
+            return self.parameters - untied * self.vocab_size * self.model.hidden_size
         table = weight_table(self.model, self.vocab_size, self.num_positions)
         padded = padded_vocab(self.model, self.vocab_size, tp_size)
         kept = [spec for name, spec in table.items() if name != OUTPUT_LAYER]

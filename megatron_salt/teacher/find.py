@@ -38,13 +38,20 @@ def find_teacher(
     check_teacher_fits(folder, manifest, tokenizer.vocab_size, seq_length)
     if uneven := list(spreading_problems(manifest.model.config, tp_size)):
         raise ValueError("\n".join([f"teacher {folder} cannot be spread:", *uneven]))
+    check_same_teacher(folder, manifest, resumed)
+    return folder, manifest
+
+
+def check_same_teacher(
+    folder: Path, manifest: CheckpointManifest, resumed: CheckpointManifest | None
+) -> None:
+    """Raise ValueError if a resumed run has had a teacher of other weights."""
     fingerprint = weights_fingerprint(manifest)
     if resumed and resumed.run.teacher_fingerprint not in (None, fingerprint):
         raise ValueError(
             f"teacher {folder} has other weights than the teacher that this run was resumed with: "
-            "name the same checkpoint in teacher.checkpoint"
+            "name the same one"
         )
-    return folder, manifest
 
 
 def check_teacher_fits(

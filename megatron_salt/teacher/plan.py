@@ -54,7 +54,7 @@ class StepShape:
             num_micro_batches=settings.num_micro_batches, layout=layout,
             teacher_tp_size=config.teacher_tp_size,
             recompute=config.parallel.recompute_granularity == "full",
-            num_chunks=config.teacher.forward_chunks,
+            num_chunks=1 if config.teacher.hf else config.teacher.forward_chunks,
         )  # fmt: skip
 
     @property

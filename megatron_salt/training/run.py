@@ -71,9 +71,9 @@ def prepare(
     teaching = Teaching(config, student, kd, console, measure)
     if agreed.resumed:
         teaching.fingerprint = agreed.resumed.run.teacher_fingerprint
-    if config.teacher.checkpoint and kd.phase(agreed.step) == "kd":
+    if config.teacher.path and kd.phase(agreed.step) == "kd":
         teaching.bring(agreed.tokenizer, held_out, agreed.resumed)
-    elif config.teacher.checkpoint and agreed.resume_from and agreed.resumed:
+    elif config.teacher.path and agreed.resume_from and agreed.resumed:
         console.warn(held_out.resume(agreed.resume_from, agreed.resumed))
     saver = Saver(config, student, held_out, kd, agreed.init_fingerprint, log, console)
     run = Run(config, agreed, student, teaching, held_out, saver)

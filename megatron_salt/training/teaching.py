@@ -8,18 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_salt.checkpoint.manifest import CheckpointManifest, weights_fingerprint
 from megatron_salt.checkpoint.weights import load_frozen
 from megatron_salt.config.fields import RunConfig
+from megatron_salt.config.values import parse_objective
 from megatron_salt.data.dataset import Batch
 from megatron_salt.data.tokenizer import Tokenizer
 from megatron_salt.evaluation.held_out import HeldOut
+from megatron_salt.huggingface.teacher_folder import find_teacher_of
+from megatron_salt.huggingface.teacher_model import load_hf_model
 from megatron_salt.model.weights import DTYPES
 from megatron_salt.parallel.groups import from_rank_0, same_error_everywhere
-from megatron_salt.teacher.find import find_teacher, unseen_objectives
-from megatron_salt.teacher.passes import TeacherPass
+from megatron_salt.teacher.find import unseen_objectives
+from megatron_salt.teacher.passes import TeacherModel, TeacherPass
 from megatron_salt.teacher.plan import (
     StepShape,
     TeacherPlan,
@@ -69,23 +73,15 @@ class Teaching:
         Raises: ValueError on all ranks, naming the checkpoint and what does not fit.
         """
         config, settings, groups = self.config, self.student.settings, self.groups
-        path, seq_length = config.teacher.checkpoint, config.data.seq_length
-        assert path is not None  # problems.teacher_problems
         found: tuple[Path, CheckpointManifest] | None = None
         with same_error_everywhere("checking the teacher"):
             if groups.rank == 0:
-                found = find_teacher(path, tokenizer, seq_length, resumed, config.teacher_tp_size)
+                found = find_teacher_of(config, tokenizer, resumed)
         folder, manifest = from_rank_0(found)
         self.console.warn(unseen_objectives(folder, manifest, config))
         self.fingerprint = weights_fingerprint(manifest)
-        parts = self.student.parts
         dtype = DTYPES[settings.precision]
-        model = load_frozen(
-            folder, manifest, groups, seq_length=seq_length, dtype=dtype,
-            head=parts.vocab if groups.is_last_stage else None,
-            head_columns=parts.padded_vocab // parts.tp_size,
-            tensor_parallel=config.teacher.tensor_parallel,
-        )  # fmt: skip
+        model = self._load(folder, manifest, dtype)
         self.teacher = Teacher(
             model, manifest.model, groups, source=str(folder),
             micro_batch_size=settings.micro_batch_size, dtype=dtype,
@@ -100,10 +96,26 @@ class Teaching:
             if groups.rank == 0:
                 plan = plan_teacher(self.shape, costs, in_bubbles=self.ahead)
         plan = from_rank_0(plan)
-        self.console.say(held_out.score_teacher(self.teacher))
+        line, warnings = held_out.score_teacher(self.teacher)
+        self.console.say(line)
+        self.console.warn(warnings)
         self.teacher.take_time_s()  # steps count their own
         self.teacher.prepare(plan, ahead=self.ahead)
         self.console.say(f"teacher: {plan.describe('multiply-adds')}")
+
+    def _load(self, folder: Path, manifest: CheckpointManifest, dtype: torch.dtype) -> TeacherModel:
+        """The frozen model on every rank, its head on those of the last stage."""
+        parts, groups, data = self.student.parts, self.groups, self.config.data
+        sizes: dict[str, Any] = {
+            "seq_length": data.seq_length, "dtype": dtype,
+            "head": parts.vocab if groups.is_last_stage else None,
+            "head_columns": parts.padded_vocab // parts.tp_size,
+        }  # fmt: skip
+        if self.config.teacher.hf is None:
+            spread = self.config.teacher.tensor_parallel
+            return load_frozen(folder, manifest, groups, tensor_parallel=spread, **sizes)
+        prefixes = set(parse_objective(data.objective)) != {"causal"}
+        return load_hf_model(folder, manifest, groups, prefixes=prefixes, **sizes)
 
     def hidden_for(self, step: int, batch: Batch) -> Tensor | None:
         """The teacher's hidden states of this step's rows, [R, S, E] on the last stage; None

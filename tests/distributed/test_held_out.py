@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from megatron_salt.config.fields import RunConfig
 from megatron_salt.data.dataset import DataSource, find_tokenizer
 from megatron_salt.kernels import VocabShard
 from megatron_salt.parallel.groups import initialize
+from megatron_salt.training.run import prepare
 
 # 63 samples are no multiple of what ranks times micro-batch take: some rows only fill up.
 SETTINGS: dict[str, Any] = {
@@ -144,3 +147,29 @@ def test_evaluation_does_not_depend_on_the_cut(runs: Any, layout: str) -> None:
     assert set(first) == set(expected) and len(first) == 17
     for name, value in expected.items():
         assert first[name] == pytest.approx(value, rel=2e-5, abs=1e-6), name
+
+
+def _bring(config: RunConfig, deepspeed_config: str) -> tuple[str, list[str]]:
+    run = prepare(config, deepspeed_config)
+    assert run.teacher is not None
+    return run.held_out.score_teacher(run.teacher)
+
+
+@pytest.mark.parametrize("bos", [None, 5])
+def test_teacher_without_a_stored_score(
+    dataset: Path, teacher: Path, tmp_path: Path, bos: int | None
+) -> None:
+    """A model without its run: read once more behind the token that began its texts, or else behind
+    the one that ends documents."""
+    checkpoint = tmp_path / "model"
+    shutil.copytree(resolve(str(teacher), what="test"), checkpoint)
+    path = checkpoint / "manifest.json"
+    values = json.loads(path.read_text())
+    values["training"] = values["model"]["evaluation"] = None
+    values["model"]["bos"] = bos
+    path.write_text(json.dumps(values))
+    config = make_config(dataset, tmp_path / "run", teacher__checkpoint=str(checkpoint), **SETTINGS)
+    line, warnings = run_ranks(1, _bring, config, make_deepspeed(tmp_path))[0]
+    token = find_tokenizer(config.data).eod if bos is None else bos
+    assert "none was stored" in line and f"with token {token} in front" in line
+    assert warnings == []

@@ -101,11 +101,7 @@ def _measure(config: RunConfig, deepspeed: str) -> dict[str, tuple[Count, StageM
     run.step(step)  # DeepSpeed and Adam allocate at their first step
     stage = run.groups.pp_rank
     if run.teacher is not None:
-        theirs = run.teacher.record
-        size = TeacherSize(
-            model=theirs.config, vocab_size=theirs.vocab_size, num_positions=theirs.num_positions
-        )
-        with_teacher = replace(sizes, teacher=size)
+        with_teacher = replace(sizes, teacher=TeacherSize.of(run.teacher.record))
         counted = _count(run, 1, inherited)
         found["KD"] = counted, stage_memory(with_teacher, teaching_plan(with_teacher))[stage]
         step = KD_STEPS - 1

@@ -17,14 +17,14 @@ ALLOWED = {
     "commands": "config corpus data evaluation files generation huggingface parallel planner "
     "report scoring",
     "generation": "checkpoint corpus data kernels model parallel",
-    "planner": "checkpoint config data files method model parallel teacher training",
+    "planner": "checkpoint config data files huggingface method model parallel teacher training",
     "report": "data files teacher",
     "training": "checkpoint config data evaluation files huggingface kernels method model parallel "
     "teacher",
     "evaluation": "checkpoint config data files kernels model parallel teacher",
+    "huggingface": "checkpoint config data files kernels model parallel teacher",
     "scoring": "checkpoint data files kernels model parallel",
     "teacher": "checkpoint config data model parallel",
-    "huggingface": "checkpoint config data files model",
     "checkpoint": "config files kernels method model parallel",
     "corpus": "data files",
     "data": "config files method",

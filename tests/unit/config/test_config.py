@@ -189,6 +189,7 @@ def test_only_the_first_rank_speaks(
 
 # Changes to a config that is good, and what the refusal says. Dotted names are its settings.
 ADAPTIVE = {"salt.switch": "adaptive", "train.eval_interval": 10}
+HF = {"teacher.hf": "folder", "teacher.checkpoint": None}
 
 CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"train.steps": 0}, "train.steps = 0"),
@@ -248,7 +249,12 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"salt.transition": "linear_ratio_decay", "salt.transition_steps": 4, "salt.kd_weight": 1.0},
      "infinite at kd_weight 1"),
     ({"teacher.checkpoint": None}, "salt.kd_steps = 40 but teacher.checkpoint is not set"),
-    ({"salt.kd_steps": 0}, "would never teach, salt.kd_steps is 0"),
+    ({"teacher.hf": "folder"}, "teacher.checkpoint = slm and teacher.hf = folder: .* leave one"),
+    ({"teacher.hf": "folder", "teacher.checkpoint": None, "teacher.forward_chunks": 2,
+      "parallel.pipeline_model_parallel_size": 2}, "forward_chunks = 2: .*teacher.hf is one chunk"),
+    ({"teacher.hf": "folder", "teacher.checkpoint": None, "salt.kd_steps": 0},
+     "teacher.hf = folder would never teach"),
+    ({"salt.kd_steps": 0}, "teacher.checkpoint = slm would never teach, salt.kd_steps is 0"),
     ({"salt.min_kd_steps": 3}, "salt.min_kd_steps = 3 has no effect with salt.switch = fixed"),
     ({"salt.switch_margin_nats": 0.1}, "salt.switch_margin_nats = 0.1 has no effect .* adaptive"),
     ({"salt.switch_better_share": 0.1}, "salt.switch_better_share = 0.1 has no effect"),
@@ -346,6 +352,10 @@ def test_contradiction_is_refused(settings: dict[str, Any], message: str, good: 
         {"data.tags": ["a", "b"], "data.objective": ["1", "causal", "1", "prefix"]},
         {"salt.selection": ["a", "b"], "salt.kd_weight": 0.0, "teacher.checkpoint": None},
         {"salt.kd_tokens": "high_entropy", "salt.kd_token_share": 0.85},
+        HF,
+        {**HF, "teacher.forward_chunks": 1},
+        {**HF, "salt.ce_tokens": "excess_loss", "salt.ce_token_share": 0.5},
+        {**HF, **ADAPTIVE},
         ADAPTIVE,
         {**ADAPTIVE, "salt.min_kd_steps": 39, "salt.switch_margin_nats": -0.1},
         {**ADAPTIVE, "salt.switch_better_share": 0.4, "salt.switch_patience": 3},

@@ -609,6 +609,9 @@ def test_a_teacher_on_paper_needs_no_checkpoint(
              "--salt.kd_steps", "60"]  # fmt: skip
     assert call("plan", *words) == 2
     assert "teacher.checkpoint is not set" in capsys.readouterr().err
+    words += ["--teacher.hf", "absent"]
+    assert call("plan", *words) == 2
+    assert "absent: no config.json there" in capsys.readouterr().err
     assert call("plan", *words, "--teacher-config", "examples/configs/tiny_slm.yaml") == 0
     assert "60 KD and 140 LM steps" in capsys.readouterr().out
 
