@@ -155,7 +155,7 @@ def test_broken_characters_are_replaced(teacher: Path, stubbed: dict[str, Any]) 
 class Stripping:
     """A tokenizer that shows the end of a document and drops a space before a text."""
 
-    eod = 0
+    eod, vocab_size = 0, 3
     pieces = ("<end>", " a", " b")
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:

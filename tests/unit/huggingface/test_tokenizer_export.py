@@ -219,6 +219,17 @@ def test_processors_that_only_add_go(
     assert ids_of(tmp_path / "out", ["a"]) == tokenizer.encode_batch(["a"])
 
 
+def test_special_tokens_within_texts_are_not_compared(
+    own: Callable[[str], Tokenizer], tmp_path: Path
+) -> None:
+    """Here a letter, which every character's probe has: a token there, text to us."""
+    tokenizer = changed_json(
+        own("json"), tmp_path / "t.json", lambda library: library.add_special_tokens(["日"])
+    )
+    export_tokenizer(tokenizer, tmp_path / "out", longest=LONGEST)
+    assert ids_of(tmp_path / "out", ["日"]) == [[VOCAB_SIZE]] != tokenizer.encode_batch(["日"])
+
+
 @pytest.mark.parametrize("added", [True, False], ids=["an ordinary added token", "of the model"])
 def test_end_of_document_becomes_special(
     own: Callable[[str], Tokenizer], tmp_path: Path, added: bool
