@@ -233,7 +233,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"teacher.tensor_parallel": True}, "tensor_parallel has no effect with parallel.*= 1: "),
     ({"teacher.tensor_parallel": True, "salt.kd_steps": 0, "teacher.checkpoint": None,
       "parallel.tensor_model_parallel_size": 2},
-     "teacher.tensor_parallel has no effect without a teacher"),
+     "teacher.tensor_parallel has no effect without teacher.checkpoint"),
     ({"salt.teacher_temperature": 0.0}, "salt.teacher_temperature = 0.0"),
     ({"salt.student_temperature": -2.0}, "salt.student_temperature = -2.0"),
     ({"salt.loss_chunk_mib": 0}, "salt.loss_chunk_mib = 0"),

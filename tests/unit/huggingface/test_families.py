@@ -11,9 +11,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hf_folders import MODELS, ROWS, logits_of, make_model, save_model
+from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
 from megatron_salt.checkpoint.manifest import read_checkpoint_manifest
@@ -24,7 +26,7 @@ from megatron_salt.huggingface import convert
 from megatron_salt.huggingface.convert import export_checkpoint, import_folder
 from megatron_salt.huggingface.families import FAMILIES, family_of, read_config
 from megatron_salt.kernels import VocabShard
-from megatron_salt.parallel.groups import Groups, initialize
+from megatron_salt.parallel.groups import initialize
 
 transformers = pytest.importorskip("transformers")
 # Where the same sums are made in another order: attention and MLP side by side, and a formula of
@@ -40,26 +42,31 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def groups() -> Groups:
-    return initialize(1, 1, timeout_minutes=5.0)
-
-
-def ours(checkpoint: Path, groups: Groups, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Logits of a checkpoint's frozen model, of all its rows."""
+def _logits(checkpoint: Path, tokens: np.ndarray, tp_size: int) -> np.ndarray:
+    """This rank's columns of all rows, by the checkpoint's frozen model."""
+    groups = initialize(tp_size, 1, timeout_minutes=5.0)
     manifest = read_checkpoint_manifest(checkpoint)
     rows = manifest.model.vocab_size
+    shard = VocabShard.of_rank(
+        size=rows, padded_size=rows + rows % 2, tp_rank=groups.tp_rank, tp_size=tp_size
+    )
     model = load_frozen(
-        checkpoint, manifest, groups, seq_length=tokens_BS.shape[1], dtype=torch.float32,
-        head=VocabShard(size=rows, start=0, stop=rows), head_columns=rows,
+        checkpoint, manifest, groups, seq_length=tokens.shape[1], dtype=torch.float32,
+        head=shard, head_columns=shard.num_columns, tensor_parallel=tp_size > 1,
     )  # fmt: skip
     assert model.head_WE is not None
-    return model.forward(tokens_BS) @ model.head_WE.T
+    return (model.forward(torch.from_numpy(tokens)) @ model.head_WE.T).numpy()
+
+
+def ours(checkpoint: Path, tokens_BS: torch.Tensor, tp_size: int = 1) -> torch.Tensor:
+    """Logits of a checkpoint's frozen model, spread over so many ranks."""
+    per_rank = run_ranks(tp_size, _logits, checkpoint, tokens_BS.numpy(), tp_size)
+    return torch.from_numpy(np.concatenate(per_rank, axis=-1))
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_in_and_out_and_weights_there_and_back(
-    name: str, tokenizer: Path, groups: Groups, tmp_path: Path
+    name: str, tokenizer: Path, tmp_path: Path
 ) -> None:
     model = make_model(name)
     folder = save_model(model, tokenizer, tmp_path / "hf")
@@ -67,9 +74,10 @@ def test_logits_in_and_out_and_weights_there_and_back(
     tokens_BS = torch.randint(0, ROWS, (2, made.seq_length), generator=torch.manual_seed(5))
     wanted = logits_of(model, tokens_BS)
     assert wanted.std() > 0.1
-    assert (ours(tmp_path / "checkpoint", groups, tokens_BS) - wanted).abs().max() <= ROUNDED.get(
-        name, 0.0
-    )
+    alone = ours(tmp_path / "checkpoint", tokens_BS)
+    assert (alone - wanted).abs().max() <= ROUNDED.get(name, 0.0)
+    spread = ours(tmp_path / "checkpoint", tokens_BS, tp_size=2)
+    assert (spread - wanted).abs().max() <= 1e-6
 
     kind = export_checkpoint(str(tmp_path / "checkpoint"), tmp_path / "back")
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="auto")
@@ -94,7 +102,7 @@ def test_weights_keep_their_precision(dtype: torch.dtype, tokenizer: Path, tmp_p
 
 
 def test_parts_of_a_large_model(
-    tokenizer: Path, groups: Groups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several files in, several parts here, several files out, and the same bits."""
     model = make_model("qwen3")
@@ -113,9 +121,7 @@ def test_parts_of_a_large_model(
     assert all(torch.equal(theirs[name], each) for name, each in model.named_parameters())
 
 
-def test_fields_as_transformers_4_wrote_them(
-    tokenizer: Path, groups: Groups, tmp_path: Path
-) -> None:
+def test_fields_as_transformers_4_wrote_them(tokenizer: Path, tmp_path: Path) -> None:
     rope = {key: value for key, value in MODELS["llama3"][1]["rope_parameters"].items()
             if key != "rope_theta"}  # fmt: skip
     model = make_model("llama3")
@@ -125,9 +131,7 @@ def test_fields_as_transformers_4_wrote_them(
     )  # fmt: skip
     import_folder(folder, tmp_path / "checkpoint")
     tokens_BS = torch.randint(0, ROWS, (1, 64))
-    assert torch.equal(
-        ours(tmp_path / "checkpoint", groups, tokens_BS), logits_of(model, tokens_BS)
-    )
+    assert torch.equal(ours(tmp_path / "checkpoint", tokens_BS), logits_of(model, tokens_BS))
     values = json.loads((folder / "config.json").read_text())
     values["rope_scaling"] = {"type": "linear", "factor": 2.0}
     assert read_config(values, "x")[1].rope_scaling == {"factor": 2.0}
@@ -140,9 +144,7 @@ def test_fields_as_transformers_4_wrote_them(
     assert (neox.rotary_percent, neox.rotary_base) == (0.5, 777.0)
 
 
-def test_published_gpt2_has_no_prefix_and_stores_its_masks(
-    tokenizer: Path, groups: Groups, tmp_path: Path
-) -> None:
+def test_published_gpt2_has_no_prefix_and_stores_its_masks(tokenizer: Path, tmp_path: Path) -> None:
     model = make_model("gpt2-tanh")
     folder = save_model(model, tokenizer, tmp_path / "hf")
     stored = load_file(folder / "model.safetensors")
@@ -151,9 +153,7 @@ def test_published_gpt2_has_no_prefix_and_stores_its_masks(
     save_file(bare, folder / "model.safetensors")
     import_folder(folder, tmp_path / "checkpoint")
     tokens_BS = torch.randint(0, ROWS, (1, 64))
-    assert torch.equal(
-        ours(tmp_path / "checkpoint", groups, tokens_BS), logits_of(model, tokens_BS)
-    )
+    assert torch.equal(ours(tmp_path / "checkpoint", tokens_BS), logits_of(model, tokens_BS))
 
 
 # What would change the logits without a word: refused, by name.

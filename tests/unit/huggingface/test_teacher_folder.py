@@ -108,7 +108,7 @@ def test_the_stand_in_costs_what_the_layers_do(
     assert len(cost) == 2 and record.config.hidden_size == width
     size = TeacherSize.of(record)
     bias = VOCAB_SIZE if family == "gptj" else 0  # of the head, counted with the body
-    assert size.numel == sum(weights.values()) + bias
+    assert size.numel(1) == sum(weights.values()) + bias
 
 
 @pytest.mark.parametrize(
