@@ -33,49 +33,29 @@ from megatron_salt.huggingface.families import (
     to_ours,
     to_theirs,
 )
+from megatron_salt.huggingface.teacher_folder import INDEX, SINGLE, weight_files
 from megatron_salt.huggingface.tokenizer_export import export_tokenizer
 from megatron_salt.model.weights import DTYPES, EMBEDDING, weight_table
 
 CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
 PART_BYTES = 4 << 30
 """Weights of this size, or one that is larger, are in memory at a time and in one file."""
 
 
 class StoredWeights:
-    """The tensors of a Hugging Face folder, read one by one.
-
-    Raises: ValueError where there are none in safetensors, or some of its index are missing.
-    """
+    """The tensors of a Hugging Face folder, read one by one. Raises: ValueError as `weight_files`."""
 
     def __init__(self, folder: Path, family: Family, stack: ExitStack) -> None:
         self.folder = folder
-        if (folder / INDEX).is_file():
-            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        elif (folder / "model.safetensors").is_file():
-            with safe_open(folder / "model.safetensors", framework="pt") as stored:
-                index = dict.fromkeys(stored.keys(), "model.safetensors")
-        else:
-            pickled = [path.name for path in folder.glob("*.bin")]
-            found = (
-                f"only pickled weights ({pickled[0]}, …), which may run any code when read: save "
-            )
-            remedy = "the model with transformers' save_pretrained, which writes safetensors"
-            raise ValueError(f"{folder}: " + (found + remedy if pickled else f"no {INDEX} and no "
-                             "model.safetensors: not a Hugging Face model"))  # fmt: skip
         files = {}
-        for name in sorted(set(index.values())):
-            if not (folder / name).is_file():
-                raise ValueError(f"{folder / name} is missing, which {INDEX} names")
-            files[name] = stack.enter_context(safe_open(folder / name, framework="pt"))
+        for file_name in weight_files(folder, "--from"):
+            file = stack.enter_context(safe_open(folder / file_name, framework="pt"))
+            files |= dict.fromkeys(file.keys(), file)
         prefix = family.optional_prefix
-        bare = bool(prefix) and not any(name.startswith(prefix) for name in index)
+        bare = bool(prefix) and not any(name.startswith(prefix) for name in files)
         self._places = {
-            (prefix + name if bare and not name.startswith("lm_head") else name): (
-                name,
-                files[file],
-            )
-            for name, file in index.items()
+            (prefix + name if bare and not name.startswith("lm_head") else name): (name, file)
+            for name, file in files.items()
             if not re.fullmatch(family.buffers, name)
         }
 
@@ -128,6 +108,7 @@ def import_folder(source: Path, target: Path, ignored: Iterable[str] = ()) -> Mo
             "or save a model with resized embeddings"
         )
     positions = model.max_position_embeddings or longest
+    bos = values.get("bos_token_id")
     with atomic_folder(target) as partial, ExitStack() as stack:
         stored = StoredWeights(source, family, stack)
         weights = _imported(stored, family, model, rows, positions)
@@ -145,6 +126,7 @@ def import_folder(source: Path, target: Path, ignored: Iterable[str] = ()) -> Mo
             tokenizer_fingerprint=tokenizer.fingerprint,
             precision={kind: name for name, kind in DTYPES.items()}[dtype],
             tp_size=1, pp_size=num_parts, evaluation=None,
+            bos=bos if isinstance(bos, int) and bos < rows else None,
         )  # fmt: skip
         write_model_manifest(partial, record)
     return record
@@ -215,7 +197,7 @@ def export_checkpoint(path: str, target: Path) -> str:
         files: list[dict[str, Tensor]] = list(_in_parts(_exported(full, family, model)))
         index: dict[str, str] = {}
         for number, part in enumerate(files, 1):
-            name = "model.safetensors"
+            name = SINGLE
             if len(files) > 1:
                 name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
             save_file(part, partial / name, metadata={"format": "pt"})

@@ -75,9 +75,11 @@ def find_hf_teacher(
     return folder, manifest
 
 
-def weight_files(folder: Path) -> list[str]:
+def weight_files(folder: Path, what: str = "teacher.hf") -> list[str]:
     """Names of the safetensors files that transformers would read.
 
+    Args:
+        what: has named the folder.
     Raises: ValueError if there are none, or one is missing.
     """
     if (folder / INDEX).is_file():
@@ -89,12 +91,12 @@ def weight_files(folder: Path) -> list[str]:
     pickled = sorted(each.name for each in folder.glob("*.bin"))
     if missing and pickled:
         raise ValueError(
-            f"teacher.hf = {folder} has {pickled[0]}, a pickle, which can run any code when it is "
+            f"{what} = {folder} has {pickled[0]}, a pickle, which can run any code when it is "
             "read: load it with transformers where you trust it, and save_pretrained writes "
             "safetensors"
         )
     if missing:
-        raise ValueError(f"teacher.hf = {folder}: {missing[0]} is missing")
+        raise ValueError(f"{what} = {folder}: {missing[0]} is missing")
     return names
 
 

@@ -15,11 +15,13 @@ from hf_folders import make_model, save_model
 from ranks import RankError, run_ranks
 from tiny import (
     LLAMA,
+    cut_back,
     local_weights,
     make_config,
     make_deepspeed,
     metrics_of,
     whole_weights,
+    without_times,
 )
 
 from megatron_salt.checkpoint.folder import list_checkpoints
@@ -140,6 +142,35 @@ def test_a_converted_model_scores_as_student_teacher_and_in_evaluate(
     (score,) = run_ranks(1, _score, str(checkpoint), str(dataset), 32)
     assert score == pytest.approx(wanted, rel=1e-6)
     assert wanted < 6.0  # it has learnt something: chance is ln 509 = 6.23
+
+
+@pytest.mark.parametrize("name", ["qwen3", "pythia"])
+def test_a_converted_teacher_teaches_as_the_model_itself_does(
+    name: str, folders: dict[str, Path], converted: dict[str, Path], dataset: Path, tmp_path: Path
+) -> None:
+    """teacher.checkpoint and teacher.hf: equal metrics, through the switch and across a resume."""
+    found = []
+    for kind, path in {"checkpoint": converted[name], "hf": folders[name]}.items():
+        settings: dict[str, Any] = {
+            f"teacher__{kind}": str(path), "salt__kd_steps": STEPS - 1, "salt__kd_weight": 0.7,
+            "train__steps": STEPS, "train__checkpoint_interval": 1, "train__keep_checkpoints": 0,
+            "train__eval_interval": 2, "train__lr_decay_steps": STEPS,
+        }  # fmt: skip
+        whole = make_config(dataset, tmp_path / f"{kind}_whole", **settings)
+        run_ranks(1, _train, whole, make_deepspeed(tmp_path))
+        cut_back(tmp_path / f"{kind}_whole", tmp_path / kind, step=2)
+        cut = make_config(dataset, tmp_path / kind, **settings)
+        run_ranks(1, _train, cut, make_deepspeed(tmp_path))
+        records = without_times(metrics_of(tmp_path / kind))
+        assert records == without_times(metrics_of(tmp_path / f"{kind}_whole"))
+        found.append(records)
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            same = pytest.approx(theirs[key], rel=1e-6) if isinstance(value, float) else theirs[key]
+            assert value == same, (key, ours["step"] if "step" in ours else 0)
+    assert [record["phase"] for record in found[0][1:]] == ["kd"] * (STEPS - 1) + ["lm"]
+    assert found[0][1]["kl_nats"] > 0.1
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,7 @@ def test_ignored_field_and_wrong_folders(saved: dict[str, Path], tmp_path: Path)
     (tmp_path / "pickled/config.json").write_text(json.dumps(values))
     (tmp_path / "pickled/tokenizer.json").symlink_to(saved["llama"] / "tokenizer.json")
     (tmp_path / "pickled/pytorch_model.bin").touch()
-    with pytest.raises(ValueError, match=r"pickled weights .pytorch_model.bin, ….*safetensors"):
+    with pytest.raises(ValueError, match="has pytorch_model.bin, a pickle.*safetensors"):
         import_folder(tmp_path / "pickled", tmp_path / "new", ["logit_scale"])
     with pytest.raises(ValueError, match="there already: name another folder"):
         import_folder(saved["llama"], tmp_path / "pickled")
