@@ -43,11 +43,11 @@ PART_BYTES = 4 << 30
 
 
 class StoredWeights:
-    """The tensors of a Hugging Face folder, read one by one. Raises: ValueError as `weight_files`."""
+    """The tensors of a Hugging Face folder, read one by one. Raises: as `weight_files`."""
 
     def __init__(self, folder: Path, family: Family, stack: ExitStack) -> None:
         self.folder = folder
-        files = {}
+        files: dict[str, Any] = {}
         for file_name in weight_files(folder, "--from"):
             file = stack.enter_context(safe_open(folder / file_name, framework="pt"))
             files |= dict.fromkeys(file.keys(), file)

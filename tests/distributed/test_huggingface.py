@@ -168,7 +168,7 @@ def test_a_converted_teacher_teaches_as_the_model_itself_does(
         assert ours.keys() == theirs.keys()
         for key, value in ours.items():
             same = pytest.approx(theirs[key], rel=1e-6) if isinstance(value, float) else theirs[key]
-            assert value == same, (key, ours["step"] if "step" in ours else 0)
+            assert value == same, (key, ours.get("step", 0))
     assert [record["phase"] for record in found[0][1:]] == ["kd"] * (STEPS - 1) + ["lm"]
     assert found[0][1]["kl_nats"] > 0.1
 
