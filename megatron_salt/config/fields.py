@@ -89,6 +89,13 @@ class ModelConfig:
     def ffn_size(self) -> int:
         return self.ffn_hidden_size or 4 * self.hidden_size
 
+    def sizes(self) -> dict[str, Any]:
+        """All settings, with the sizes that null stands for."""
+        return dataclasses.asdict(self) | {
+            "num_query_groups": self.query_groups, "kv_channels": self.head_size,
+            "ffn_hidden_size": self.ffn_size,
+        }  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:

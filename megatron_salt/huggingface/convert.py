@@ -225,19 +225,12 @@ def _exported(
 def _config(
     kind: str, family: Family, about: ModelRecord, tokenizer: Tokenizer, dtype: str
 ) -> dict[str, Any]:
-    model = about.config
-    learned = model.position_embedding_type == "learned_absolute"
-    longest = {"n_positions": about.num_positions} if learned else {
-        "max_position_embeddings": about.seq_length
-    }  # fmt: skip
+    learned = about.config.position_embedding_type == "learned_absolute"
+    longest = about.num_positions if learned else about.seq_length
     return {
         "architectures": [family.architecture],
         "model_type": kind,
-        "vocab_size": about.vocab_size,
-        **longest,
-        **family.write(model),
-        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
-        "initializer_range": model.init_method_std,
+        **family.write(about.config, about.vocab_size, longest),
         # The names of transformers 4 and 5.
         "torch_dtype": dtype,
         "dtype": dtype,

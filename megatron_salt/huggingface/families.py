@@ -9,11 +9,9 @@ tests/unit/huggingface compares logits bit for bit.
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +31,11 @@ HARMLESS = frozenset({
     "summary_use_proj", "task_specific_params", "torch_dtype", "transformers_version",
     "unk_token_id", "use_cache",
 })  # fmt: skip
-TANH_GELUS = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
+# Theirs -> ours. Of names for the same function the first one is written.
+GELUS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
+         "gelu_fast": "gelu_tanh"}  # fmt: skip
+# Settings that may be null: what they are then follows from others.
+DERIVED = ("num_query_groups", "kv_channels", "ffn_hidden_size")
 OTHERWISE = "; as a teacher it may work through teacher.hf, which runs the class itself"
 
 
@@ -86,49 +88,49 @@ class Fields:
             )
 
 
-def read_rope(fields: Fields) -> dict[str, Any]:
-    """`rotary_base` and `rope_scaling` of a ModelConfig, from the fields of transformers 4 or 5.
+def read_rope(fields: Fields, share: float) -> dict[str, Any]:
+    """Rotary settings of a ModelConfig, from the fields of transformers 4 or 5.
 
+    Args:
+        share: of the channels that turn, where the file does not say.
     Raises: ValueError for a rule that is not here, or two that contradict each other.
     """
     old = dict(fields.take_or_none("rope_scaling") or {})
-    theta = fields.take_or_none("rope_theta") or fields.take_or_none("rotary_emb_base")
-    if theta is not None:
-        old["rope_theta"] = theta
+    for name, before in (
+        ("rope_theta", "rotary_emb_base"),
+        ("partial_rotary_factor", "rotary_pct"),
+    ):
+        value = fields.take_or_none(name) or fields.take_or_none(before)
+        old |= {} if value is None else {name: value}
     new = dict(fields.take_or_none("rope_parameters") or {})
     for rope in (old, new):
-        kind = rope.pop("type", rope.get("rope_type"))
-        if kind is not None:
+        if (kind := rope.pop("type", None)) is not None:
             rope["rope_type"] = kind
     for name in set(old) & set(new):
         if old[name] != new[name]:
             fields.refuse(f"rope_parameters.{name}", new[name], f"elsewhere it is {old[name]!r}")
     rope = {**old, **new}
-    kind, base = rope.pop("rope_type", "default"), float(rope.pop("rope_theta", 10000.0))
-    share = rope.pop("partial_rotary_factor", None)
+    kind, base = rope.pop("rope_type", "default"), rope.pop("rope_theta", 10000.0)
+    share = rope.pop("partial_rotary_factor", share)
     names = {"default": (), "linear": ROPE_FACTORS[:1], "llama3": ROPE_FACTORS}.get(kind)
     if names is None or set(rope) != set(names):
         fields.refuse("rope_parameters", {"rope_type": kind, **rope}, "this rule is not known here")
-    scaling = {name: float(rope[name]) for name in names or ()}
-    found: dict[str, Any] = {"rotary_base": base, "rope_scaling": scaling or None}
-    if share is not None:
-        found["rotary_percent"] = float(share)
-    return found
+    scaling = {name: float(rope[name]) for name in names or ()} or None
+    return {"rotary_base": float(base), "rope_scaling": scaling, "rotary_percent": float(share)}
 
 
 def write_rope(model: ModelConfig) -> dict[str, Any]:
     """The fields for transformers 4 and what reads like it, and those for transformers 5."""
     scaling: dict[str, Any] = dict(model.rope_scaling or {})
-    if "original_max_position_embeddings" in scaling:
-        name = "original_max_position_embeddings"
-        scaling[name] = int(scaling[name])
-    kinds = {0: "default", 1: "linear"}
-    new = {"rope_type": kinds.get(len(scaling), "llama3"), **scaling}
-    return {
-        "rope_theta": model.rotary_base,
-        "rope_scaling": new if scaling else None,
-        "rope_parameters": {"rope_theta": model.rotary_base, **new},
-    }
+    if len(scaling) > 1:
+        scaling[ROPE_FACTORS[-1]] = int(scaling[ROPE_FACTORS[-1]])  # a number of positions
+    new = {"rope_type": {0: "default", 1: "linear"}.get(len(scaling), "llama3"), **scaling}
+    old = {"rope_theta": model.rotary_base, "rope_scaling": new if scaling else None}
+    share = {}
+    if model.rotary_percent != 1.0:
+        share = {"partial_rotary_factor": model.rotary_percent}
+        old |= {"rotary_pct": model.rotary_percent, "rotary_emb_base": model.rotary_base}
+    return {**old, "rope_parameters": {"rope_theta": model.rotary_base, **share, **new}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,18 +140,73 @@ class Family:
     architecture: str
     style: Mapping[str, Sequence[Any]]
     """Settings of a ModelConfig with the values that the class can be; the others are sizes."""
+    fields: Mapping[str, str]
+    """Setting -> field, of the same meaning."""
+    fixed: Mapping[str, Any]
+    """Fields with the only value that our layers compute."""
     defaults: Mapping[str, Any]
-    """Of fields that a config.json may leave out."""
-    read: Callable[[Fields], dict[str, Any]]
-    """Fields to settings. It also gives `vocab_size` and `longest`, tokens of a sequence."""
-    write: Callable[[ModelConfig], dict[str, Any]]
-    """Settings to fields, without those of the vocabulary."""
+    """Of fields that a config.json may leave out: what the class then takes."""
+    rotary_percent: float = 1.0
+    """Share of the channels that turn, where the file does not say."""
+    longest: str = "max_position_embeddings"
+    """Field with the longest sequence, in tokens."""
     weights: Mapping[str, tuple[str, str]]
     """Our module -> (layout, their modules between spaces); {} is the number of the layer."""
     buffers: str
     """Pattern of stored tensors that are no weights."""
     optional_prefix: str = ""
     """Of their names, which some folders leave out."""
+
+    def read(self, fields: Fields) -> tuple[ModelConfig, int, int]:
+        """Settings, rows of the vocabulary and longest sequence.
+
+        Raises: ValueError naming a field that cannot be converted.
+        """
+        fields.expect(**self.fixed)
+        found = {
+            ours: fields.take_or_none(theirs) if ours in DERIVED else fields.take(theirs)
+            for ours, theirs in self.fields.items()
+        }
+        found["untie_embeddings_and_output_weights"] = not fields.take("tie_word_embeddings")
+        rows, longest = fields.take("vocab_size"), fields.take(self.longest)
+        if (kind := found.get("activation")) is not None:
+            if kind not in GELUS:
+                fields.refuse(self.fields["activation"], kind, f"known are {', '.join(GELUS)}")
+            found["activation"] = GELUS[kind]
+        if set(fields.take_or_none("layer_types") or ()) - {"full_attention"}:
+            fields.refuse("layer_types", "not full_attention", "here a token sees all before it")
+        # Within its window attention sees all, so longer sequences are what has to be refused. With
+        # use_sliding_window, which Qwen has, there is none.
+        if {"sliding_window", "use_sliding_window"} & {*self.defaults, *self.fixed}:
+            window = fields.take_or_none("sliding_window")
+            if "use_sliding_window" not in self.fixed:
+                longest = min(longest, window or longest)
+        if "rope" in self.style["position_embedding_type"]:
+            found |= read_rope(fields, self.rotary_percent)
+        else:
+            found["max_position_embeddings"] = longest
+        fields.finish()
+        only = {name: values[0] for name, values in self.style.items()}
+        model = ModelConfig(**{**only, **found})
+        if wrong := self.differences(model):
+            raise ValueError(f"{fields.source}: {'; '.join(wrong)}{OTHERWISE}")
+        return model, rows, longest
+
+    def write(self, model: ModelConfig, rows: int, longest: int) -> dict[str, Any]:
+        """The fields of a config.json, the inverse of `read`."""
+        values = model.sizes()
+        values["activation"] = {ours: kind for kind, ours in reversed(GELUS.items())}.get(
+            model.activation
+        )
+        return {
+            "vocab_size": rows,
+            self.longest: longest,
+            **{theirs: values[ours] for ours, theirs in self.fields.items()},
+            **self.fixed,
+            **(write_rope(model) if model.position_embedding_type == "rope" else {}),
+            "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+            "initializer_range": model.init_method_std,
+        }
 
     def differences(self, model: ModelConfig) -> list[str]:
         """What keeps a model from being of this family, setting by setting."""
@@ -158,7 +215,7 @@ class Family:
             for name, values in self.style.items()
             if getattr(model, name) not in values
         ]
-        if self.weights["layers.{}.self_attention.linear_qkv"][0] != "qkv":
+        if "num_query_groups" not in self.fields:
             if model.query_groups != model.num_attention_heads:
                 wrong.append(f"model.num_query_groups = {model.query_groups}, not one per head")
             if model.head_size * model.num_attention_heads != model.hidden_size:
@@ -209,131 +266,6 @@ def to_theirs(layout: str, ours: Tensor, model: ModelConfig) -> list[Tensor]:
     return [each.contiguous() for each in parts]
 
 
-def _read_llama(fields: Fields, *, has_window: bool = False) -> dict[str, Any]:
-    """Llama, Mistral, Qwen2 and Qwen3, which differ in their style alone."""
-    fields.expect(hidden_act="silu", attention_bias=False, mlp_bias=False, use_sliding_window=False)
-    kinds = set(fields.take_or_none("layer_types") or ())
-    if kinds - {"full_attention"}:
-        fields.refuse("layer_types", sorted(kinds), "here every token sees all before it")
-    # Within its window attention sees all, so longer sequences are what has to be refused.
-    longest, window = fields.take("max_position_embeddings"), fields.take_or_none("sliding_window")
-    if has_window and window is not None:
-        longest = min(longest, window)
-    rope = read_rope(fields)
-    if rope.pop("rotary_percent", 1.0) != 1.0:
-        fields.refuse("partial_rotary_factor", "below 1", "in this class all channels turn")
-    heads = fields.take("num_attention_heads")
-    return {
-        "num_layers": fields.take("num_hidden_layers"),
-        "hidden_size": fields.take("hidden_size"),
-        "num_attention_heads": heads,
-        "num_query_groups": fields.take("num_key_value_heads", heads),
-        "kv_channels": fields.take_or_none("head_dim"),
-        "ffn_hidden_size": fields.take("intermediate_size"),
-        "layernorm_epsilon": fields.take("rms_norm_eps"),
-        "untie_embeddings_and_output_weights": not fields.take("tie_word_embeddings"),
-        "vocab_size": fields.take("vocab_size"),
-        "longest": longest,
-        **rope,
-    }
-
-
-def _write_llama(model: ModelConfig) -> dict[str, Any]:
-    return {
-        "num_hidden_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.query_groups,
-        "head_dim": model.head_size,
-        "intermediate_size": model.ffn_size,
-        "rms_norm_eps": model.layernorm_epsilon,
-        "hidden_act": "silu",
-        **write_rope(model),
-    }
-
-
-def _read_gelu(fields: Fields, name: str) -> str:
-    value = fields.take(name)
-    if value not in ("gelu", *TANH_GELUS):
-        fields.refuse(name, value, f"known are gelu, {', '.join(TANH_GELUS)}")
-    return "gelu" if value == "gelu" else "gelu_tanh"
-
-
-def _write_gelu(model: ModelConfig) -> str:
-    return "gelu" if model.activation == "gelu" else TANH_GELUS[0]
-
-
-def _read_gpt2(fields: Fields) -> dict[str, Any]:
-    fields.expect(
-        scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False,
-        reorder_and_upcast_attn=False,
-    )  # fmt: skip
-    positions = fields.take("n_positions")
-    return {
-        "num_layers": fields.take("n_layer"),
-        "hidden_size": fields.take("n_embd"),
-        "num_attention_heads": fields.take("n_head"),
-        "ffn_hidden_size": fields.take_or_none("n_inner"),
-        "max_position_embeddings": positions,
-        "activation": _read_gelu(fields, "activation_function"),
-        "layernorm_epsilon": fields.take("layer_norm_epsilon"),
-        "untie_embeddings_and_output_weights": not fields.take("tie_word_embeddings"),
-        "vocab_size": fields.take("vocab_size"),
-        "longest": positions,
-    }
-
-
-def _write_gpt2(model: ModelConfig) -> dict[str, Any]:
-    return {
-        "n_layer": model.num_layers,
-        "n_embd": model.hidden_size,
-        "n_head": model.num_attention_heads,
-        "n_inner": model.ffn_size,
-        "activation_function": _write_gelu(model),
-        "layer_norm_epsilon": model.layernorm_epsilon,
-    }
-
-
-def _read_neox(fields: Fields) -> dict[str, Any]:
-    fields.expect(attention_bias=True)
-    share = fields.take_or_none("rotary_pct")
-    rope = read_rope(fields)
-    if share is not None and rope.get("rotary_percent", share) != share:
-        fields.refuse("rotary_pct", share, f"rope_parameters has {rope['rotary_percent']}")
-    rope.setdefault("rotary_percent", 0.25 if share is None else float(share))
-    return {
-        "num_layers": fields.take("num_hidden_layers"),
-        "hidden_size": fields.take("hidden_size"),
-        "num_attention_heads": fields.take("num_attention_heads"),
-        "ffn_hidden_size": fields.take("intermediate_size"),
-        "activation": _read_gelu(fields, "hidden_act"),
-        "layernorm_epsilon": fields.take("layer_norm_eps"),
-        "parallel_residual": fields.take("use_parallel_residual"),
-        "untie_embeddings_and_output_weights": not fields.take("tie_word_embeddings"),
-        "vocab_size": fields.take("vocab_size"),
-        "longest": fields.take("max_position_embeddings"),
-        **rope,
-    }
-
-
-def _write_neox(model: ModelConfig) -> dict[str, Any]:
-    rope = write_rope(model)
-    rope["rope_parameters"]["partial_rotary_factor"] = model.rotary_percent
-    return {
-        "num_hidden_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "num_attention_heads": model.num_attention_heads,
-        "intermediate_size": model.ffn_size,
-        "hidden_act": _write_gelu(model),
-        "layer_norm_eps": model.layernorm_epsilon,
-        "use_parallel_residual": model.parallel_residual,
-        "attention_bias": True,
-        "rotary_pct": model.rotary_percent,
-        "rotary_emb_base": model.rotary_base,
-        **rope,
-    }
-
-
 _LAYER, _ATTENTION = "layers.{}.", "layers.{}.self_attention."
 _LLAMA_WEIGHTS = {
     "embedding.word_embeddings": ("copy", "model.embed_tokens"),
@@ -376,62 +308,76 @@ _NEOX_WEIGHTS = {
 }
 
 
-def _llama_style(*, add_qkv_bias: bool = False, qk_layernorm: bool = False) -> dict[str, Any]:
-    return {
-        "normalization": ["RMSNorm"], "activation": ["swiglu"], "position_embedding_type": ["rope"],
-        "rotary_percent": [1.0], "add_bias_linear": [False], "add_qkv_bias": [add_qkv_bias],
-        "qk_layernorm": [qk_layernorm], "parallel_residual": [False],
-    }  # fmt: skip
-
-
-def _gelu_style(position: str, **style: Sequence[Any]) -> dict[str, Any]:
-    return {
-        "normalization": ["LayerNorm"], "activation": ["gelu", "gelu_tanh"],
-        "position_embedding_type": [position], "add_bias_linear": [True], "add_qkv_bias": [False],
-        "qk_layernorm": [False], **style,
-    }  # fmt: skip
-
-
-def _llama(architecture: str, style: dict[str, Any], **others: Any) -> Family:
+def _llama(
+    architecture: str, fixed: Mapping[str, Any], defaults: Mapping[str, Any], **style: bool
+) -> Family:
     return Family(
-        architecture=architecture, style=style, read=_read_llama, write=_write_llama,
-        weights=_LLAMA_WEIGHTS, buffers=r".*rotary_emb\.inv_freq", **others,
+        architecture=architecture,
+        style={
+            "normalization": ["RMSNorm"], "activation": ["swiglu"],
+            "position_embedding_type": ["rope"], "rotary_percent": [1.0],
+            **{name: [style.get(name, False)] for name in ("add_qkv_bias", "qk_layernorm")},
+            "add_bias_linear": [False], "parallel_residual": [False],
+        },
+        fields={
+            **_COMMON, "num_query_groups": "num_key_value_heads", "kv_channels": "head_dim",
+            "layernorm_epsilon": "rms_norm_eps",
+        },
+        fixed={"hidden_act": "silu", **fixed},
+        defaults={"tie_word_embeddings": False, "rms_norm_eps": 1e-6, **defaults},
+        weights=_LLAMA_WEIGHTS, buffers=r".*rotary_emb\.inv_freq",
     )  # fmt: skip
 
 
-_UNTIED = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6}
+_COMMON = {
+    "num_layers": "num_hidden_layers", "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads", "ffn_hidden_size": "intermediate_size",
+}  # fmt: skip
+_GELU_STYLE: dict[str, list[Any]] = {
+    "normalization": ["LayerNorm"], "activation": ["gelu", "gelu_tanh"], "add_bias_linear": [True],
+    "add_qkv_bias": [False], "qk_layernorm": [False],
+}  # fmt: skip
 # By `model_type`. Of two that fit a model the first one is what it is exported as.
 FAMILIES: dict[str, Family] = {
-    "llama": _llama("LlamaForCausalLM", _llama_style(), defaults=_UNTIED),
-    "mistral": dataclasses.replace(
-        _llama(
-            "MistralForCausalLM", _llama_style(),
-            defaults={**_UNTIED, "num_key_value_heads": 8, "sliding_window": 4096},
-        ),
-        read=partial(_read_llama, has_window=True),
+    "llama": _llama("LlamaForCausalLM", {"attention_bias": False, "mlp_bias": False}, {}),
+    "mistral": _llama(
+        "MistralForCausalLM", {}, {"num_key_value_heads": 8, "sliding_window": 4096}
     ),
     "qwen2": _llama(
-        "Qwen2ForCausalLM", _llama_style(add_qkv_bias=True),
-        defaults={**_UNTIED, "num_key_value_heads": 32},
+        "Qwen2ForCausalLM", {"use_sliding_window": False}, {"num_key_value_heads": 32},
+        add_qkv_bias=True,
     ),
     "qwen3": _llama(
-        "Qwen3ForCausalLM", _llama_style(qk_layernorm=True),
-        defaults={**_UNTIED, "num_key_value_heads": 32, "head_dim": 128},
+        "Qwen3ForCausalLM", {"use_sliding_window": False, "attention_bias": False},
+        {"num_key_value_heads": 32, "head_dim": 128}, qk_layernorm=True,
     ),
     "gpt2": Family(
         architecture="GPT2LMHeadModel",
-        style=_gelu_style("learned_absolute", parallel_residual=[False]),
+        style={**_GELU_STYLE, "position_embedding_type": ["learned_absolute"],
+               "parallel_residual": [False]},
+        fields={
+            "num_layers": "n_layer", "hidden_size": "n_embd", "num_attention_heads": "n_head",
+            "ffn_hidden_size": "n_inner", "activation": "activation_function",
+            "layernorm_epsilon": "layer_norm_epsilon",
+        },
+        fixed={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+               "add_cross_attention": False, "reorder_and_upcast_attn": False},
         defaults={"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
                   "tie_word_embeddings": True},
-        read=_read_gpt2, write=_write_gpt2, weights=_GPT2_WEIGHTS,
+        longest="n_positions", weights=_GPT2_WEIGHTS,
         buffers=r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias", optional_prefix="transformer.",
     ),
     "gpt_neox": Family(
-        architecture="GPTNeoXForCausalLM", style=_gelu_style("rope", rope_scaling=[None]),
+        architecture="GPTNeoXForCausalLM",
+        style={**_GELU_STYLE, "position_embedding_type": ["rope"], "rope_scaling": [None]},
+        fields={
+            **_COMMON, "activation": "hidden_act", "layernorm_epsilon": "layer_norm_eps",
+            "parallel_residual": "use_parallel_residual",
+        },
+        fixed={"attention_bias": True},
         defaults={"hidden_act": "gelu", "layer_norm_eps": 1e-5, "tie_word_embeddings": False,
                   "use_parallel_residual": True},
-        read=_read_neox, write=_write_neox, weights=_NEOX_WEIGHTS,
-        buffers=r".*attention\.((masked_)?bias|rotary_emb\.inv_freq)",
+        rotary_percent=0.25, weights=_NEOX_WEIGHTS, buffers=r".*attention\.((masked_)?bias|rotary_emb\.inv_freq)",
     ),
 }  # fmt: skip
 
@@ -454,11 +400,7 @@ def read_config(
     for name in ("quantization_config", "auto_map"):
         if (found := fields.take_or_none(name)) is not None:
             fields.refuse(name, found, "quantised weights and code of their own are not here")
-    found = family.read(fields)
-    fields.finish()
-    rows, longest = found.pop("vocab_size"), found.pop("longest")
-    only = {name: allowed[0] for name, allowed in family.style.items() if len(allowed) == 1}
-    return family, ModelConfig(**{**only, **found}), rows, longest
+    return family, *family.read(fields)
 
 
 def family_of(model: ModelConfig) -> tuple[str, Family]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,13 +49,7 @@ def find_initial(config: RunConfig, tokenizer: Tokenizer) -> Initial | None:
     manifest = read_checkpoint_manifest(folder)
     own, name = manifest.model, f"train.init_from = {folder}"
     check_reads(name, load_tokenizer(folder / "tokenizer"), "the run's data", tokenizer)
-    # As numbers: of two ways to say the same sizes one is as good as the other.
-    before, now = (
-        dataclasses.asdict(each)
-        | {"num_query_groups": each.query_groups, "kv_channels": each.head_size}
-        | {"ffn_hidden_size": each.ffn_size}
-        for each in (own.config, config.model)
-    )
+    before, now = own.config.sizes(), config.model.sizes()
     before["positions"] = now["positions"] = None
     if own.config.position_embedding_type == "learned_absolute":
         before["positions"], now["positions"] = own.num_positions, config.num_positions

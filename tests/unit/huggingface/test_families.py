@@ -163,7 +163,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
     ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'.*not known here"),
     ("llama3", {"rope_scaling": {"factor": 4.0}}, "rope_parameters.factor = 8.0: elsewhere .* 4.0"),
-    ("llama", {"partial_rotary_factor": 0.5}, "what partial_rotary_factor = 0.5 would change"),
+    ("llama", {"partial_rotary_factor": 0.5}, "model.rotary_percent = 0.5, not 1.0"),
     ("llama", {"logit_scale": 0.5}, "what logit_scale = 0.5 would change .*--ignore-field"),
     ("llama", {"quantization_config": {"bits": 4}}, "quantization_config .*quantised weights"),
     ("llama", {"model_type": "olmo2"}, "model_type = 'olmo2': only llama.*teacher.hf"),
@@ -179,7 +179,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
     ("gpt2", {"activation_function": "relu"}, "activation_function = 'relu': known are gelu"),
     ("pythia", {"attention_bias": False}, "attention_bias = False: only True"),
-    ("pythia", {"rotary_pct": 0.5}, "rotary_pct = 0.5: rope_parameters has 0.25"),
+    ("pythia", {"rotary_pct": 0.5}, "partial_rotary_factor = 0.25: elsewhere it is 0.5"),
 ]
 
 
