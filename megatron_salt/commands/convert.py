@@ -23,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a new folder")  # fmt: skip
     add("--ignore-field", nargs="+", action="extend", default=[], metavar="NAME",
         help="fields of config.json that change nothing of what the model computes")  # fmt: skip
+    add("--tokenizer-as-is", action="store_true",
+        help="of a checkpoint: copy its tokenizer's file, where transformers has none")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,5 +42,6 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.ignore_field:
         raise ValueError("--ignore-field is for Hugging Face folders, and --from is a checkpoint")
-    print(f"{args.target}: {export_checkpoint(args.source, args.target)} of {args.source}")
+    kind = export_checkpoint(args.source, args.target, args.tokenizer_as_is)
+    print(f"{args.target}: {kind} of {args.source}")
     return 0

@@ -282,6 +282,11 @@ def teacher_problems(config: RunConfig) -> Iterator[str]:
             "teacher.tensor_parallel has no effect with parallel.tensor_model_parallel_size = 1: "
             "raise that size, or leave it out"
         )
+    if teacher.hf is not None and set(parse_objective(config.data.objective)) != {"causal"}:
+        yield (
+            f"data.objective = {list(config.data.objective)}: a teacher.hf reads causal rows only; "
+            "convert the model (teacher.checkpoint), or choose causal"
+        )
     chunks = teacher.forward_chunks
     if chunks is not None and chunks <= 0:
         yield f"teacher.forward_chunks = {chunks}: must be at least 1, or null"

@@ -177,11 +177,14 @@ def check_exportable(model: ModelConfig, target: Path) -> tuple[str, Family]:
     return family_of(model)
 
 
-def export_checkpoint(path: str, target: Path) -> str:
+def export_checkpoint(path: str, target: Path, tokenizer_as_is: bool = False) -> str:
     """Make a Hugging Face folder of a checkpoint, or of a run's newest one. Returns its class.
 
     Weights keep their precision and the vocabulary its real rows. Beginning and end of a text are
     our end of document.
+
+    Args:
+        tokenizer_as_is: copy its file, in place of files that transformers reads.
     Memory: all weights.
     Raises: ValueError naming checkpoint, setting or text of the tokenizer. `target` is there as a
         whole or not at all.
@@ -192,7 +195,10 @@ def export_checkpoint(path: str, target: Path) -> str:
     kind, family = check_exportable(model, target)
     tokenizer = load_tokenizer(source / "tokenizer")
     with atomic_folder(target) as partial:
-        export_tokenizer(tokenizer, partial, longest=about.seq_length)
+        if tokenizer_as_is:
+            tokenizer.save(partial)
+        else:
+            export_tokenizer(tokenizer, partial, longest=about.seq_length)
         full = read_weights(source, manifest)
         files: list[dict[str, Tensor]] = list(_in_parts(_exported(full, family, model)))
         index: dict[str, str] = {}

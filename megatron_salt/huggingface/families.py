@@ -119,18 +119,21 @@ def read_rope(fields: Fields, share: float) -> dict[str, Any]:
     return {"rotary_base": float(base), "rope_scaling": scaling, "rotary_percent": float(share)}
 
 
-def write_rope(model: ModelConfig) -> dict[str, Any]:
-    """The fields for transformers 4 and what reads like it, and those for transformers 5."""
+def write_rope(model: ModelConfig, share: float) -> dict[str, Any]:
+    """The fields for transformers 4 and what reads like it, and those for transformers 5.
+
+    Args:
+        share: of the channels that turn, where the file does not say.
+    """
     scaling: dict[str, Any] = dict(model.rope_scaling or {})
     if len(scaling) > 1:
         scaling[ROPE_FACTORS[-1]] = int(scaling[ROPE_FACTORS[-1]])  # a number of positions
     new = {"rope_type": {0: "default", 1: "linear"}.get(len(scaling), "llama3"), **scaling}
     old = {"rope_theta": model.rotary_base, "rope_scaling": new if scaling else None}
-    share = {}
-    if model.rotary_percent != 1.0:
-        share = {"partial_rotary_factor": model.rotary_percent}
+    if share != 1.0:
         old |= {"rotary_pct": model.rotary_percent, "rotary_emb_base": model.rotary_base}
-    return {**old, "rope_parameters": {"rope_theta": model.rotary_base, **share, **new}}
+        new = {"partial_rotary_factor": model.rotary_percent, **new}
+    return {**old, "rope_parameters": {"rope_theta": model.rotary_base, **new}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +206,7 @@ class Family:
             self.longest: longest,
             **{theirs: values[ours] for ours, theirs in self.fields.items()},
             **self.fixed,
-            **(write_rope(model) if model.position_embedding_type == "rope" else {}),
+            **({} if self.longest == "n_positions" else write_rope(model, self.rotary_percent)),
             "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
             "initializer_range": model.init_method_std,
         }
@@ -377,7 +380,8 @@ FAMILIES: dict[str, Family] = {
         fixed={"attention_bias": True},
         defaults={"hidden_act": "gelu", "layer_norm_eps": 1e-5, "tie_word_embeddings": False,
                   "use_parallel_residual": True},
-        rotary_percent=0.25, weights=_NEOX_WEIGHTS, buffers=r".*attention\.((masked_)?bias|rotary_emb\.inv_freq)",
+        rotary_percent=0.25, weights=_NEOX_WEIGHTS,
+        buffers=r".*attention\.((masked_)?bias|rotary_emb\.inv_freq)",
     ),
 }  # fmt: skip
 

@@ -58,7 +58,7 @@ class HfModel(nn.Module):
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """Last hidden states [S, B, E]; a head with a bias finds a one behind them, then zeros."""
-        hidden_BSE = body_states(self.body, tokens_BS, self.prefix_masks.mask_B1SS)
+        hidden_BSE = body_states(self.body, tokens_BS)
         if more := self.hidden_size - hidden_BSE.shape[-1]:
             hidden_BSE = F.pad(F.pad(hidden_BSE, (0, 1), value=1.0), (0, more - 1))
         return hidden_BSE.transpose(0, 1)
@@ -73,9 +73,9 @@ class HfModel(nn.Module):
         self.body, self.head_WE = nn.Module(), None
 
 
-def body_states(body: nn.Module, tokens_BS: Tensor, mask_B1SS: Tensor | None = None) -> Tensor:
+def body_states(body: nn.Module, tokens_BS: Tensor) -> Tensor:
     """Last hidden states [B, S, E] behind the last norm."""
-    output = body(input_ids=tokens_BS, attention_mask=mask_B1SS, use_cache=False)
+    output = body(input_ids=tokens_BS, use_cache=False)
     return output.last_hidden_state
 
 
@@ -88,13 +88,11 @@ def load_hf_model(
     dtype: torch.dtype,
     head: VocabShard | None,
     head_columns: int,
-    prefixes: bool,
 ) -> HfModel:
     """The model of a Hugging Face folder, frozen, on every rank.
 
     Args:
         head, head_columns: see `FrozenModel`.
-        prefixes: whether rows will have a part that is read in both directions.
     Collectives: one broadcast per weight and buffer over all ranks; rank 0 alone reads the folder.
     Raises: ValueError on all ranks naming the folder and what of the model cannot be had.
     """
@@ -110,8 +108,6 @@ def load_hf_model(
             model = _read(folder, auto, dtype).to(groups.device)
             check_weights(folder, model)
             head_VE = folded_head(folder, model, manifest.model.vocab_size, seq_length)
-            if prefixes:
-                check_masks(folder, model.base_model, manifest.model.vocab_size, seq_length)
         else:
             with groups.device:
                 model = auto.from_config(config, dtype=dtype)
@@ -207,32 +203,6 @@ def probe_tokens(vocab_size: int, length: int, device: torch.device) -> Tensor:
 def close(x: Tensor, y: Tensor, dtype: torch.dtype) -> bool:
     """Whether they differ by no more than rounding to `dtype` explains."""
     return bool(((x - y).abs() <= ROUNDING[dtype] * y.abs().max()).all())
-
-
-@torch.no_grad()
-def check_masks(folder: Path, body: nn.Module, vocab_size: int, seq_length: int) -> None:
-    """Raise ValueError if the model does not take the masks of rows that have a prefix.
-
-    A mask that is causal must change nothing (it does where a window, or a position, is made of the
-    mask). One with a prefix must show the first token what comes later.
-    """
-    like = next(body.parameters())
-    tokens_BS, problem = probe_tokens(vocab_size, seq_length, like.device), ""
-    open_11SS = like.new_zeros((1, 1, seq_length, seq_length))
-    causal_11SS = torch.full_like(open_11SS, -torch.inf).triu(1)
-    plain_BSE = body_states(body, tokens_BS)
-    try:
-        if not close(body_states(body, tokens_BS, causal_11SS), plain_BSE, like.dtype):
-            problem = f"has more than a causal mask at {seq_length} tokens (a sliding window, say)"
-        elif close(body_states(body, tokens_BS, open_11SS)[:, 0], plain_BSE[:, 0], like.dtype):
-            problem = "cannot read a prefix in both directions"
-    except (RuntimeError, ValueError, IndexError) as error:
-        problem = f"takes no mask for each row ({error})"
-    if problem:
-        raise ValueError(
-            f"teacher.hf = {folder}: {type(body).__name__} {problem}, as rows of data.objective "
-            "need: use causal alone, or another teacher"
-        )
 
 
 def broadcast_body(body: nn.Module, groups: Groups) -> None:

@@ -7,10 +7,8 @@ another. So a pipeline of `tokenizers` is built from what the model says, and bo
 from __future__ import annotations
 
 import json
-import logging
 import math
 import random
-import shutil
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +16,6 @@ from typing import Any
 
 from megatron_salt.data.tokenizer import (
     HUGGING_FACE_NAME,
-    SENTENCEPIECE_NAME,
     SentencePieceTokenizer,
     Tokenizer,
 )
@@ -43,44 +40,40 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path, *, longest: int) -> Non
     it is a sentencepiece model; what `transformers.AutoTokenizer` loads gives the same ids.
 
     Nothing is added to a text, cut off or filled up; eos, bos and padding are our end of document.
-    Three differences stay:
+    Two differences stay:
     - The string of a special token within a text (`</s>`, `<extra_id_0>`) is that token there, and
       text to us. Our end of document is special there, whatever the file says.
     - An unknown character, of a sentencepiece model without byte fallback, is shown there as
       `<unk>`, by sentencepiece as `⁇`.
-    - A unigram model's sums of scores are rounded to 32 bits by sentencepiece. Where two cuts of a
-      text are equally good up to that, it may take the other one: of long runs of one character,
-      and late in a long text. A warning says so.
 
     Args:
         longest: tokens that the model reads at most.
     Raises: ValueError naming text and ids where the files would give others, or what of the
-        sentencepiece model has no counterpart. Then `tokenizer.model` is written alone.
+        sentencepiece model has no counterpart. Then nothing is written.
     """
     import tokenizers
 
     folder.mkdir(parents=True, exist_ok=True)
     remedy = f"{tokenizer.path} cannot be exported"
-    scores: list[float] | None = None
     if isinstance(tokenizer, SentencePieceTokenizer):
-        shutil.copyfile(tokenizer.path, folder / SENTENCEPIECE_NAME)
         remedy = (
-            f"use {folder / SENTENCEPIECE_NAME}, which is written, through sentencepiece itself; or"
-            " train a .json tokenizer, and a model with it"
+            "`megatron-salt convert --tokenizer-as-is` lays it beside the model as it is, for use"
+            " through sentencepiece itself; or train a .json tokenizer, and a model with it"
         )
-        pipeline, scores = sentencepiece_pipeline(tokenizer.path, remedy)
-        content = json.loads(pipeline.to_str())
+        content = json.loads(sentencepiece_pipeline(tokenizer.path, remedy).to_str())
     else:
         content = json.loads(tokenizer.path.read_text(encoding="utf-8"))
     eod = _prepare(content, tokenizer)
     text = json.dumps(content, ensure_ascii=False, indent=2)
-    _compare(tokenizer, tokenizers.Tokenizer.from_str(text), scores, remedy)
+    _compare(tokenizer, tokenizers.Tokenizer.from_str(text), remedy)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eod, "bos_token": eod,
         "pad_token": eod, "model_max_length": longest, "clean_up_tokenization_spaces": False,
     }  # fmt: skip
     if "add_prefix_space" in (before := content["pre_tokenizer"] or {}):
         config["add_prefix_space"] = before["add_prefix_space"]  # transformers 4 else clears it
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        tokenizer.save(folder)
     for name, written in ((HUGGING_FACE_NAME, text), (CONFIG_NAME, json.dumps(config, indent=2))):
         with atomic_path(folder / name) as temporary:
             temporary.write_text(written + "\n", encoding="utf-8")
@@ -102,9 +95,8 @@ def _prepare(content: dict[str, Any], tokenizer: Tokenizer) -> str:
     return eod
 
 
-def sentencepiece_pipeline(path: Path, remedy: str) -> tuple[Any, list[float] | None]:
-    """What does as a sentencepiece model does, as a `tokenizers.Tokenizer`; and, of a unigram
-    model, the score of each piece that text is cut into, nan of others.
+def sentencepiece_pipeline(path: Path, remedy: str) -> Any:
+    """What does as a sentencepiece model does, as a `tokenizers.Tokenizer`.
 
     Raises: ValueError for what has no counterpart.
     """
@@ -114,9 +106,10 @@ def sentencepiece_pipeline(path: Path, remedy: str) -> tuple[Any, list[float] | 
 
     proto = ModelProto.FromString(path.read_bytes())
     kinds, trainer, normal = proto.SentencePiece, proto.trainer_spec, proto.normalizer_spec
-    is_bpe = trainer.model_type == trainer.BPE
     for present, what in (
-        (not is_bpe and trainer.model_type != trainer.UNIGRAM, "is neither bpe nor unigram"),
+        # sentencepiece adds up a unigram model's scores in 32 bits, `tokenizers` in 64: of two cuts
+        # that are nearly as good they may take different ones.
+        (trainer.model_type != trainer.BPE, "is not a BPE model"),
         (any(piece.type == kinds.UNUSED for piece in proto.pieces), "has unused pieces"),
         (trainer.treat_whitespace_as_suffix, "writes spaces behind words"),
         (not normal.escape_whitespaces, "keeps spaces as they are"),
@@ -128,18 +121,10 @@ def sentencepiece_pipeline(path: Path, remedy: str) -> tuple[Any, list[float] | 
     unknown = next(i for i, piece in enumerate(proto.pieces) if piece.type == kinds.UNKNOWN)
     names = [piece.piece for piece in proto.pieces]
     scores = [p.score if p.type == kinds.NORMAL else math.nan for p in proto.pieces]
-    if is_bpe:
-        model: Any = models.BPE(
-            {name: i for i, name in enumerate(names)}, _merges(names, scores),
-            unk_token=names[unknown], fuse_unk=True, byte_fallback=trainer.byte_fallback,
-        )  # fmt: skip
-    else:  # what text is never cut into, byte pieces among them, is worse than any cut
-        known = [score for score in scores if not math.isnan(score)]
-        never = max(map(len, names)) * min(known) - 10.0
-        weights = [never if math.isnan(score) else score for score in scores]
-        model = models.Unigram(
-            list(zip(names, weights, strict=True)), unknown, trainer.byte_fallback
-        )
+    model = models.BPE(
+        {name: i for i, name in enumerate(names)}, _merges(names, scores),
+        unk_token=names[unknown], fuse_unk=True, byte_fallback=trainer.byte_fallback,
+    )  # fmt: skip
     steps: list[Any] = [normalizers.Replace(" ", SPACE)]
     back: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if normal.add_dummy_prefix:
@@ -156,7 +141,7 @@ def sentencepiece_pipeline(path: Path, remedy: str) -> tuple[Any, list[float] | 
         if piece.type in (kinds.USER_DEFINED, kinds.CONTROL, kinds.UNKNOWN):
             special = piece.type != kinds.USER_DEFINED
             pipeline.add_tokens([AddedToken(piece.piece, special=special, normalized=False)])
-    return pipeline, None if is_bpe else scores
+    return pipeline
 
 
 def _merges(names: Sequence[str], scores: Sequence[float]) -> list[tuple[str, str]]:
@@ -186,9 +171,7 @@ def _probes(tokenizer: Tokenizer, special: dict[int, str]) -> Iterator[str]:
     yield from (tokenizer.decode(ids[start : start + 20]) for start in range(0, len(ids), 20))
 
 
-def _compare(
-    tokenizer: Tokenizer, outside: Any, scores: Sequence[float] | None, remedy: str
-) -> None:
+def _compare(tokenizer: Tokenizer, outside: Any, remedy: str) -> None:
     """Raises: ValueError naming the first text that `outside` cuts or shows otherwise."""
     added = outside.get_added_tokens_decoder()
     special = {index: token.content for index, token in added.items() if token.special}
@@ -203,7 +186,7 @@ def _compare(
     what = f"{tokenizer.path} as a {HUGGING_FACE_NAME}"
     for text, ours, encoding in encoded:
         theirs, probe = encoding.ids, repr(text[:SHOWN_CHARACTERS])
-        if ours != theirs and not (scores and _equally_good(ours, theirs, scores)):
+        if ours != theirs:
             pairs = enumerate(zip(ours, theirs, strict=False))
             at = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
             a, b = (ids[at : at + SHOWN_IDS] for ids in (ours, theirs))
@@ -214,18 +197,3 @@ def _compare(
         if here != there and special.keys().isdisjoint(ours):
             a, b = repr(here[:SHOWN_CHARACTERS]), repr(there[:SHOWN_CHARACTERS])
             raise ValueError(f"{what} shows the tokens of {probe} as {b}, not {a}; {remedy}")
-    if scores:
-        logging.getLogger(__name__).warning(
-            "%s is a unigram model: transformers may cut a text otherwise where two cuts are"
-            " equally good up to rounding",
-            tokenizer.path,
-        )
-
-
-def _equally_good(ours: list[int], theirs: list[int], scores: Sequence[float]) -> bool:
-    """Whether both cuts have the same score up to the rounding of sums in 32 bits."""
-    both = ours, theirs
-    sums = [math.fsum(scores[i] for i in ids if not math.isnan(scores[i])) for ids in both]
-    others = [[i for i in ids if math.isnan(scores[i])] for ids in both]
-    rounding = max(map(len, both)) * abs(sums[0]) * 2.0**-23
-    return others[0] == others[1] and abs(sums[0] - sums[1]) <= rounding

@@ -14,7 +14,6 @@ from torch import Tensor
 from megatron_salt.checkpoint.manifest import CheckpointManifest, weights_fingerprint
 from megatron_salt.checkpoint.weights import load_frozen
 from megatron_salt.config.fields import RunConfig
-from megatron_salt.config.values import parse_objective
 from megatron_salt.data.dataset import Batch
 from megatron_salt.data.tokenizer import Tokenizer
 from megatron_salt.evaluation.held_out import HeldOut
@@ -114,8 +113,7 @@ class Teaching:
         if self.config.teacher.hf is None:
             spread = self.config.teacher.tensor_parallel
             return load_frozen(folder, manifest, groups, tensor_parallel=spread, **sizes)
-        prefixes = set(parse_objective(data.objective)) != {"causal"}
-        return load_hf_model(folder, manifest, groups, prefixes=prefixes, **sizes)
+        return load_hf_model(folder, manifest, groups, **sizes)
 
     def hidden_for(self, step: int, batch: Batch) -> Tensor | None:
         """The teacher's hidden states of this step's rows, [R, S, E] on the last stage; None

@@ -234,6 +234,8 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"teacher.tensor_parallel": True, "salt.kd_steps": 0, "teacher.checkpoint": None,
       "parallel.tensor_model_parallel_size": 2},
      "teacher.tensor_parallel has no effect without teacher.checkpoint"),
+    ({"teacher.hf": "folder", "teacher.checkpoint": None, "data.objective": ["prefix"]},
+     "a teacher.hf reads causal rows only; convert the model"),
     ({"salt.teacher_temperature": 0.0}, "salt.teacher_temperature = 0.0"),
     ({"salt.student_temperature": -2.0}, "salt.student_temperature = -2.0"),
     ({"salt.loss_chunk_mib": 0}, "salt.loss_chunk_mib = 0"),

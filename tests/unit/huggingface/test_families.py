@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -42,26 +43,32 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _logits(checkpoint: Path, tokens: np.ndarray, tp_size: int) -> np.ndarray:
-    """This rank's columns of all rows, by the checkpoint's frozen model."""
-    groups = initialize(tp_size, 1, timeout_minutes=5.0)
+def _logits(checkpoint: Path, tokens: np.ndarray) -> list[np.ndarray]:
+    """Of all rows, by the checkpoint's frozen model: whole on this rank, and of two ranks that
+    share it this one's columns."""
+    size = int(os.environ["WORLD_SIZE"])
+    groups = initialize(size, 1, timeout_minutes=5.0)
     manifest = read_checkpoint_manifest(checkpoint)
     rows = manifest.model.vocab_size
-    shard = VocabShard.of_rank(
-        size=rows, padded_size=rows + rows % 2, tp_rank=groups.tp_rank, tp_size=tp_size
+    half = VocabShard.of_rank(
+        size=rows, padded_size=rows + rows % 2, tp_rank=groups.tp_rank, tp_size=2
     )
-    model = load_frozen(
-        checkpoint, manifest, groups, seq_length=tokens.shape[1], dtype=torch.float32,
-        head=shard, head_columns=shard.num_columns, tensor_parallel=tp_size > 1,
-    )  # fmt: skip
-    assert model.head_WE is not None
-    return (model.forward(torch.from_numpy(tokens)) @ model.head_WE.T).numpy()
+    found = []
+    for head in [VocabShard(size=rows, start=0, stop=rows), half][:size]:
+        model = load_frozen(
+            checkpoint, manifest, groups, seq_length=tokens.shape[1], dtype=torch.float32,
+            head=head, head_columns=head.num_columns, tensor_parallel=head is half,
+        )  # fmt: skip
+        assert model.head_WE is not None
+        found.append((model.forward(torch.from_numpy(tokens)) @ model.head_WE.T).numpy())
+    return found
 
 
-def ours(checkpoint: Path, tokens_BS: torch.Tensor, tp_size: int = 1) -> torch.Tensor:
-    """Logits of a checkpoint's frozen model, spread over so many ranks."""
-    per_rank = run_ranks(tp_size, _logits, checkpoint, tokens_BS.numpy(), tp_size)
-    return torch.from_numpy(np.concatenate(per_rank, axis=-1))
+def ours(checkpoint: Path, tokens_BS: torch.Tensor, num_ranks: int = 1) -> list[torch.Tensor]:
+    """Logits of a checkpoint's frozen model, on one rank, and spread over two if there are two."""
+    whole, *halves = zip(*run_ranks(num_ranks, _logits, checkpoint, tokens_BS.numpy()), strict=True)
+    spread = [torch.from_numpy(np.concatenate(each, axis=-1)) for each in halves]
+    return [torch.from_numpy(whole[0]), *spread]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -74,9 +81,8 @@ def test_logits_in_and_out_and_weights_there_and_back(
     tokens_BS = torch.randint(0, ROWS, (2, made.seq_length), generator=torch.manual_seed(5))
     wanted = logits_of(model, tokens_BS)
     assert wanted.std() > 0.1
-    alone = ours(tmp_path / "checkpoint", tokens_BS)
+    alone, spread = ours(tmp_path / "checkpoint", tokens_BS, num_ranks=2)
     assert (alone - wanted).abs().max() <= ROUNDED.get(name, 0.0)
-    spread = ours(tmp_path / "checkpoint", tokens_BS, tp_size=2)
     assert (spread - wanted).abs().max() <= 1e-6
 
     kind = export_checkpoint(str(tmp_path / "checkpoint"), tmp_path / "back")
@@ -131,7 +137,7 @@ def test_fields_as_transformers_4_wrote_them(tokenizer: Path, tmp_path: Path) ->
     )  # fmt: skip
     import_folder(folder, tmp_path / "checkpoint")
     tokens_BS = torch.randint(0, ROWS, (1, 64))
-    assert torch.equal(ours(tmp_path / "checkpoint", tokens_BS), logits_of(model, tokens_BS))
+    assert torch.equal(ours(tmp_path / "checkpoint", tokens_BS)[0], logits_of(model, tokens_BS))
     values = json.loads((folder / "config.json").read_text())
     values["rope_scaling"] = {"type": "linear", "factor": 2.0}
     assert read_config(values, "x")[1].rope_scaling == {"factor": 2.0}
@@ -153,7 +159,21 @@ def test_published_gpt2_has_no_prefix_and_stores_its_masks(tokenizer: Path, tmp_
     save_file(bare, folder / "model.safetensors")
     import_folder(folder, tmp_path / "checkpoint")
     tokens_BS = torch.randint(0, ROWS, (1, 64))
-    assert torch.equal(ours(tmp_path / "checkpoint", tokens_BS), logits_of(model, tokens_BS))
+    assert torch.equal(ours(tmp_path / "checkpoint", tokens_BS)[0], logits_of(model, tokens_BS))
+
+
+def test_tokenizer_that_has_no_equal_goes_as_it_is_where_asked(tmp_path: Path) -> None:
+    text = Path(transformers.__file__).read_text(encoding="utf-8")
+    made = tmp_path / "tokenizer.model"
+    train_tokenizer([text], made, vocab_size=400, model_type="unigram")
+    import_folder(save_model(make_model("llama"), made, tmp_path / "hf"), tmp_path / "checkpoint")
+    source, target = str(tmp_path / "checkpoint"), tmp_path / "out"
+    with pytest.raises(ValueError, match="not a BPE model.*--tokenizer-as-is"):
+        export_checkpoint(source, target)
+    assert not target.exists()
+    export_checkpoint(source, target, tokenizer_as_is=True)
+    assert (target / "tokenizer.model").read_bytes() == made.read_bytes()
+    assert not (target / "tokenizer.json").exists() and (target / "model.safetensors").exists()
 
 
 # What would change the logits without a word: refused, by name.

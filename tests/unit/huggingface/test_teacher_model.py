@@ -13,7 +13,6 @@ from hf_models import VOCAB_SIZE, make_hf_model, save_hf_model
 from megatron_salt.huggingface import teacher_model
 from megatron_salt.huggingface.teacher_model import (
     HfModel,
-    check_masks,
     check_weights,
     folded_head,
     probe_tokens,
@@ -154,51 +153,6 @@ def test_bytes_and_release() -> None:
     assert teacher.num_bytes() == 4 * (sum(each.numel() for each in body) + 512 * 40)
     teacher.release()
     assert teacher.num_bytes() == 0 and teacher.head_WE is None
-
-
-@pytest.mark.parametrize("prefix", [[0, 0], [5, 0], [LENGTH, 3]])
-@torch.no_grad()
-def test_a_prefix_is_read_in_both_directions(prefix: list[int]) -> None:
-    """Changing a token moves exactly the states that may see it."""
-    teacher = as_teacher(make_hf_model("llama"))
-    teacher.prefix_masks.use(torch.tensor(prefix), torch.device("cpu"))
-    for place in range(LENGTH):
-        other = tokens()
-        other[:, place] = (other[:, place] + 1) % VOCAB_SIZE
-        moved = (states(teacher, other) != states(teacher, tokens())).any(dim=-1)
-        for row, length in enumerate(prefix):
-            seen = [at >= place or (place < length and at < length) for at in range(LENGTH)]
-            assert moved[row].tolist() == seen
-
-
-@pytest.mark.parametrize(
-    ("family", "problem"),
-    [
-        ("llama", None),
-        ("phi", None),
-        ("gpt2", None),
-        ("mistral", "more than a causal mask at 12 tokens"),
-        ("opt", "takes no mask for each row"),
-        ("bloom", "takes no mask for each row"),
-    ],
-)
-def test_masks_are_tried_before_they_are_needed(family: str, problem: str | None) -> None:
-    body = make_hf_model(family).base_model
-    arguments = (HERE, body, VOCAB_SIZE, LENGTH)
-    if problem is None:
-        check_masks(*arguments)
-        return
-    with pytest.raises(ValueError, match=f"folder.*{problem}.*data.objective"):
-        check_masks(*arguments)
-
-
-def test_a_model_that_ignores_masks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = teacher_model.body_states
-    monkeypatch.setattr(
-        teacher_model, "body_states", lambda body, tokens_BS, mask=None: whole(body, tokens_BS)
-    )
-    with pytest.raises(ValueError, match="cannot read a prefix in both directions"):
-        check_masks(HERE, make_hf_model("llama").base_model, VOCAB_SIZE, LENGTH)
 
 
 def test_weights_of_no_trained_model() -> None:
