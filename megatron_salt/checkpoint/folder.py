@@ -59,6 +59,8 @@ def resolve(path: str, *, what: str) -> Path:
     if found:
         return found[-1]
     problem = "does not exist" if not given.exists() else "holds no complete checkpoint"
+    if (given / "config.json").is_file() and not checkpoints_dir(given).exists():
+        problem += " (`megatron-salt convert` makes one of a Hugging Face folder)"
     raise ValueError(
         f"{what} = {path}: {problem}; give a directory with {MANIFEST}, or a run's output_dir "
         "with checkpoints/ in it"

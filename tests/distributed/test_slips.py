@@ -131,6 +131,15 @@ SLIPS = [
     # Checkpoints.
     ("evaluate --checkpoint {place}/moved", "data/tiny_text_document", "--data"),
     ("evaluate --checkpoint {place}/nowhere", "{place}/nowhere", "does not exist"),
+    ("convert --from {place}/nowhere --to {place}/new", "{place}/nowhere", "does not exist"),
+    ("convert --from {place}/run --to {place}/hf", "{place}/hf is there already", "name another"),
+    ("convert --from {place}/hf --to {place}/new", "model_type = 'olmo2'", "teacher.hf"),
+    (TRAIN + "--teacher.checkpoint {place}/hf --salt.kd_steps 2", "`megatron-salt convert` makes"),
+    (TRAIN + "--train.init_from {place}/run --model.num_layers 3", "has num_layers 2, not 3",
+     "model.yaml"),
+    (TRAIN + "--train.export_hf {place}/hf", "{place}/hf is there already"),
+    (TRAIN + "--model.add_qkv_bias true --model.qk_layernorm true --train.export_hf {place}/new",
+     "no class of transformers", "model.add_qkv_bias = True, not False"),
     ("generate --checkpoint {place}/nowhere --prompt a", "{place}/nowhere", "does not exist"),
     ("compare --baseline {place}/run --run {place}/nowhere --output {place}/r.md",
      "{place}/nowhere", "Name a run's output directory"),
@@ -191,6 +200,8 @@ def place(dataset: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory
         ("zero", "zero: {stage: 1}"), ("syntax", "train:\n  steps: [1\n"),
     ):  # fmt: skip
         (place / f"{name}.yaml").write_text(text)
+    (place / "hf").mkdir()
+    (place / "hf" / "config.json").write_text('{"model_type": "olmo2"}')
     (place / "text.jsonl").write_text('{"text": "some words"}\n')
     shutil.copy(place / "text.jsonl", place / "false.jsonl.gz")
     (place / "cut.jsonl.gz").write_bytes(bytes.fromhex("1f8b0800000000000003ab56"))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from tiny import GPT, make_config, make_deepspeed, run_to_end
+from tiny import GPT, LLAMA, make_config, make_deepspeed, run_to_end
 
 from megatron_salt.checkpoint.folder import resolve
 from megatron_salt.checkpoint.manifest import read_checkpoint_manifest
@@ -20,6 +20,13 @@ from megatron_salt.kernels import VocabShard
 from megatron_salt.parallel.groups import initialize
 
 PROMPTS = ["def ", "import os\n\nclass A", "", "def "]
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "qwen": {**LLAMA, "qk_layernorm": True, "add_qkv_bias": True, "rope_scaling": {"factor": 4.0}},
+    "pythia": {**GPT, "position_embedding_type": "rope", "rotary_percent": 0.25,
+               "parallel_residual": True},
+}  # fmt: skip
 
 
 def asked(**values: Any) -> GenerationRequest:
@@ -56,8 +63,15 @@ def likeliest(path: str, prompts: list[list[int]], most: int, end: int) -> list[
     return found
 
 
-def test_greedy_tokens_are_the_likeliest_of_whole_forward_passes(teacher: Path) -> None:
+@pytest.mark.parametrize("kind", ["llama", "qwen", "pythia"])
+def test_greedy_tokens_are_the_likeliest_of_whole_forward_passes(
+    kind: str, dataset: Path, teacher: Path, tmp_path: Path
+) -> None:
     """Alone an empty prompt begins with the end of a document."""
+    if kind != "llama":
+        config = make_config(dataset, tmp_path / "run", model=KINDS[kind], train__steps=3)
+        run_ranks(1, lambda *args: run_to_end(*args) and None, config, make_deepspeed(tmp_path))
+        teacher = tmp_path / "run"
     tokenizer = load_tokenizer(resolve(str(teacher), what="") / "tokenizer")
     prompts = [ids or [tokenizer.eod] for ids in tokenizer.encode_batch(PROMPTS)]
     ((found,),) = run_ranks(1, texts_of, str(teacher), asked(greedy=True, precision="fp32"))
