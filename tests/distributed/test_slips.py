@@ -139,7 +139,7 @@ SLIPS = [
      "model.yaml"),
     (TRAIN + "--train.export_hf {place}/hf", "{place}/hf is there already"),
     (TRAIN + "--model.add_qkv_bias true --model.qk_layernorm true --train.export_hf {place}/new",
-     "no class of transformers", "model.add_qkv_bias = True, not False"),
+     "no class of transformers", "model.qk_layernorm = True, not False"),
     ("generate --checkpoint {place}/nowhere --prompt a", "{place}/nowhere", "does not exist"),
     ("compare --baseline {place}/run --run {place}/nowhere --output {place}/r.md",
      "{place}/nowhere", "Name a run's output directory"),
