@@ -5,6 +5,7 @@ VENV      := .venv
 BIN       := $(VENV)/bin
 STAMP     := $(VENV)/.installed
 DOCS      := $(VENV)/.docs-installed
+EXAMPLE   := $(VENV)/.example-installed
 # Passed to every `pip install`, e.g. PIP_ARGS="--find-links wheels" for a CPU or CUDA build of torch.
 PIP_ARGS  ?=
 # The exact versions that CI passed, so that a fresh machine in a year still starts; LATEST=1 goes
@@ -20,13 +21,18 @@ WORKERS   ?= 2
 TEXT      ?=
 TEACHER   ?= weak
 SEEDS     ?= 3
+# Of example-hf: a folder with the teacher, instead of the package from PyPI.
+MODEL     ?=
 # The version range of torch, read from its only owner.
 TORCH     := $(shell sed -n 's/^ *"\(torch[<>=!~][^"]*\)".*/\1/p' pyproject.toml)
 # The extra `docs`, by itself: with the package pip would compile the kernels again.
 MKDOCS    := $(shell sed -n '/^docs = /s/^docs = \[\(.*\)\]/\1/p' pyproject.toml | sed 's/", "/" "/g')
+# The extra `example-hf`, by itself for the same reason.
+GGUF      := $(shell sed -n '/^example-hf = /s/^example-hf = \[\(.*\)\]/\1/p' pyproject.toml | sed 's/", "/" "/g')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-fast checks constraints format golden quickstart docs bench gpu clean
+.PHONY: help setup test test-fast checks constraints format golden quickstart example-hf docs \
+	bench gpu clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | \
@@ -79,6 +85,13 @@ golden: setup ## record tests/golden/losses.json anew and print what moved; say 
 quickstart: setup ## SALT and its baseline on this machine (TEXT=my.jsonl, TEACHER=strong, SEEDS=1)
 	$(BIN)/python examples/quickstart/run.py --output runs/quickstart --teacher $(TEACHER) \
 		--seeds $(SEEDS) $(if $(TEXT),--text $(TEXT))
+
+example-hf: $(EXAMPLE) ## a published model teaches, and the student is published (MODEL=my/folder)
+	$(BIN)/python examples/huggingface/run.py --output runs/example-hf $(if $(MODEL),--model $(MODEL))
+
+$(EXAMPLE): $(STAMP)
+	$(BIN)/python -m pip install --quiet $(PINS) $(PIP_ARGS) $(GGUF)
+	@touch $@
 
 docs: $(DOCS) ## the documentation as pages that need no network, into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -30,6 +30,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": _COMMON,
     "gemma": _GROUPED,
     "mistral": {**_GROUPED, "sliding_window": 8},
+    "qwen2": _GROUPED,
+    "qwen3": _GROUPED,
+    "gpt_neox": _COMMON,
     "falcon": _COMMON,
     "bloom": {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "n_layer": 2, "n_head": 4},
 }

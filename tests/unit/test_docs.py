@@ -15,10 +15,13 @@ import pytest
 import yaml
 from commands import ROOT
 from evaluation_keys import STUDENT_KEYS, TEACHER_KEYS
+from hf_folders import MODELS
+from hf_models import FAMILIES as AS_THEY_ARE
 
 from megatron_salt.checkpoint.manifest import CheckpointManifest, ModelRecord, RunRecord
 from megatron_salt.config.deepspeed import KNOWN_KEYS, REFUSED_KEYS
 from megatron_salt.config.fields import KEYS, ModelConfig
+from megatron_salt.huggingface.families import FAMILIES, family_of, read_config
 from megatron_salt.model.weights import num_parameters
 from megatron_salt.report.runs import STEP_KEYS, VALID_KEYS
 
@@ -301,6 +304,35 @@ def test_the_cost_of_a_kd_step_is_that_of_the_papers_models() -> None:
     share = teacher / (3 * student)
     phrase = f"more than a plain one, {100 * share:.0f} % for {small} and {large}"
     assert phrase in " ".join(text_of("method.md").split())
+
+
+def hugging_face_table() -> dict[str, list[str]]:
+    """Cells of the table of models in docs/huggingface.md, by model_type."""
+    rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", text_of("huggingface.md"), re.MULTILINE)
+    return {kind: [cell.strip() for cell in cells.split("|")] for kind, cells in rows}
+
+
+def test_the_table_of_hugging_face_models_is_what_is_tested() -> None:
+    """Converted and exported: test_families.py, over MODELS. As it is: test_teacher_model.py."""
+    table = hugging_face_table()
+    assert list(table)[: len(FAMILIES)] == list(FAMILIES)
+    assert set(table) == {*FAMILIES, *AS_THEY_ARE}
+    exported_as: dict[str, set[str]] = {}
+    for name, fields in MODELS.values():
+        kinds = [
+            k for k, f in FAMILIES.items() if f.architecture.startswith((f"{name}For", f"{name}LM"))
+        ]
+        (kind,) = kinds
+        model = read_config({"model_type": kind, **fields}, "config.json")[1]
+        exported_as.setdefault(kind, set()).add(family_of(model)[0])
+    source = (ROOT / "tests/unit/huggingface/test_teacher_model.py").read_text(encoding="utf-8")
+    tried = set(re.findall(r'^        \("(\w+)", \d+, ', source, re.MULTILINE))
+    for kind, (converted, exported, as_it_is, _) in table.items():
+        assert (converted == "yes") == (kind in exported_as), kind
+        targets = exported_as.get(kind, set())
+        expected = "no" if not targets else "yes" if targets == {kind} else f"as `{min(targets)}`"
+        assert exported == expected, kind
+        assert (as_it_is == "yes") == (kind in tried), kind
 
 
 def test_every_name_in_backticks_exists() -> None:
