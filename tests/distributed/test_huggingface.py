@@ -199,9 +199,9 @@ def test_what_a_run_exports_scores_as_its_checkpoint(
     assert metrics_of(tmp_path / "run")[-1]["valid_ce_nats"] == pytest.approx(
         score, rel=1e-3 if bf16 else 1e-6
     )
-    ends = model.generation_config
     eod = find_tokenizer(config.data).eod
-    assert (ends.bos_token_id, ends.eos_token_id, ends.pad_token_id) == (eod, eod, eod)
+    for ends in (model.config, model.generation_config):
+        assert (ends.bos_token_id, ends.eos_token_id, ends.pad_token_id) == (eod, eod, eod)
     pipeline = transformers.pipeline("text-generation", model=str(tmp_path / "out"))
     (made,) = pipeline("def main(", max_new_tokens=5, do_sample=False)
     assert made["generated_text"].startswith("def main(")
