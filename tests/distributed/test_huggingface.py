@@ -272,6 +272,7 @@ def test_refused_at_the_start(
         describe_run(config, deepspeed_config)
     with pytest.raises(RankError, match=message):
         run_ranks(1, _train, config, deepspeed_config)
+    assert not list_checkpoints(tmp_path / "run")  # not at its end
 
 
 def test_other_settings_that_fit_the_weights_are_said(
