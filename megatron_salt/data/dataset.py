@@ -345,8 +345,9 @@ class DataSource:
             if valid is None or len(valid) == 0:
                 raise ValueError(
                     f"{prefix}: the held-out part holds no sequence of data.seq_length = "
-                    f"{self.data.seq_length} tokens; give data.valid_data_path or a larger second "
-                    f"share in data.split = {self.data.split!r}"
+                    f"{self.data.seq_length} tokens; take shorter ones (`evaluate`: --seq_length), "
+                    f"or give data.valid_data_path or a larger second share in data.split = "
+                    f"{self.data.split!r}"
                 )
             found.append(valid)
         return found
