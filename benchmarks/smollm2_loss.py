@@ -95,7 +95,7 @@ def main() -> None:
     )
     result = {
         "machine": f"{describe_machine()}, {versions}",
-        "model": str(arguments.model or "SmolLM2-135M-Instruct, Q4_1 as fp32"),
+        "model": model_name(arguments.model),
         "nats_per_token": found,
         "largest_relative_difference": largest,
     }
@@ -103,6 +103,12 @@ def main() -> None:
     print(f"largest relative difference: {largest:.1e}")
     if not largest <= LARGEST:
         raise SystemExit(f"smollm2_loss: the losses differ by more than {LARGEST}")
+
+
+def model_name(folder: Path | None) -> str:
+    """The GGUF file that is scored, or the folder's name; no path of a machine."""
+    files = sorted(folder.glob("*.gguf")) if folder else []
+    return files[0].name if files else folder.name if folder else "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def load_example() -> Any:
