@@ -100,8 +100,10 @@ def read_rope(fields: Fields, share: float) -> dict[str, Any]:
         ("rope_theta", "rotary_emb_base"),
         ("partial_rotary_factor", "rotary_pct"),
     ):
-        value = fields.take_or_none(name) or fields.take_or_none(before)
-        old |= {} if value is None else {name: value}
+        values = [each for each in map(fields.take_or_none, (name, before)) if each is not None]
+        if len(set(values)) > 1:
+            fields.refuse(before, values[1], f"{name} is {values[0]!r}")
+        old |= {name: each for each in values}  # noqa: B035  one, or none
     new = dict(fields.take_or_none("rope_parameters") or {})
     for rope in (old, new):
         if (kind := rope.pop("type", None)) is not None:

@@ -216,9 +216,9 @@ def _train_with_delays(config: RunConfig, deepspeed_config: str, seconds: float)
 def test_random_delays_change_nothing_and_block_nobody(
     dataset: Path, teacher: Path, even_teacher: Path, tmp_path: Path, spread: bool
 ) -> None:
-    """120 steps in which every instruction on every rank may be late by up to 3 ms; fewer where
+    """200 steps in which every instruction on every rank may be late by up to 3 ms; fewer where
     the teacher has collectives too, beside the hidden states on their way."""
-    steps = 30 if spread else 120
+    steps = 30 if spread else 200
     settings = {
         **(SPREAD if spread else PP4),
         "train__steps": steps,

@@ -86,6 +86,10 @@ def test_logits_in_and_out_and_weights_there_and_back(
     assert (spread - wanted).abs().max() <= 1e-6
 
     kind = export_checkpoint(str(tmp_path / "checkpoint"), tmp_path / "back")
+    again = import_folder(tmp_path / "back", tmp_path / "again")
+    assert (again.config.sizes(), again.vocab_size, again.seq_length, again.num_positions) == (
+        made.config.sizes(), made.vocab_size, made.seq_length, made.num_positions
+    )  # fmt: skip
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="auto")
     assert type(back).__name__ == kind
     # The tanh GELU goes out under the name of the function that computes it here.
@@ -199,6 +203,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
     ("gpt2", {"activation_function": "relu"}, "activation_function = 'relu': known are gelu"),
     ("pythia", {"attention_bias": False}, "attention_bias = False: only True"),
+    ("pythia", {"rotary_emb_base": 5, "rope_theta": 6}, "rotary_emb_base = 5: rope_theta is 6"),
     ("pythia", {"rotary_pct": 0.5}, "partial_rotary_factor = 0.25: elsewhere it is 0.5"),
 ]
 
