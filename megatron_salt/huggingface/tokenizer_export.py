@@ -11,6 +11,7 @@ import math
 import random
 import unicodedata
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -156,14 +157,19 @@ def _merges(names: Sequence[str], scores: Sequence[float]) -> list[tuple[str, st
     ]
 
 
+@cache
+def _all_characters() -> list[str]:
+    """Every assigned character, in texts of 64."""
+    no_text = ("Cs", "Co", "Cn")  # surrogates, private and unassigned ones
+    found = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) not in no_text]
+    return ["".join(found[start : start + 64]) for start in range(0, len(found), 64)]
+
+
 def _probes(tokenizer: Tokenizer, special: dict[int, str]) -> Iterator[str]:
     """Texts that tell tokenizers apart: awkward ones, every character as it is and taken apart, and
     every token but the special ones, in random order."""
     yield from PROBES
-    no_text = ("Cs", "Co", "Cn")  # surrogates, private and unassigned ones
-    everything = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) not in no_text]
-    for start in range(0, len(everything), 64):
-        characters = "".join(everything[start : start + 64])
+    for characters in _all_characters():
         yield characters
         yield unicodedata.normalize("NFD", characters)
     ids = [token for token in range(tokenizer.vocab_size) if token not in special]

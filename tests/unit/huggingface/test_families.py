@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from hf_folders import MODELS, ROWS, logits_of, make_model, save_model
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
-from megatron_salt.checkpoint.manifest import read_checkpoint_manifest
+from megatron_salt.checkpoint.manifest import ModelRecord, read_checkpoint_manifest
 from megatron_salt.checkpoint.weights import load_frozen, read_weights
 from megatron_salt.config.fields import ModelConfig
 from megatron_salt.corpus.train_tokenizer import train_tokenizer
@@ -27,7 +27,7 @@ from megatron_salt.huggingface import convert
 from megatron_salt.huggingface.convert import export_checkpoint, import_folder
 from megatron_salt.huggingface.families import FAMILIES, family_of, read_config
 from megatron_salt.kernels import VocabShard
-from megatron_salt.parallel.groups import initialize
+from megatron_salt.parallel.groups import Groups, initialize
 
 transformers = pytest.importorskip("transformers")
 # Where the same sums are made in another order: attention and MLP side by side, and a formula of
@@ -43,11 +43,17 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _logits(checkpoint: Path, tokens: np.ndarray) -> list[np.ndarray]:
-    """Of all rows, by the checkpoint's frozen model: whole on this rank, and of two ranks that
-    share it this one's columns."""
+def _logits(asked: list[tuple[Path, np.ndarray]]) -> list[list[np.ndarray]]:
+    """For each checkpoint and its tokens: of all rows, by its frozen model whole on this rank, and
+    of two ranks that share it this one's columns."""
     size = int(os.environ["WORLD_SIZE"])
     groups = initialize(size, 1, timeout_minutes=5.0)
+    return [_logits_of_one(*each, groups, size) for each in asked]
+
+
+def _logits_of_one(
+    checkpoint: Path, tokens: np.ndarray, groups: Groups, size: int
+) -> list[np.ndarray]:
     manifest = read_checkpoint_manifest(checkpoint)
     rows = manifest.model.vocab_size
     half = VocabShard.of_rank(
@@ -64,28 +70,55 @@ def _logits(checkpoint: Path, tokens: np.ndarray) -> list[np.ndarray]:
     return found
 
 
-def ours(checkpoint: Path, tokens_BS: torch.Tensor, num_ranks: int = 1) -> list[torch.Tensor]:
-    """Logits of a checkpoint's frozen model, on one rank, and spread over two if there are two."""
-    whole, *halves = zip(*run_ranks(num_ranks, _logits, checkpoint, tokens_BS.numpy()), strict=True)
-    spread = [torch.from_numpy(np.concatenate(each, axis=-1)) for each in halves]
-    return [torch.from_numpy(whole[0]), *spread]
+def ours(checkpoint: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
+    """Logits of a checkpoint's frozen model, on one rank."""
+    (((found,),),) = run_ranks(1, _logits, [(checkpoint, tokens_BS.numpy())])
+    return torch.from_numpy(found)
+
+
+def tokens_for(longest: int) -> torch.Tensor:
+    return torch.randint(0, ROWS, (2, longest), generator=torch.manual_seed(5))
+
+
+@pytest.fixture(scope="module")
+def imported(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Imported]:
+    """Every model of MODELS as a checkpoint, and what that computes: one start of ranks for all."""
+    folder, records = tmp_path_factory.mktemp("imported"), {}
+    for name in MODELS:
+        source = save_model(make_model(name), tokenizer, folder / name / "hf")
+        records[name] = import_folder(source, folder / name / "checkpoint")
+    asked = [
+        (folder / name / "checkpoint", tokens_for(record.seq_length).numpy())
+        for name, record in records.items()
+    ]
+    found = {}
+    for name, halves in zip(records, zip(*run_ranks(2, _logits, asked), strict=True), strict=True):
+        whole, spread = halves[0][0], np.concatenate([half for _, half in halves], axis=-1)
+        logits = torch.from_numpy(whole), torch.from_numpy(spread)
+        found[name] = Imported(folder / name, records[name], *logits)
+    return found
+
+
+class Imported(NamedTuple):
+    folder: Path
+    record: ModelRecord
+    alone: torch.Tensor
+    spread: torch.Tensor
+    """Over two ranks."""
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_in_and_out_and_weights_there_and_back(
-    name: str, tokenizer: Path, tmp_path: Path
+    name: str, imported: dict[str, Imported], tmp_path: Path
 ) -> None:
-    model = make_model(name)
-    folder = save_model(model, tokenizer, tmp_path / "hf")
-    made = import_folder(folder, tmp_path / "checkpoint")
-    tokens_BS = torch.randint(0, ROWS, (2, made.seq_length), generator=torch.manual_seed(5))
-    wanted = logits_of(model, tokens_BS)
+    place, made, alone, spread = imported[name]
+    tokens_BS = tokens_for(made.seq_length)
+    wanted = logits_of(make_model(name), tokens_BS)
     assert wanted.std() > 0.1
-    alone, spread = ours(tmp_path / "checkpoint", tokens_BS, num_ranks=2)
     assert (alone - wanted).abs().max() <= ROUNDED.get(name, 0.0)
     assert (spread - wanted).abs().max() <= 1e-6
 
-    kind = export_checkpoint(str(tmp_path / "checkpoint"), tmp_path / "back")
+    kind = export_checkpoint(str(place / "checkpoint"), tmp_path / "back")
     again = import_folder(tmp_path / "back", tmp_path / "again")
     assert (again.config.sizes(), again.vocab_size, again.seq_length, again.num_positions) == (
         made.config.sizes(), made.vocab_size, made.seq_length, made.num_positions
@@ -94,7 +127,9 @@ def test_logits_in_and_out_and_weights_there_and_back(
     assert type(back).__name__ == kind
     # The tanh GELU goes out under the name of the function that computes it here.
     assert (logits_of(back, tokens_BS) - wanted).abs().max() <= (1e-6 if name == "gpt2" else 0.0)
-    before, after = (load_file(each / "model.safetensors") for each in (folder, tmp_path / "back"))
+    before, after = (
+        load_file(each / "model.safetensors") for each in (place / "hf", tmp_path / "back")
+    )
     assert set(before) == set(after)
     assert all(torch.equal(before[key], after[key]) for key in before)
 
@@ -141,7 +176,7 @@ def test_fields_as_transformers_4_wrote_them(tokenizer: Path, tmp_path: Path) ->
     )  # fmt: skip
     import_folder(folder, tmp_path / "checkpoint")
     tokens_BS = torch.randint(0, ROWS, (1, 64))
-    assert torch.equal(ours(tmp_path / "checkpoint", tokens_BS)[0], logits_of(model, tokens_BS))
+    assert torch.equal(ours(tmp_path / "checkpoint", tokens_BS), logits_of(model, tokens_BS))
     values = json.loads((folder / "config.json").read_text())
     values["rope_scaling"] = {"type": "linear", "factor": 2.0}
     assert read_config(values, "x")[1].rope_scaling == {"factor": 2.0}
@@ -163,7 +198,7 @@ def test_published_gpt2_has_no_prefix_and_stores_its_masks(tokenizer: Path, tmp_
     save_file(bare, folder / "model.safetensors")
     import_folder(folder, tmp_path / "checkpoint")
     tokens_BS = torch.randint(0, ROWS, (1, 64))
-    assert torch.equal(ours(tmp_path / "checkpoint", tokens_BS)[0], logits_of(model, tokens_BS))
+    assert torch.equal(ours(tmp_path / "checkpoint", tokens_BS), logits_of(model, tokens_BS))
 
 
 def test_tokenizer_that_has_no_equal_goes_as_it_is_where_asked(tmp_path: Path) -> None:
