@@ -41,7 +41,7 @@ def field_docstrings(kind: type) -> dict[str, str]:
 
 def values_of(hint: Any) -> str:
     """A type in the words of `--help`, with what is written as it stands as code."""
-    kinds = {"whole number", "number", "list", "text"}
+    kinds = {"whole number", "number", "numbers by name", "list", "text"}
     words = type_text(hint).split(" | ")
     return ", ".join(word if word in kinds else f"`{word}`" for word in words)
 

@@ -31,7 +31,7 @@ REQUIRED = [f"{name}.{item.name}" for name, kind in SECTIONS.items()
 LISTS = [f"{name}.{item.name}" for name, kind in SECTIONS.items()
          for item in dataclasses.fields(kind) if item.type.startswith("list")]  # fmt: skip
 WORDS_OF_TYPES = {int: "whole number", float: "number", bool: "true | false", list: "list",
-                  type(None): "null"}  # fmt: skip
+                  dict: "numbers by name", type(None): "null"}  # fmt: skip
 
 # What people look for here and DeepSpeed's JSON owns; and Megatron's words for what is called
 # otherwise here.

@@ -44,6 +44,7 @@ SLIPS = [
     ("pretrain --config {place}/ds.json --deepspeed_config {place}/run.yaml", "ds.json",
      "DeepSpeed's JSON", "give that file as --deepspeed_config"),
     ("pretrain --config {place}/run.yaml", "--deepspeed_config is missing"),
+    (TRAIN + "--model.rope_scaling 8", "model.rope_scaling = 8", "expected numbers by name"),
     (TRAIN + "--train.steps 1e3x", "train.steps = 1e3x", "expected whole number"),
     (TAUGHT + "--salt.kd_steps 10", "salt.kd_steps = 10", "between 0 and train.steps = 8"),
     (TRAIN + "--data.train_data_path {data}", "data.train_data_path = {data}", 'as "[{data}]"'),
