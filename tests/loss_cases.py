@@ -290,6 +290,8 @@ def textbook_loss(
         elif targets.divergence == "jensen_shannon":
             log_m = torch.logaddexp(log_p, log_q) - math.log(2)
             kl_T = (kl_of(log_p, log_m) + kl_of(log_q, log_m)) / 2
+        elif targets.divergence == "mse_probabilities":
+            kl_T = ((log_q.exp() - log_p.exp()) ** 2).sum(dim=1)
         else:
             kl_T = ((s_TV - z_TV) ** 2).mean(dim=1)
     ce_weight_T, kd_weight_T = targets.ce_weight_T.to(inner), targets.kd_weight_T.to(inner)

@@ -6,6 +6,13 @@ from megatron_salt.kernels.chunks import Chunking, Heads
 from megatron_salt.kernels.kd_loss import KdLoss, kd_loss
 from megatron_salt.kernels.linear_kd_loss import linear_kd_loss
 from megatron_salt.kernels.reference import vocab_parallel_argmax
+from megatron_salt.kernels.sparse import (
+    KeptLogprobs,
+    LostMass,
+    SparseTeacher,
+    Truncation,
+    top_logprobs,
+)
 from megatron_salt.kernels.token_scores import TokenScores, token_scores
 from megatron_salt.kernels.vocab import VocabShard, padded_vocab_size
 
@@ -13,13 +20,18 @@ __all__ = [
     "Chunking",
     "Heads",
     "KdLoss",
+    "KeptLogprobs",
     "LossBackend",
+    "LostMass",
+    "SparseTeacher",
     "TokenScores",
+    "Truncation",
     "VocabShard",
     "choose_backend",
     "kd_loss",
     "linear_kd_loss",
     "padded_vocab_size",
     "token_scores",
+    "top_logprobs",
     "vocab_parallel_argmax",
 ]

@@ -15,7 +15,9 @@ from torch.distributed import ProcessGroup
 
 from megatron_salt.kernels.vocab import VocabShard
 
-Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon", "mse"]
+Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon", "mse", "mse_probabilities"]
+SPARSE_DIVERGENCES = ("forward_kl", "mse_probabilities")
+"""Those that a teacher of K tokens has: the others ask for probabilities that it gives nobody."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,15 @@ class LossInputs(NamedTuple):
     ce_weight_T: Tensor
     """fp32 (fp64 with fp64 logits); so is kd_weight_T."""
     kd_weight_T: Tensor
+    ids_TK: Tensor | None = None
+    """Of a sparse teacher (`sparse.SparseTeacher`), which stands in place of teacher_TW."""
+    target_TK: Tensor | None = None
+    """In the dtype of the weights."""
+    ghost_T: Tensor | None = None
+
+    @property
+    def has_teacher(self) -> bool:
+        return self.teacher_TW is not None or self.target_TK is not None
 
 
 class BackendScores(NamedTuple):

@@ -128,7 +128,7 @@ class CompiledBackend(LossBackend):
     @contextlib.contextmanager
     def _described(self, inputs: LossInputs, options: LossOptions):  # type: ignore[no-untyped-def]
         """The inputs as the library wants them, with their device current while it is called."""
-        student_TW, teacher_TW, labels_T, ce_weight_T, kd_weight_T = inputs
+        student_TW, teacher_TW, labels_T, ce_weight_T, kd_weight_T = inputs[:5]
         # A single weight is an expanded view of stride 0, and labels may be strided.
         held = [tensor.contiguous() for tensor in (labels_T, ce_weight_T, kd_weight_T)]
         described = _SaltRows(

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron_salt.kernels.backend import (
+    SPARSE_DIVERGENCES,
     Divergence,
     LossBackend,
     LossInputs,
@@ -21,6 +22,7 @@ from megatron_salt.kernels.backend import (
     arithmetic_dtype,
 )
 from megatron_salt.kernels.choose import Impl, choose_backend
+from megatron_salt.kernels.sparse import SparseTeacher
 from megatron_salt.kernels.vocab import VocabShard
 
 
@@ -50,6 +52,7 @@ def kd_loss(
     divergence: Divergence = "forward_kl",
     tp_group: ProcessGroup | None = None,
     impl: Impl = "auto",
+    sparse_teacher: SparseTeacher | None = None,
 ) -> KdLoss:
     """Weighted cross-entropy and KL of student logits s and teacher logits z, over tp shards:
 
@@ -60,13 +63,18 @@ def kd_loss(
 
     Masked tokens have both weights 0: they add exactly nothing to loss and gradient, even where
         logits are inf or nan. `ce_T` and `kl_T` have their values all the same.
+    A sparse teacher stands in place of teacher logits: weights t of K tokens, over which the KL is
+        summed (ids that repeat add up in the gradient, and their t log t stay apart in the value).
+        It may come out below 0 if they add up to less than 1. A ghost g adds
+        g log(g / (1 - sum of q over the row's ids)). The teacher's temperature is in the weights.
     Temperatures a (teacher) and b (student) act on the KL alone. No tau^2 factor; the weight can
         carry one. Other divergences: `reference._divergence_terms`; only the reference has them.
     Shapes: both logits [T, W], this rank's columns; labels [T], global ids; weights [T] or scalars.
     Dtypes: logits bf16, fp16 or fp32 (each its own); arithmetic fp32; gradient as the logits.
         fp64 logits are computed in fp64 by the reference, for tests.
     Collectives: over tp_group one MAX of 2 and one SUM of 4 floats per token (5 if b != 1; 1 and 2
-        without a teacher; other divergences one more SUM of 2), none in backward.
+        without a teacher; 1 and 3 with a sparse one, 1 and 4 with a ghost, one more if b != 1;
+        other divergences one more SUM of 2), none in backward.
     Memory: saved for backward: both logits, 6 floats a token (7 if b != 1). native and cuda make no
         [T, W] array but the gradient; the reference makes a few.
     Host sync: none on CUDA.
@@ -84,13 +92,17 @@ def kd_loss(
     inputs = checked_inputs(
         student_logits_TW, teacher_logits_TW, labels_T, ce_weight_T, kd_weight_T, vocab
     )
+    if sparse_teacher is not None:
+        if teacher_logits_TW is not None:
+            raise ValueError("there are teacher_logits_TW and a sparse_teacher: give one of them")
+        inputs = with_sparse(inputs, sparse_teacher, vocab, divergence)
     dtypes = {x.dtype for x in inputs[:2] if x is not None}
     backend = choose_backend(
-        impl, device=inputs.student_TW.device, dtypes=frozenset(dtypes), divergence=divergence
-    )
+        impl, device=inputs.student_TW.device, dtypes=frozenset(dtypes), divergence=divergence,
+        sparse=sparse_teacher is not None,
+    )  # fmt: skip
     if not backend.checks_values:
-        has_teacher = inputs.teacher_TW is not None
-        check_values(inputs.labels_T, inputs.kd_weight_T, vocab, has_teacher=has_teacher)
+        check_values(inputs.labels_T, inputs.kd_weight_T, vocab, has_teacher=inputs.has_teacher)
     loss, ce_T, kl_T = _KdLossFunction.apply(inputs.student_TW, inputs, options, backend)
     return KdLoss(loss=loss, ce_T=ce_T.detach(), kl_T=kl_T.detach())
 
@@ -115,7 +127,9 @@ class _KdLossFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, saved = LossInputs(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:]
+        num_inputs = len(LossInputs._fields)
+        inputs = LossInputs(*ctx.saved_tensors[:num_inputs])
+        saved = ctx.saved_tensors[num_inputs:]
         grad_TW = torch.empty_like(inputs.student_TW, memory_format=torch.contiguous_format)
         ctx.backend.gradient_(inputs, ctx.options, saved, upstream[0], grad_TW)
         return (grad_TW, None, None, None)
@@ -148,6 +162,40 @@ def checked_inputs(
     check_labels(labels_T, student_TW.shape[0], student_TW.device)
     weights = as_weights(ce_weight_T, kd_weight_T, student_TW.shape[0], student_TW)
     return LossInputs(student_TW, teacher_TW, labels_T, *weights)
+
+
+def with_sparse(
+    inputs: LossInputs, sparse: SparseTeacher, vocab: VocabShard, divergence: Divergence
+) -> LossInputs:
+    """The inputs of a call with a sparse teacher, checked as far as that needs no waiting for a
+    device. Raises: ValueError."""
+    if divergence not in SPARSE_DIVERGENCES:
+        raise ValueError(
+            f"divergence = {divergence!r} needs the teacher's probability of every token; one of "
+            f"which only some are known has {' or '.join(map(repr, SPARSE_DIVERGENCES))}"
+        )
+    if sparse.ghost_T is not None and divergence != "forward_kl":
+        raise ValueError(f"divergence = {divergence!r} has no ghost bucket: take forward_kl")
+    ids_TK, target_TK = sparse.ids_TK, sparse.target_TK
+    num_tokens, dtype = len(inputs.labels_T), inputs.ce_weight_T.dtype
+    if ids_TK.shape != target_TK.shape or ids_TK.dim() != 2 or len(ids_TK) != num_tokens:
+        raise ValueError(
+            f"a sparse teacher's ids {tuple(ids_TK.shape)} and weights {tuple(target_TK.shape)} "
+            f"must both be [{num_tokens}, K]"
+        )
+    if ids_TK.dtype != torch.int32:
+        raise ValueError(f"a sparse teacher's ids must be int32, are {ids_TK.dtype}")
+    taught_TK = target_TK > 0
+    wrong_TK = taught_TK & ((ids_TK < 0) | (ids_TK >= vocab.size)) | (target_TK < 0)
+    message = "a sparse teacher has an id outside the vocabulary, or a weight below 0"
+    if ids_TK.is_cuda:
+        torch._assert_async(~wrong_TK.any(), f"kd_loss: {message}")
+    elif wrong_TK.any():
+        raise ValueError(f"{message}: id {ids_TK[wrong_TK][0]}, weight {target_TK[wrong_TK][0]}")
+    ghost_T = None if sparse.ghost_T is None else sparse.ghost_T.to(dtype).contiguous()
+    return inputs._replace(
+        ids_TK=ids_TK.contiguous(), target_TK=target_TK.to(dtype).contiguous(), ghost_T=ghost_T
+    )
 
 
 def check_logits(name: str, logits: Tensor, vocab: VocabShard) -> None:

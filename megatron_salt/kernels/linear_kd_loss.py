@@ -25,7 +25,14 @@ from megatron_salt.kernels.backend import (
 )
 from megatron_salt.kernels.choose import Impl, choose_backend
 from megatron_salt.kernels.chunks import Chunk, Chunking, Heads
-from megatron_salt.kernels.kd_loss import KdLoss, as_weights, check_labels, check_values
+from megatron_salt.kernels.kd_loss import (
+    KdLoss,
+    as_weights,
+    check_labels,
+    check_values,
+    with_sparse,
+)
+from megatron_salt.kernels.sparse import KeptLogprobs, SparseTeacher, Truncation, top_logprobs
 from megatron_salt.kernels.vocab import VocabShard
 
 
@@ -44,6 +51,8 @@ def linear_kd_loss(
     divergence: Divergence = "forward_kl",
     chunking: Chunking | None = None,
     impl: Impl = "auto",
+    truncation: Truncation | None = None,
+    stored: KeptLogprobs | None = None,
 ) -> KdLoss:
     """`kd_loss` of both heads' logits, without ever holding [T, W]:
 
@@ -55,6 +64,9 @@ def linear_kd_loss(
 
     Differentiable in the student's hidden states and head; the teacher gets no gradient.
     Masked tokens, temperatures: as `kd_loss`; but masked hidden states must be finite (nan * 0).
+    Truncation: with one the teacher's logits are cut to their likeliest tokens (`top_logprobs`),
+        or `stored` ones stand in place of the teacher's hidden states and head, [T, K] each. Then
+        `teacher_temperature` is the truncation's own.
     Shapes: student hidden [T, D], or [T / tp, D] with `chunking.sequence_parallel`: then rank r
         holds tokens [r T / tp, (r + 1) T / tp). Weights [W, D] and [W, E]: this rank's columns of
         the vocabulary, padding last. Teacher hidden [T, E], labels and loss weights [T]: all
@@ -73,6 +85,12 @@ def linear_kd_loss(
     Source: the idea of gradients in the forward: Liger kernels, arXiv 2410.10989.
     """
     chunking = chunking or Chunking()
+    if stored is not None:
+        if teacher_hidden_TE is not None:
+            raise ValueError("there are teacher_hidden_TE and stored log-probabilities: give one")
+        truncation = truncation or Truncation()
+    if truncation is not None:
+        truncation.check()
     options = LossOptions(
         vocab=vocab, teacher_temperature=float(teacher_temperature),
         student_temperature=float(student_temperature), divergence=divergence,
@@ -86,16 +104,44 @@ def linear_kd_loss(
     check_labels(labels_T, heads.num_tokens, device)
     weights = as_weights(ce_weight_T, kd_weight_T, heads.num_tokens, student_hidden_TD)
     dtypes = frozenset({heads.logits_dtype, heads.gradient_dtype})
-    backend = choose_backend(impl, device=device, dtypes=dtypes, divergence=divergence)
+    sparse = stored is not None or (truncation is not None and teacher_hidden_TE is not None)
+    backend = choose_backend(
+        impl, device=device, dtypes=dtypes, divergence=divergence, sparse=sparse
+    )
     if not backend.checks_values:
-        check_values(labels_T, weights[1], vocab, has_teacher=teacher_hidden_TE is not None)
+        has_teacher = sparse or teacher_hidden_TE is not None
+        check_values(labels_T, weights[1], vocab, has_teacher=has_teacher)
+    cut = _Cut(truncation, stored, heads, options) if sparse else None
     # Autocast would round operands of the products behind their backs.
     with torch.autocast(device.type, enabled=False):
         loss, ce_T, kl_T = _LinearKdLossFunction.apply(
             student_hidden_TD, student_weight_WD, heads, labels_T, *weights, options, backend,
-            torch.is_grad_enabled(),
+            cut, torch.is_grad_enabled(),
         )  # fmt: skip
     return KdLoss(loss=loss, ce_T=ce_T.detach(), kl_T=kl_T.detach())
+
+
+class _Cut:
+    """From a chunk's tokens to the sparse teacher that they are taught by."""
+
+    def __init__(
+        self, truncation: Truncation | None, stored: KeptLogprobs | None, heads: Heads,
+        options: LossOptions,
+    ) -> None:  # fmt: skip
+        assert truncation is not None
+        self.truncation, self.stored = truncation, stored
+        self.heads, self.options = heads, options
+
+    def __call__(self, chunk: Chunk, labels_N: Tensor) -> SparseTeacher:
+        """Collectives: those of `top_logprobs`, unless they are stored."""
+        if self.stored is not None:
+            of_chunk = (self.heads.of_all_parts(x, chunk.start, chunk.stop) for x in self.stored)
+            return self.truncation.target(KeptLogprobs(*of_chunk), labels_N)
+        logits_NW, options = chunk.teacher_logits_NW, self.options
+        assert logits_NW is not None
+        num_kept = self.truncation.top_k or options.vocab.size
+        kept = top_logprobs(logits_NW, num_kept, options.vocab, options.tp_group)
+        return self.truncation.target(kept, labels_N)
 
 
 class _LinearKdLossFunction(torch.autograd.Function):
@@ -112,6 +158,7 @@ class _LinearKdLossFunction(torch.autograd.Function):
         kd_weight_T: Tensor,
         options: LossOptions,
         backend: LossBackend,
+        cut: _Cut | None,
         grad_enabled: bool,  # the caller's: in here gradients are always off
     ) -> tuple[Tensor, Tensor, Tensor]:
         wants_hidden, wants_weight = (grad_enabled and x for x in ctx.needs_input_grad[:2])
@@ -126,6 +173,11 @@ class _LinearKdLossFunction(torch.autograd.Function):
             inputs = LossInputs(
                 chunk.student_logits_NW, chunk.teacher_logits_NW, labels_N, ce_weight_N, kd_weight_N
             )
+            if cut is not None:
+                inputs = with_sparse(
+                    inputs._replace(teacher_TW=None), cut(chunk, labels_N), options.vocab,
+                    options.divergence,
+                )  # fmt: skip
             if wants_hidden or wants_weight:
                 out_NW = gradients.logits_target(chunk)
                 scores = backend.scores_and_gradient_(inputs, options, 1 / unit, out_NW)
@@ -157,7 +209,7 @@ class _LinearKdLossFunction(torch.autograd.Function):
             torch.mul(hidden, factor, out=hidden)
         if weight is not None:
             weight = weight.mul_(factor).to(ctx.weight_dtype)
-        return (hidden, weight, *([None] * 7))
+        return (hidden, weight, *([None] * 8))
 
 
 FP16_HEADROOM = 256

@@ -62,6 +62,8 @@ class ReferenceBackend(LossBackend):
         student_TW, teacher_TW, labels_T = inputs[:3]
         vocab, a, b = options.vocab, options.teacher_temperature, options.student_temperature
         tp_group = options.tp_group
+        if inputs.target_TK is not None:
+            return _sparse_scores(inputs, options)
         maxima = [_local_max(_real_columns(student_TW, vocab))]
         if teacher_TW is not None:
             maxima.append(_local_max(_real_columns(teacher_TW, vocab)))
@@ -110,10 +112,10 @@ class ReferenceBackend(LossBackend):
 
         For the forward KL, dD/ds = (q - p) / b; see `_divergence_terms` for the others.
         """
-        student_TW, teacher_TW, labels_T, ce_weight_T, kd_weight_T = inputs
+        student_TW, teacher_TW, labels_T, ce_weight_T, kd_weight_T = inputs[:5]
         vocab, b = options.vocab, options.student_temperature
         maxima_T, sums = saved[:2]
-        s1_sum_T = sums[4] if len(sums) == 5 else sums[0]
+        s1_sum_T = sums[0] if b == 1.0 or not inputs.has_teacher else sums[-1]
         q1_TC = _centred(student_TW, maxima_T[0], vocab, 1.0).exp_().div_(s1_sum_T[:, None])
         if vocab.num_columns:
             column_T, owned_T = _owned_label(labels_T, vocab)
@@ -129,6 +131,10 @@ class ReferenceBackend(LossBackend):
             else:
                 _, r_TC = _divergence_terms(inputs, options, maxima_T, sums)
                 slope_TC = r_TC.sub_(q_TC.mul_(saved[2][:, None]))
+            grad_TC += _scaled_(slope_TC, upstream * kd_weight_T / b, kd_weight_T)
+        elif inputs.target_TK is not None:
+            q_TC = _centred(student_TW, maxima_T[0], vocab, b).exp_().div_(sums[0][:, None])
+            slope_TC = _sparse_slope(inputs, options, q_TC, saved)
             grad_TC += _scaled_(slope_TC, upstream * kd_weight_T / b, kd_weight_T)
         # Through another tensor, because out_TW may be student_TW.
         out_TW[:, : vocab.num_columns] = grad_TC.to(out_TW.dtype)
@@ -167,8 +173,9 @@ def _divergence_terms(
         jensen_shannon   D = (KL(p || m) + KL(q || m)) / 2       r = q (log q - log m) / 2
                          with m = (p + q) / 2
         mse              D = sum (s/b - z/a)^2 / V               dD/ds = 2 (s/b - z/a) / (V b)
+        mse_probabilities  D = sum (q - p)^2                     r = 2 q (q - p)
     Source: Agarwal et al., arXiv 2306.13649, for the first two; pre-training distillation,
-    arXiv 2410.16215, for mse on logits.
+    arXiv 2410.16215, for mse_probabilities, of which it does not say whether it is divided by V.
     """
     student_TW, teacher_TW = inputs.student_TW, inputs.teacher_TW
     assert teacher_TW is not None
@@ -183,10 +190,93 @@ def _divergence_terms(
         r_TC = (q_TC * (log_q_TC - log_p_TC)).masked_fill_(q_TC == 0, 0.0)
         return r_TC, r_TC
     p_TC = log_p_TC.exp()
+    if options.divergence == "mse_probabilities":
+        gap_TC = q_TC - p_TC
+        return gap_TC.square(), q_TC.mul_(gap_TC).mul_(2)
     log_m_TC = torch.logaddexp(log_p_TC, log_q_TC) - math.log(2)
     r_TC = (q_TC * (log_q_TC - log_m_TC)).masked_fill_(q_TC == 0, 0.0) / 2
     p_term_TC = (p_TC * (log_p_TC - log_m_TC)).masked_fill_(p_TC == 0, 0.0) / 2
     return p_term_TC + r_TC, r_TC
+
+
+def _spread_out(inputs: LossInputs, vocab: VocabShard) -> tuple[Tensor, Tensor]:
+    """A sparse teacher's weights on this rank's columns, [T, C], repeated ids added up; and whether
+    a column has an id in its row."""
+    ids_TK, target_TK = inputs.ids_TK, inputs.target_TK
+    assert ids_TK is not None and target_TK is not None
+    local_TK = ids_TK.long() - vocab.start
+    here_TK = (local_TK >= 0) & (local_TK < vocab.num_columns) & (target_TK > 0)
+    # What is not here goes to a column of its own, which is cut off.
+    column_TK = torch.where(here_TK, local_TK, vocab.num_columns)
+    target_TC = target_TK.new_zeros((len(target_TK), vocab.num_columns + 1))
+    target_TC.scatter_add_(1, column_TK, target_TK)
+    known_TC = torch.zeros_like(target_TC, dtype=torch.bool).scatter_(1, column_TK, True)
+    return target_TC[:, :-1], known_TC[:, :-1]
+
+
+def _sparse_scores(inputs: LossInputs, options: LossOptions) -> BackendScores:
+    """Values with a teacher of K tokens, of weights t; g of all others together, if there is one.
+
+    Math, with q = softmax(s / b), m = sum t, A the tokens of the row:
+        forward_kl         D = sum over A of t (log t - log q)  [+ g (log g - log(1 - sum_A q))]
+        mse_probabilities  D = sum (q - t)^2
+    It is what it is: below 0 where the weights add up to less than 1. Nothing is clamped.
+    Collectives: one MAX of 1 and one SUM of 3 numbers a token; 4 with g; 1 more where b != 1.
+    """
+    target_TK, ghost_T, b = inputs.target_TK, inputs.ghost_T, options.student_temperature
+    assert target_TK is not None
+    vocab, tp_group = options.vocab, options.tp_group
+    max_T = _local_max(_real_columns(inputs.student_TW, vocab))
+    maxima_T = all_reduce(max_T[None], dist.ReduceOp.MAX, tp_group)
+    s1_TC = _centred(inputs.student_TW, maxima_T[0], vocab, 1.0)
+    label_T = s1_TC.new_zeros(s1_TC.shape[:1])
+    if vocab.num_columns:
+        column_T, owned_T = _owned_label(inputs.labels_T, vocab)
+        label_T = torch.where(owned_T, s1_TC.gather(1, column_T[:, None]).squeeze(1), 0.0)
+    target_TC, known_TC = _spread_out(inputs, vocab)
+    s_TC = s1_TC if b == 1.0 else s1_TC / b
+    exp_TC = s_TC.exp()
+    # Where there is no weight the student's logit may be -inf.
+    gap_TC = (target_TC.log() - s_TC).mul_(target_TC).masked_fill_(target_TC == 0, 0.0)
+    packed = [exp_TC.sum(dim=1), label_T, gap_TC.sum(dim=1)]
+    if ghost_T is not None:  # summed, not taken from 1, of which little may be left
+        packed.append(exp_TC.masked_fill(known_TC, 0.0).sum(dim=1))
+    if b != 1.0:
+        packed.append(s1_TC.exp().sum(dim=1))
+    sums = all_reduce(torch.stack(packed), dist.ReduceOp.SUM, tp_group)
+    ce_T = (sums[0] if b == 1.0 else sums[-1]).log() - sums[1]
+    if options.divergence == "mse_probabilities":
+        q_TC = exp_TC / sums[0][:, None]
+        squared = [(q_TC - target_TC).square().sum(dim=1), (q_TC * (q_TC - target_TC)).sum(dim=1)]
+        kl_T, slope_T = all_reduce(torch.stack(squared), dist.ReduceOp.SUM, tp_group)
+        return _weighted(inputs, ce_T, kl_T, (maxima_T, sums, slope_T))
+    kl_T = sums[2] + target_TK.sum(dim=1) * sums[0].log()
+    if ghost_T is not None:
+        ghost_kl_T = ghost_T * (ghost_T.log() - (sums[3] / sums[0]).log())
+        kl_T = kl_T + torch.where(ghost_T > 0, ghost_kl_T, 0.0)
+    return _weighted(inputs, ce_T, kl_T, (maxima_T, sums))
+
+
+def _sparse_slope(
+    inputs: LossInputs, options: LossOptions, q_TC: Tensor, saved: tuple[Tensor, ...]
+) -> Tensor:
+    """b dD/ds on this rank's columns; see `_sparse_scores`. [T, C]
+
+    Math: forward_kl: (m + g) q - t, less g q / (1 - sum_A q) outside A;
+        mse_probabilities: 2 q (q - t - sum q (q - t)).
+    """
+    target_TC, known_TC = _spread_out(inputs, options.vocab)
+    sums, ghost_T, target_TK = saved[1], inputs.ghost_T, inputs.target_TK
+    assert target_TK is not None
+    if options.divergence == "mse_probabilities":
+        return 2 * q_TC * (q_TC - target_TC - saved[2][:, None])
+    mass_T = target_TK.sum(dim=1)
+    if ghost_T is None:
+        return q_TC.mul_(mass_T[:, None]).sub_(target_TC)
+    inside_T1 = (mass_T + ghost_T)[:, None]
+    outside_T = torch.where(sums[3] > 0, ghost_T * sums[0] / sums[3], 0.0)
+    factor_TC = torch.where(known_TC, inside_T1, inside_T1 - outside_T[:, None])
+    return q_TC.mul_(factor_TC).sub_(target_TC)
 
 
 def vocab_parallel_argmax(
