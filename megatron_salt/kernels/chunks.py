@@ -62,6 +62,8 @@ class Heads:
     teacher_hidden_TE: Tensor | None
     teacher: Head | None
     chunking: Chunking
+    sparse_bytes: int = 0
+    """Of a token's sparse teacher, and of what makes it."""
 
     @classmethod
     def of(
@@ -72,6 +74,7 @@ class Heads:
         teacher_weight_WE: Tensor | None,
         vocab: VocabShard,
         chunking: Chunking,
+        sparse_bytes: int = 0,
     ) -> Heads:
         """Raises: ValueError for what does not fit together."""
         _check_head("student", student_hidden_TD, student_weight_WD, vocab)
@@ -93,6 +96,7 @@ class Heads:
             teacher_hidden_TE=teacher_hidden_TE,
             teacher=teacher,
             chunking=chunking,
+            sparse_bytes=sparse_bytes,
         )
         if teacher_hidden_TE is not None:
             # A product gives its operands' dtype, or fp32 from 16-bit operands; nothing else.
@@ -141,7 +145,7 @@ class Heads:
         elements = self.logits_dtype.itemsize * (1 if self.teacher is None else 2)
         if self.gradient_dtype != self.logits_dtype:
             elements += self.gradient_dtype.itemsize
-        num_bytes = elements * weight_WD.shape[0]
+        num_bytes = elements * weight_WD.shape[0] + self.sparse_bytes
         # One head is multiplied at a time.
         num_bytes += max(head.scratch_bytes_per_token() for head in self._both())
         if self.num_parts > 1:

@@ -8,6 +8,7 @@ under sequence parallelism).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,7 +33,13 @@ from megatron_salt.kernels.kd_loss import (
     check_values,
     with_sparse,
 )
-from megatron_salt.kernels.sparse import KeptLogprobs, SparseTeacher, Truncation, top_logprobs
+from megatron_salt.kernels.sparse import (
+    KeptLogprobs,
+    SparseTeacher,
+    Truncation,
+    sparse_bytes,
+    top_logprobs,
+)
 from megatron_salt.kernels.vocab import VocabShard
 
 
@@ -57,16 +64,11 @@ def linear_kd_loss(
     """`kd_loss` of both heads' logits, without ever holding [T, W]:
 
         s, z = student_hidden @ student_weight.T, teacher_hidden @ teacher_weight.T
-        ce = F.cross_entropy(s, y, reduction="none")
-        log_q, log_p = F.log_softmax(s / b, dim=1), F.log_softmax(z / a, dim=1)
-        kl = (log_p.exp() * (log_p - log_q)).sum(dim=1)
-        loss = (ce_weight * ce + kd_weight * kl).sum()
 
     Differentiable in the student's hidden states and head; the teacher gets no gradient.
     Masked tokens, temperatures: as `kd_loss`; but masked hidden states must be finite (nan * 0).
-    Truncation: with one the teacher's logits are cut to their likeliest tokens (`top_logprobs`),
-        or `stored` ones stand in place of the teacher's hidden states and head, [T, K] each. Then
-        `teacher_temperature` is the truncation's own.
+    Truncation: the teacher's logits are cut to their likeliest tokens (`top_logprobs`), or `stored`
+        ones of all T tokens stand in place of the teacher's hidden states and head.
     Shapes: student hidden [T, D], or [T / tp, D] with `chunking.sequence_parallel`: then rank r
         holds tokens [r T / tp, (r + 1) T / tp). Weights [W, D] and [W, E]: this rank's columns of
         the vocabulary, padding last. Teacher hidden [T, E], labels and loss weights [T]: all
@@ -85,12 +87,6 @@ def linear_kd_loss(
     Source: the idea of gradients in the forward: Liger kernels, arXiv 2410.10989.
     """
     chunking = chunking or Chunking()
-    if stored is not None:
-        if teacher_hidden_TE is not None:
-            raise ValueError("there are teacher_hidden_TE and stored log-probabilities: give one")
-        truncation = truncation or Truncation()
-    if truncation is not None:
-        truncation.check()
     options = LossOptions(
         vocab=vocab, teacher_temperature=float(teacher_temperature),
         student_temperature=float(student_temperature), divergence=divergence,
@@ -98,20 +94,18 @@ def linear_kd_loss(
     )  # fmt: skip
     options.check()
     heads = Heads.of(
-        student_hidden_TD, student_weight_WD, teacher_hidden_TE, teacher_weight_WE, vocab, chunking
-    )
-    device = student_hidden_TD.device
+        student_hidden_TD, student_weight_WD, teacher_hidden_TE, teacher_weight_WE, vocab, chunking,
+        sparse_bytes(truncation, stored, student_weight_WD.shape[0]),
+    )  # fmt: skip
+    device, cut = student_hidden_TD.device, _Cut.of(truncation, stored, heads, options)
     check_labels(labels_T, heads.num_tokens, device)
     weights = as_weights(ce_weight_T, kd_weight_T, heads.num_tokens, student_hidden_TD)
     dtypes = frozenset({heads.logits_dtype, heads.gradient_dtype})
-    sparse = stored is not None or (truncation is not None and teacher_hidden_TE is not None)
-    backend = choose_backend(
-        impl, device=device, dtypes=dtypes, divergence=divergence, sparse=sparse
-    )
+    backend = choose_backend(impl, device=device, dtypes=dtypes, divergence=divergence,
+                             sparse=cut is not None)  # fmt: skip
     if not backend.checks_values:
-        has_teacher = sparse or teacher_hidden_TE is not None
+        has_teacher = cut is not None or teacher_hidden_TE is not None
         check_values(labels_T, weights[1], vocab, has_teacher=has_teacher)
-    cut = _Cut(truncation, stored, heads, options) if sparse else None
     # Autocast would round operands of the products behind their backs.
     with torch.autocast(device.type, enabled=False):
         loss, ce_T, kl_T = _LinearKdLossFunction.apply(
@@ -121,16 +115,33 @@ def linear_kd_loss(
     return KdLoss(loss=loss, ce_T=ce_T.detach(), kl_T=kl_T.detach())
 
 
+@dataclass(frozen=True, eq=False)
 class _Cut:
     """From a chunk's tokens to the sparse teacher that they are taught by."""
 
-    def __init__(
-        self, truncation: Truncation | None, stored: KeptLogprobs | None, heads: Heads,
+    truncation: Truncation
+    stored: KeptLogprobs | None
+    heads: Heads
+    options: LossOptions
+
+    @classmethod
+    def of(
+        cls, truncation: Truncation | None, stored: KeptLogprobs | None, heads: Heads,
         options: LossOptions,
-    ) -> None:  # fmt: skip
-        assert truncation is not None
-        self.truncation, self.stored = truncation, stored
-        self.heads, self.options = heads, options
+    ) -> _Cut | None:  # fmt: skip
+        """None: no teacher, or one of which every token is known. Raises: ValueError."""
+        if stored is not None and heads.teacher is not None:
+            raise ValueError("there are teacher_hidden_TE and stored log-probabilities: give one")
+        if stored is None and (truncation is None or heads.teacher is None):
+            return None
+        truncation = truncation or Truncation(temperature=options.teacher_temperature)
+        truncation.check()
+        if options.teacher_temperature not in (1.0, truncation.temperature):
+            raise ValueError(
+                f"teacher_temperature = {options.teacher_temperature}, the truncation's is "
+                f"{truncation.temperature}: give one of them"
+            )
+        return cls(truncation, stored, heads, options)
 
     def __call__(self, chunk: Chunk, labels_N: Tensor) -> SparseTeacher:
         """Collectives: those of `top_logprobs`, unless they are stored."""
@@ -138,7 +149,7 @@ class _Cut:
             of_chunk = (self.heads.of_all_parts(x, chunk.start, chunk.stop) for x in self.stored)
             return self.truncation.target(KeptLogprobs(*of_chunk), labels_N)
         logits_NW, options = chunk.teacher_logits_NW, self.options
-        assert logits_NW is not None
+        assert logits_NW is not None  # `of`
         num_kept = self.truncation.top_k or options.vocab.size
         kept = top_logprobs(logits_NW, num_kept, options.vocab, options.tp_group)
         return self.truncation.target(kept, labels_N)

@@ -113,6 +113,18 @@ class Truncation:
         )
 
 
+def sparse_bytes(
+    truncation: Truncation | None, stored: KeptLogprobs | None, num_columns: int
+) -> int:
+    """Most bytes that a token takes between its logits, or what is stored, and its target."""
+    if stored is not None:
+        return 32 * stored.ids_TK.shape[1]
+    if truncation is None:
+        return 0
+    num_kept = min(truncation.top_k or num_columns, num_columns)
+    return 8 * num_columns + 64 * num_kept
+
+
 @torch.no_grad()
 def top_logprobs(
     logits_TW: Tensor, num_kept: int, vocab: VocabShard, tp_group: ProcessGroup | None
