@@ -132,6 +132,9 @@ class DataConfig:
     """Token tags: the --output-prefix of `tag` for each training dataset, in order."""
     seq_length: int = 2048
     """Tokens per sequence (S), training and held-out."""
+    windows: bool = False
+    """Training samples are windows of seq_length tokens, laid over the dataset as it is on disk and
+    shuffled as wholes. false: documents are shuffled and laid end to end (megatron-core's)."""
     eod_mask_loss: bool = False
     """Give no loss to positions whose input is the end-of-document token."""
     objective: list[TextOrNumber] = field(default_factory=lambda: [TextOrNumber("causal")])
@@ -154,6 +157,9 @@ class TeacherConfig:
     hf: str | None = None
     """A Hugging Face folder: any causal language model of transformers teaches as it is, read at
     the run's precision. Needs the extra hf. In place of checkpoint."""
+    logits: list[str] = field(default_factory=list)
+    """Stored logits in place of a teacher: the --output-prefix of `cache-logits` for each training
+    dataset, in order. No model is loaded; see docs/logits.md."""
     max_valid_ce_gap_nats: float = 0.05
     """Refuse a teacher whose held-out CE (nats per token) is further than this from the one stored
     in its checkpoint. Where the held-out samples differ both are printed instead."""
@@ -169,8 +175,15 @@ class TeacherConfig:
 
     @property
     def path(self) -> str | None:
-        """Where the teacher is, of either kind; None: there is none."""
+        """Where the teacher's weights are, of either kind; None: there is no model that teaches."""
         return self.checkpoint or self.hf
+
+    @property
+    def kind(self) -> Literal["checkpoint", "hf", "logits"] | None:
+        """The setting that says who teaches; None: nobody."""
+        if self.path:
+            return "checkpoint" if self.checkpoint else "hf"
+        return "logits" if self.logits else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,9 +220,19 @@ class SaltConfig:
     """Divides the teacher's logits in the KL. No tau^2 factor is applied."""
     student_temperature: float = 1.0
     """Divides the student's logits in the KL (never in the CE). No tau^2 factor is applied."""
-    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "mse"] = "forward_kl"
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "mse",
+                        "mse_probabilities"] = "forward_kl"  # fmt: skip
     """Divergence of student from teacher. forward_kl is KL(teacher || student), in compiled code;
-    the others are computed by the slower reference."""
+    the slower reference computes the others. mse is of logits."""
+    truncate_k: int | None = None
+    """Teach only the teacher's k likeliest tokens of each position; null: all, or all that are
+    stored."""
+    truncate_p: float | None = None
+    """Teach only the likeliest tokens that have this probability together at temperature 1, of them
+    truncate_k at most; null: no such limit."""
+    lost_mass: Literal["renormalise", "raw", "to_label", "ghost"] = "renormalise"
+    """The probability of the tokens that are cut off: shared by the kept ones (renormalise), gone
+    (raw), the label's, or in one bucket of all others on both sides (ghost)."""
     logits_dtype: Literal["fp32", "model"] = "fp32"
     """Precision of the logits: fp32, or that of the model (the DeepSpeed JSON's). The latter is
     faster, and rounds away small differences between student and teacher."""

@@ -48,6 +48,7 @@ def problems(config: RunConfig) -> Iterator[str]:
     yield from train_problems(config)
     yield from method_problems(config)
     yield from teacher_problems(config)
+    yield from truncation_problems(config)
     yield from switch_problems(config)
     yield from tag_problems(config)
 
@@ -255,22 +256,21 @@ def method_problems(config: RunConfig) -> Iterator[str]:
 def teacher_problems(config: RunConfig) -> Iterator[str]:
     """What concerns the teacher: whether there is one to teach, and its place in a step."""
     salt, teacher = config.salt, config.teacher
-    if salt.kd_steps != 0 and teacher.path is None and salt.kd_weight != 0.0:
+    if salt.kd_steps != 0 and teacher.kind is None and salt.kd_weight != 0.0:
         yield (
             f"salt.kd_steps = {salt.kd_steps} but teacher.checkpoint is not set: name the "
-            "teacher's checkpoint (or its folder in teacher.hf), set salt.kd_steps to 0 for plain "
-            "training, or salt.kd_weight to 0 for a KD phase that only selects data"
+            "teacher's checkpoint (or its folder in teacher.hf, or its stored logits in "
+            "teacher.logits), set salt.kd_steps to 0 for plain training, or salt.kd_weight to 0 "
+            "for a KD phase that only selects data"
         )
-    kind = "hf" if teacher.checkpoint is None else "checkpoint"
-    if teacher.checkpoint is not None and teacher.hf is not None:
+    given = {name: getattr(teacher, name) for name in ("checkpoint", "hf", "logits")}
+    named = [f"teacher.{name} = {value}" for name, value in given.items() if value]
+    if len(named) > 1:
+        yield f"{' and '.join(named)}: there is one teacher, leave one out"
+    if named and salt.kd_steps <= 0:
         yield (
-            f"teacher.checkpoint = {teacher.checkpoint} and teacher.hf = {teacher.hf}: there is "
-            "one teacher, leave one out"
-        )
-    if teacher.path is not None and salt.kd_steps <= 0:
-        yield (
-            f"teacher.{kind} = {teacher.path} would never teach, salt.kd_steps is 0: set "
-            "salt.kd_steps, or leave the teacher out"
+            f"{named[0]} would never teach, salt.kd_steps is 0: set salt.kd_steps, or leave the "
+            "teacher out"
         )
     if teacher.tensor_parallel and teacher.checkpoint is None:
         yield (
@@ -282,18 +282,22 @@ def teacher_problems(config: RunConfig) -> Iterator[str]:
             "teacher.tensor_parallel has no effect with parallel.tensor_model_parallel_size = 1: "
             "raise that size, or leave it out"
         )
-    if teacher.hf is not None and set(parse_objective(config.data.objective)) != {"causal"}:
+    causal = set(parse_objective(config.data.objective)) == {"causal"}
+    if not causal and (teacher.hf is not None or teacher.logits):
+        which = "a teacher.hf reads" if teacher.hf else "teacher.logits are of"
         yield (
-            f"data.objective = {list(config.data.objective)}: a teacher.hf reads causal rows only; "
-            "convert the model (teacher.checkpoint), or choose causal"
+            f"data.objective = {list(config.data.objective)}: {which} causal rows only; "
+            "give the model as teacher.checkpoint, or choose causal"
         )
+    if teacher.logits and teacher.placement != "auto":
+        yield f"teacher.placement = {teacher.placement} has no effect with teacher.logits"
     chunks = teacher.forward_chunks
     if chunks is not None and chunks <= 0:
         yield f"teacher.forward_chunks = {chunks}: must be at least 1, or null"
-    if chunks is not None and chunks > 1 and teacher.hf is not None:
+    if chunks is not None and chunks > 1 and teacher.kind in ("hf", "logits"):
         yield (
-            f"teacher.forward_chunks = {chunks}: a forward pass of teacher.hf is one chunk; leave "
-            "it out"
+            f"teacher.forward_chunks = {chunks} has no effect with teacher.{teacher.kind}, which "
+            "is read as a whole: leave it out"
         )
     if chunks is not None and teacher.placement == "before_step":
         yield (
@@ -304,6 +308,41 @@ def teacher_problems(config: RunConfig) -> Iterator[str]:
             "teacher.placement = bubble: one stage has no waits to work in; choose auto or "
             "before_step"
         )
+
+
+def truncation_problems(config: RunConfig) -> Iterator[str]:
+    """What concerns a teacher of whose distribution only some tokens are known."""
+    salt, stored = config.salt, config.teacher.kind == "logits"
+    cut = {name: getattr(salt, name) for name in ("truncate_k", "truncate_p")}
+    for name, value in cut.items():
+        if value is not None and config.teacher.kind is None:
+            yield f"salt.{name} = {value} has no effect without a teacher: remove it"
+    if salt.truncate_k is not None and salt.truncate_k < 1:
+        yield f"salt.truncate_k = {salt.truncate_k}: must be at least 1, or null"
+    if salt.truncate_p is not None and not 0.0 < salt.truncate_p <= 1.0:
+        yield f"salt.truncate_p = {salt.truncate_p}: must be above 0, at most 1, or null"
+    if salt.truncate_p is not None and salt.truncate_k is None and not stored:
+        yield (
+            f"salt.truncate_p = {salt.truncate_p} needs salt.truncate_k, the most tokens that a "
+            "position may be left with (the paper's: 0.95 and 50)"
+        )
+    sparse = stored or salt.truncate_k is not None
+    if salt.lost_mass != "renormalise" and not sparse:
+        yield f"salt.lost_mass = {salt.lost_mass} has no effect: nothing is cut off; remove it"
+    if salt.lost_mass != "renormalise" and salt.teacher_temperature != 1.0:
+        yield (
+            f"salt.lost_mass = {salt.lost_mass} with salt.teacher_temperature = "
+            f"{salt.teacher_temperature}: how probable the tokens that are cut off are at another "
+            "temperature is not known; choose renormalise, or temperature 1"
+        )
+    if sparse and salt.divergence not in ("forward_kl", "mse_probabilities"):
+        yield (
+            f"salt.divergence = {salt.divergence} asks for the teacher's probability of every "
+            "token, and only some are known: choose forward_kl or mse_probabilities, or teach "
+            "without truncation"
+        )
+    if salt.lost_mass == "ghost" and salt.divergence == "mse_probabilities":
+        yield "salt.lost_mass = ghost has no bucket with salt.divergence = mse_probabilities"
 
 
 def switch_problems(config: RunConfig) -> Iterator[str]:
@@ -319,10 +358,10 @@ def switch_problems(config: RunConfig) -> Iterator[str]:
                 )
         return
     adaptive = "salt.switch = adaptive"
-    if salt.kd_steps <= 0 or salt.kd_weight <= 0 or config.teacher.path is None:
+    if salt.kd_steps <= 0 or salt.kd_weight <= 0 or config.teacher.kind is None:
         yield (
             f"{adaptive} asks when the teacher stops helping, but there is no teacher that "
-            "teaches: set teacher.checkpoint or teacher.hf, salt.kd_steps and salt.kd_weight "
+            "teaches: set teacher.checkpoint, hf or logits, salt.kd_steps and salt.kd_weight "
             "above 0, or choose fixed"
         )
         return
@@ -366,7 +405,10 @@ def tag_problems(config: RunConfig) -> Iterator[str]:
     """What concerns tags, selection and the routing of tokens."""
     salt, data = config.salt, config.data
     num_datasets = len(parse_blend(data.train_data_path, "data.train_data_path")[0])
-    for name, paths in (("data.tags", data.tags), ("salt.selection", salt.selection)):
+    for name, paths in (
+        ("data.tags", data.tags), ("salt.selection", salt.selection),
+        ("teacher.logits", config.teacher.logits),
+    ):  # fmt: skip
         if paths and len(paths) != num_datasets:
             yield (
                 f"{name} names {len(paths)}, data.train_data_path {num_datasets} datasets: give "
@@ -394,7 +436,7 @@ def tag_problems(config: RunConfig) -> Iterator[str]:
             yield f"salt.{name} = {getattr(salt, name)} needs data.tags"
     if salt.kd_tokens != "all" and salt.kd_weight <= 0:
         yield f"salt.kd_tokens = {salt.kd_tokens} has no effect at salt.kd_weight 0"
-    if salt.ce_tokens == "excess_loss" and not data.tags and config.teacher.path is None:
+    if salt.ce_tokens == "excess_loss" and not data.tags and config.teacher.kind is None:
         yield (
             "salt.ce_tokens = excess_loss compares with a reference loss: set teacher.checkpoint, "
             "or data.tags made with --store loss"

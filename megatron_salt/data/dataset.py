@@ -24,11 +24,21 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
+from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_salt.config.fields import DataConfig, RunConfig
+from megatron_salt.config.fields import DataConfig
 from megatron_salt.config.values import check_split, parse_blend
-from megatron_salt.data.epochs import Epoch, EpochedDataset, TaggedDataset, Tags, WindowDataset
+from megatron_salt.data.epochs import (
+    Epoch,
+    EpochedDataset,
+    PlacedDataset,
+    SampleFields,
+    TaggedDataset,
+    Tags,
+    WindowDataset,
+)
+from megatron_salt.data.logits import StoredLogits
 from megatron_salt.data.manifest import (
     check_exists,
     read_dataset_manifest,
@@ -38,9 +48,8 @@ from megatron_salt.data.manifest import (
 from megatron_salt.data.objective import Mixture, make_mixture
 from megatron_salt.data.order import epoch_seed
 from megatron_salt.data.parts import HeldOutParts
-from megatron_salt.data.selection import Selection, check_same_origin, load_selection, rule_text
 from megatron_salt.data.sources import load_sources
-from megatron_salt.data.tags import TagManifest, tag_manifest_path, verify_tags
+from megatron_salt.data.tag_inputs import TagInputs
 from megatron_salt.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_salt.method.salt import Phase
 
@@ -61,7 +70,13 @@ class Batch:
     tag_RS: Tensor | None = None
     """With data.tags: 1 where the label is among the tagging model's most likely tokens, fp32."""
     reference_loss_RS: Tensor | None = None
-    """The tagging model's loss on the label, nats, fp32; where a run reads it."""
+    """Loss on the label of the model that tagged the data, or whose logits are stored, nats, fp32;
+    where a run reads it."""
+    logits_ids_RSK: Tensor | None = None
+    """Stored logits, in the KD phase: see `StoredLogits.of_places`; so are the next three."""
+    logits_logp_RSK: Tensor | None = None
+    logits_rest_RS: Tensor | None = None
+    logits_entropy_RS: Tensor | None = None
     prefix_R: Tensor | None = None
     """How many of a row's first tokens see each other in both directions, int64, always on the CPU:
     it decides which attention runs. None where every row is causal."""
@@ -108,70 +123,6 @@ def verify_datasets(data: DataConfig, tokenizer: Tokenizer) -> None:
         verify_dataset(prefix, tokenizer)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TagInputs:
-    """The tags and selections of a run's training datasets, verified; empty where it has none."""
-
-    tags: tuple[TagManifest, ...] = ()
-    selections: tuple[Selection, ...] = ()
-
-    def fingerprints(self) -> tuple[list[str], list[str]]:
-        """Identities of tags and selections, to notice at a resume that they changed."""
-        return [x.fingerprint for x in self.tags], [x.fingerprint for x in self.selections]
-
-    def describe(self) -> list[str]:
-        """Who tagged and by which rule was selected, as lines for people."""
-        lines = []
-        for tags in self.tags:
-            data, model = tags.origin.data, tags.origin.model
-            lines.append(f"tags of {data.name} by {model.name}, step {model.step}")
-        for chosen in self.selections:
-            by = chosen.origin.model.name
-            lines.append(f"selection {chosen.path}: {rule_text(chosen.rule)}, by {by}")
-        return lines
-
-
-def load_tag_inputs(config: RunConfig, tokenizer: Tokenizer) -> TagInputs:
-    """Read and check what config.data.tags and config.salt.selection name.
-
-    Raises: ValueError naming the files that do not belong together, and the remedy.
-    """
-    data, salt = config.data, config.salt
-    prefixes = parse_blend(data.train_data_path, "data.train_data_path")[0]
-    tags, selections = [], []
-    for prefix, tagged in zip(prefixes, data.tags, strict=False):
-        tags.append(verify_tags(tagged, prefix, tokenizer.fingerprint))
-        if reads_reference_loss(config) and "loss" not in tags[-1].stored:
-            raise ValueError(
-                f"salt.ce_tokens = excess_loss without a teacher reads the losses of {tagged}, "
-                "which has none: tag with --store loss"
-            )
-    for prefix, path in zip(prefixes, salt.selection, strict=False):
-        selection = load_selection(path, prefix, tokenizer.fingerprint)
-        if selection.window not in (None, data.seq_length):
-            raise ValueError(
-                f"{path} selects windows of {selection.window} tokens, data.seq_length is "
-                f"{data.seq_length}: the sequences that were scored are those to train on; make "
-                "the two equal, or tag documents"
-            )
-        selections.append(selection)
-    if tags and selections:
-        for tagged, manifest, selection in zip(data.tags, tags, selections, strict=True):
-            check_same_origin(selection, manifest.origin, tag_manifest_path(tagged))
-    return TagInputs(tags=tuple(tags), selections=tuple(selections))
-
-
-def reads_reference_loss(config: RunConfig) -> bool:
-    """Whether losses of the tags are read: a teacher in memory computes its own."""
-    return config.salt.ce_tokens == "excess_loss" and config.teacher.path is None
-
-
-def reads_tags(config: RunConfig) -> bool:
-    """Whether any route goes by data.tags."""
-    routes = {config.salt.kd_tokens, config.salt.ce_tokens}
-    return not routes.isdisjoint({"tagged", "untagged"}) or reads_reference_loss(config)
-
-
 class DataSource:
     """Reads the rows of a step or of an evaluation. Every rank can read any row.
 
@@ -182,15 +133,17 @@ class DataSource:
         num_samples: rows the run needs in all; decides how many epochs are indexed, not the order.
         num_selected: rows of the KD phase, the first ones.
         cache_path: folder for index files, shared by all ranks; rank 0 writes, the others map.
-        tag_inputs: tags and selections, if the run has any.
-        with_reference_loss: read the losses of the tags.
+        tag_inputs: tags, selections and stored logits, if the run has any.
+        with_reference_loss: read the losses of the tags, or of the stored logits.
+        logits: those of tag_inputs, opened, on ranks that need them.
         held_out_only: index no training data.
     """
 
     def __init__(
         self, data: DataConfig, tokenizer: Tokenizer, *, num_samples: int, seed: int,
         cache_path: Path, num_selected: int = 0, tag_inputs: TagInputs | None = None,
-        with_reference_loss: bool = False, held_out_only: bool = False,
+        with_reference_loss: bool = False, logits: Sequence[StoredLogits] = (),
+        held_out_only: bool = False,
     ) -> None:  # fmt: skip
         self.data, self.tokenizer, self.seed = data, tokenizer, seed
         self.cache_path = cache_path
@@ -204,6 +157,8 @@ class DataSource:
         self.num_samples, self.num_selected = num_samples, num_selected
         self.tag_inputs = tag_inputs or TagInputs()
         self.selections = self.tag_inputs.selections
+        self.logits, self.with_reference_loss = list(logits), with_reference_loss
+        self._documents_of: dict[int, GPTDataset] = {}
         self.tags: list[Tags | None] = [None] * len(prefixes)
         self.parts: list[EpochedDataset] = []
         self.selected_parts: list[EpochedDataset] = []
@@ -216,7 +171,7 @@ class DataSource:
         if self.tag_inputs.tags:
             self.tags = [Tags(path, with_loss=with_reference_loss) for path in data.tags]
         self.train = self._order(num_samples, self.parts, self._all_epoch)
-        if self.selections:
+        if self.selections or self.tag_inputs.of_windows:
             self.selected = self._order(num_selected, self.selected_parts, self._selected_epoch)
 
     def _order(
@@ -297,44 +252,63 @@ class DataSource:
         return train
 
     def _all_epoch(self, which: int, seed: int) -> Epoch:
+        if self.data.windows:
+            return self._window_epoch(which, seed, None)
         epoch, tags = self._gpt_epoch(which, seed), self.tags[which]
-        return epoch if tags is None else TaggedDataset(epoch, tags)
+        self._documents_of.setdefault(which, epoch)
+        return self._with_places(epoch if tags is None else TaggedDataset(epoch, tags), epoch)
+
+    def _with_places(self, epoch: Epoch, gpt: GPTDataset) -> Epoch:
+        """Samples that say where their labels lie, if stored logits are looked up by that."""
+        return PlacedDataset(epoch, gpt) if self.logits else epoch
+
+    def _documents(self, which: int) -> GPTDataset:
+        """The training documents of a dataset; their order does not matter here."""
+        found = self._documents_of.get(which) or self._gpt_epoch(which, epoch_seed(self.seed, 0))
+        return self._documents_of.setdefault(which, found)
+
+    def _window_epoch(self, which: int, seed: int, chosen: NDArray[np.int64] | None) -> Epoch:
+        """Whole windows in a dataset's training part, of those chosen (None: of all), once."""
+        gpt, window = self._documents(which), self.data.seq_length
+        # The training part is the first documents of the file, so the first tokens.
+        num_tokens = int(gpt.dataset.sequence_lengths[: len(gpt.indices)].sum(dtype=np.int64))
+        whole = np.arange(num_tokens // window)
+        identity = f"windows of {window}"
+        if chosen is not None:
+            whole, identity = np.intersect1d(whole, chosen), self.selections[which].fingerprint
+            self._check_some(len(whole), self.selections[which].path)
+        self._check_some(len(whole), self.prefixes[which])
+        return WindowDataset(
+            gpt.dataset, whole, window=window, seed=seed, eod=self.tokenizer.eod,
+            eod_mask_loss=self.data.eod_mask_loss, tags=self.tags[which], identity=identity,
+        )  # fmt: skip
 
     def _selected_epoch(self, which: int, seed: int) -> Epoch:
-        """The selected sequences of a dataset's training part, once."""
-        selection, prefix = self.selections[which], self.prefixes[which]
-        whole = self.parts[which].epochs[0]
-        gpt: GPTDataset = whole.epoch if isinstance(whole, TaggedDataset) else whole
-        if selection.window is not None:
-            # The training part is the first documents of the file, so the first tokens.
-            lengths = gpt.dataset.sequence_lengths
-            num_tokens = int(lengths[: len(gpt.indices)].sum(dtype=np.int64))
-            windows = selection.sequences
-            whole_ones = windows[(windows + 1) * selection.window <= num_tokens]
-            self._check_some(len(whole_ones), selection)
-            return WindowDataset(
-                gpt.dataset, whole_ones, window=selection.window, seed=seed,
-                eod=self.tokenizer.eod, eod_mask_loss=self.data.eod_mask_loss,
-                tags=self.tags[which], identity=selection.fingerprint,
-            )  # fmt: skip
+        """What the KD phase reads of a dataset's training part, once: the selected sequences, or
+        the windows of which logits are stored."""
+        selection = self.selections[which] if self.selections else None
+        if selection is None or selection.window is not None:
+            chosen = None if selection is None else selection.sequences
+            return self._window_epoch(which, seed, chosen)
+        gpt = self._documents(which)
         documents = np.intersect1d(gpt.indices, selection.sequences).astype(gpt.indices.dtype)
         tokens = int(gpt.dataset.sequence_lengths[documents].sum(dtype=np.int64))
-        self._check_some(max(0, tokens - 1) // self.data.seq_length, selection)
-        config = self._config(prefix, seed, held_out=False)
+        self._check_some(max(0, tokens - 1) // self.data.seq_length, selection.path)
+        config = self._config(self.prefixes[which], seed, held_out=False)
         # megatron-core's cache key does not hold which documents it indexes.
         config.path_to_cache = f"{config.path_to_cache}-{selection.fingerprint}"
         with self._naming_the_cache():
             epoch = BlendedMegatronDatasetBuilder.build_generic_dataset(
-                GPTDataset, lambda: True, True, gpt.dataset, prefix, documents, None, Split.train,
-                config,
+                GPTDataset, lambda: True, True, gpt.dataset, self.prefixes[which], documents, None,
+                Split.train, config,
             )  # fmt: skip
         tags = self.tags[which]
-        return epoch if tags is None else TaggedDataset(epoch, tags)
+        return self._with_places(epoch if tags is None else TaggedDataset(epoch, tags), epoch)
 
-    def _check_some(self, samples: int, selection: Selection) -> None:
+    def _check_some(self, samples: int, source: str | Path) -> None:
         if samples == 0:
             raise ValueError(
-                f"{selection.path}: the selected sequences in the training part of the data do not "
+                f"{source}: the selected sequences in the training part of the data do not "
                 f"fill one sample of data.seq_length = {self.data.seq_length} tokens; select more"
             )
 
@@ -359,10 +333,22 @@ class DataSource:
         Raises: ValueError naming dataset, row and id, for an id beyond the vocabulary.
         """
         order = self.selected if phase == "kd" and self.selected is not None else self.train
-        batch = _stack([order[row] for row in rows])
+        samples = [order[row] for row in rows]
         which = [order.dataset_index[row] if len(self.prefixes) > 1 else 0 for row in rows]
+        if phase == "kd" and self.logits:
+            samples = [self._with_logits(x, i) for x, i in zip(samples, which, strict=True)]
+        batch = _stack(samples)
         self._check_ids(batch, "training", rows, [self.prefixes[i] for i in which])
         return batch if self.mixture is None else _apply(self.mixture, batch, rows)
+
+    def _with_logits(self, sample: SampleFields, which: int) -> SampleFields:
+        stored = self.logits[which].of_places(sample["places"].numpy())
+        loss = stored.pop("logits_loss")
+        return {
+            **sample,
+            **stored,
+            **({"reference_loss": loss} if self.with_reference_loss else {}),
+        }
 
     def num_held_out(self) -> int:
         return min(len(valid) for valid in self.valid) * len(self.valid)
@@ -449,6 +435,14 @@ def dataset_fingerprint(prefix: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+OPTIONAL_FIELDS = {
+    "tag_RS": "tag", "reference_loss_RS": "reference_loss", "part_RS": "part",
+    "logits_ids_RSK": "logits_ids", "logits_logp_RSK": "logits_logp",
+    "logits_rest_RS": "logits_rest", "logits_entropy_RS": "logits_entropy",
+}  # fmt: skip
+"""Fields of a batch that only some samples have, and what the samples call them."""
+
+
 def _stack(samples: Sequence[dict[str, Tensor]]) -> Batch:
     """torch.stack copies, so nobody can write into the dataset's cached masks."""
 
@@ -458,9 +452,7 @@ def _stack(samples: Sequence[dict[str, Tensor]]) -> Batch:
     return Batch(
         tokens_RS=stacked("tokens"), labels_RS=stacked("labels"),
         mask_RS=stacked("loss_mask").float(),
-        tag_RS=stacked("tag") if "tag" in samples[0] else None,
-        reference_loss_RS=stacked("reference_loss") if "reference_loss" in samples[0] else None,
-        part_RS=stacked("part") if "part" in samples[0] else None,
+        **{name: stacked(key) for name, key in OPTIONAL_FIELDS.items() if key in samples[0]},
     )  # fmt: skip
 
 

@@ -87,6 +87,38 @@ class TaggedDataset(torch.utils.data.Dataset):
         return {**self.epoch[index], **tag_fields(mask[1:], bits)}
 
 
+class _OwnPlaces:
+    """Stands for an `IndexedDataset`: every item is its own place in the stream of all tokens."""
+
+    def __init__(self, dataset: Any) -> None:
+        ends = np.cumsum(dataset.sequence_lengths, dtype=np.int64)
+        self.bounds = np.concatenate([[0], ends])
+
+    def get(self, index: int, offset: int = 0, length: int | None = None) -> NDArray[np.int64]:
+        start = int(self.bounds[index]) + offset
+        return np.arange(start, self.bounds[index + 1] if length is None else start + length)
+
+
+class PlacedDataset(torch.utils.data.Dataset):
+    """Samples of a `GPTDataset` that also say where in the stream their labels lie: `places`, [S].
+
+    Args:
+        epoch: the samples; of `gpt`, in its order.
+    """
+
+    def __init__(self, epoch: Epoch, gpt: GPTDataset) -> None:
+        self.epoch, self.places = epoch, copy.copy(gpt)
+        self.places.dataset = _OwnPlaces(gpt.dataset)
+        self.index_split, self.unique_identifiers = epoch.index_split, epoch.unique_identifiers
+
+    def __len__(self) -> int:
+        return len(self.epoch)
+
+    def __getitem__(self, index: int) -> SampleFields:
+        places = self.places._query_document_sample_shuffle_indices(index)[0]
+        return {**self.epoch[index], "places": torch.from_numpy(places[1:])}
+
+
 @dataclass(eq=False)
 class WindowDataset(torch.utils.data.Dataset):
     """One epoch over windows of the token stream, as they were scored, shuffled.
@@ -130,7 +162,8 @@ class WindowDataset(torch.utils.data.Dataset):
         loss_mask = torch.ones(self.window)
         if self.eod_mask_loss:
             loss_mask[tokens == self.eod] = 0.0
-        sample = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask}
+        sample = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask,
+                  "places": torch.arange(start, stop)}  # fmt: skip
         return sample | ({} if self.tags is None else self.tags.of_places(start, stop))
 
 

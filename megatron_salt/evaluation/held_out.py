@@ -23,12 +23,13 @@ from megatron_salt.checkpoint.weights import read_teacher_scores, write_teacher_
 from megatron_salt.config.deepspeed import DeepSpeedSettings
 from megatron_salt.config.fields import RunConfig
 from megatron_salt.data.dataset import Batch, DataSource
+from megatron_salt.data.logits import read_held_out
 from megatron_salt.data.order import evaluation_rows
 from megatron_salt.evaluation.score_sums import THIRDS, ScoreSums, ThirdCuts, part_sums
 from megatron_salt.evaluation.teacher_check import check_first_score
 from megatron_salt.kernels import TokenScores
 from megatron_salt.model.loss import LossFunction, by_sample, in_order_of_tokens
-from megatron_salt.parallel.groups import Groups
+from megatron_salt.parallel.groups import Groups, from_rank_0
 from megatron_salt.teacher.teacher import Teacher
 
 
@@ -257,6 +258,22 @@ class HeldOut:
         values["teacher_valid_ece"] = teacher.sums.calibration_error
         values["teacher_tv_bound"] = teacher.tv_bound
         return values
+
+    def take_stored(self, prefix: str) -> str | None:
+        """Take the held-out losses that were stored with a teacher's logits; what is wrong with
+        them, if they cannot be had. Read by rank 0.
+
+        Collectives: a broadcast of them over all ranks.
+        """
+        found: tuple[dict[str, Tensor] | None, str | None] = (None, None)
+        if self.groups.rank == 0:
+            found = read_held_out(prefix)
+        tensors, fingerprint = from_rank_0(found)
+        if tensors is None or fingerprint != self.fingerprint:
+            what = "has none" if tensors is None else "has those of other held-out samples"
+            return f"{prefix} {what}: run `cache-logits` with --held-out and this run's config"
+        self.teacher = TeacherScores(**tensors)
+        return None
 
     def write(self, directory: Path) -> None:
         """Put the teacher's scores, if there are any, into a checkpoint that is being written."""

@@ -18,8 +18,10 @@ from megatron_salt.config.fields import SaltConfig
 from megatron_salt.kernels import (
     Chunking,
     KdLoss,
+    KeptLogprobs,
     LossBackend,
     TokenScores,
+    Truncation,
     VocabShard,
     choose_backend,
     linear_kd_loss,
@@ -43,7 +45,13 @@ class Targets(NamedTuple):
     reference_loss_BS: Tensor
     """Loss of the tagging model on each label, nats, fp32; empty [0] where no route reads it."""
     teacher_hidden_BSE: Tensor | None = None
-    """The teacher's last hidden state; None in the LM phase."""
+    """The teacher's last hidden state; None in the LM phase, and with stored logits."""
+    logits_ids_BSK: Tensor | None = None
+    """Stored logits, see `kernels.KeptLogprobs`; None without any."""
+    logits_logp_BSK: Tensor | None = None
+    logits_rest_BS: Tensor | None = None
+    teacher_entropy_BS: Tensor | None = None
+    """Of the stored teacher's distribution, nats, fp32."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +74,8 @@ def counted_sum(values_T: Tensor, mask_T: Tensor) -> Tensor:
 
 
 def in_order_of_tokens(values_BS: Tensor) -> Tensor:
-    """[B, S] to [T], sequence positions outermost as in the student's hidden states."""
-    return values_BS.transpose(0, 1).reshape(-1)
+    """[B, S, ...] to [T, ...], sequence positions outermost as in the student's hidden states."""
+    return values_BS.transpose(0, 1).flatten(0, 1)
 
 
 def by_sample(values_T: Tensor, num_samples: int) -> Tensor:
@@ -87,6 +95,13 @@ class Tokens(NamedTuple):
     ce_weight_T: Tensor
     kd_weight_T: Tensor
     reference_loss_T: Tensor | None
+    stored: KeptLogprobs | None = None
+    entropy_T: Tensor | None = None
+    """The stored teacher's; of one in memory it is computed."""
+
+    @property
+    def has_teacher(self) -> bool:
+        return self.teacher_hidden_TE is not None or self.stored is not None
 
 
 NUM_SUMS = len(dataclasses.fields(LossSums))
@@ -133,6 +148,10 @@ class LossFunction:
             tp_group=tp_group,
             sequence_parallel=sequence_parallel,
         )
+        self.truncation = Truncation(
+            top_k=salt.truncate_k, top_p=salt.truncate_p, lost_mass=salt.lost_mass,
+            temperature=salt.teacher_temperature,
+        )  # fmt: skip
         self.teacher_head_WE: Tensor | None = None
         # While an evaluation runs, the scores of its micro-batches so far.
         self.scored: list[TokenScores] | None = None
@@ -145,21 +164,15 @@ class LossFunction:
         per token. Nothing is added to the sums.
         Collectives: those of `linear_kd_loss` over tp.
         """
-        reference_BS = targets.reference_loss_BS
-        has_reference = reference_BS.numel() > 0
-        labels_T, mask_T, ce_weight_T, kd_weight_T = map(in_order_of_tokens, targets[:4])
-        tokens = Tokens(
-            hidden_SBD.flatten(0, 1), head_WD, self._teacher_hidden(targets.teacher_hidden_BSE),
-            labels_T, mask_T, ce_weight_T, kd_weight_T,
-            in_order_of_tokens(reference_BS) if has_reference else None,
-        )  # fmt: skip
+        tokens = self._tokens(hidden_SBD, head_WD, targets)
         if self.scored is not None:
             scores = self._student_scores(tokens, *HELD_OUT_SCORES)
             self.scored.append(scores)
             assert scores.ce_T is not None
-            return counted_sum(scores.ce_T, mask_T)
+            return counted_sum(scores.ce_T, tokens.mask_T)
         # In the LM phase there is neither a teacher nor a reference, and nothing is routed.
-        if self._routes_by_model and (tokens.teacher_hidden_TE is not None or has_reference):
+        asks = tokens.has_teacher or tokens.reference_loss_T is not None
+        if self._routes_by_model and asks:
             tokens = self._routed(tokens, len(targets.labels_BS))
         salt, teacher_TE = self.salt, tokens.teacher_hidden_TE
         result = linear_kd_loss(
@@ -168,10 +181,29 @@ class LossFunction:
             vocab=self.vocab, ce_weight_T=tokens.ce_weight_T, kd_weight_T=tokens.kd_weight_T,
             teacher_temperature=salt.teacher_temperature,
             student_temperature=salt.student_temperature, divergence=salt.divergence,
-            chunking=self.chunking, impl=salt.loss_impl,
+            chunking=self.chunking, impl=salt.loss_impl, stored=tokens.stored,
+            truncation=self.truncation if self._cuts and tokens.has_teacher else None,
         )  # fmt: skip
         self._add(tokens, result)
         return result.loss
+
+    def _tokens(self, hidden_SBD: Tensor, head_WD: Tensor, targets: Targets) -> Tokens:
+        reference_BS, entropy_BS = targets.reference_loss_BS, targets.teacher_entropy_BS
+        labels_T, mask_T, ce_weight_T, kd_weight_T = map(in_order_of_tokens, targets[:4])
+        stored = (targets.logits_ids_BSK, targets.logits_logp_BSK, targets.logits_rest_BS)
+        given = [in_order_of_tokens(x) for x in stored if x is not None]
+        return Tokens(
+            hidden_SBD.flatten(0, 1), head_WD, self._teacher_hidden(targets.teacher_hidden_BSE),
+            labels_T, mask_T, ce_weight_T, kd_weight_T,
+            in_order_of_tokens(reference_BS) if reference_BS.numel() else None,
+            KeptLogprobs(*given) if given else None,
+            None if entropy_BS is None else in_order_of_tokens(entropy_BS),
+        )  # fmt: skip
+
+    @property
+    def _cuts(self) -> bool:
+        """Whether a teacher in memory is cut to its likeliest tokens; a stored one has been."""
+        return self.salt.truncate_k is not None or self.salt.truncate_p is not None
 
     @property
     def _routes_by_model(self) -> bool:
@@ -202,11 +234,12 @@ class LossFunction:
             assert gap_BS is not None
             taught_BS = (gap_BS > 0).float()
         elif salt.kd_tokens in ("low_entropy", "high_entropy"):
-            assert tokens.teacher_hidden_TE is not None
-            scores = self._teacher_scores(tokens.teacher_hidden_TE, tokens.labels_T, "entropy")
-            assert scores.entropy_T is not None
+            entropy_T, hidden_TE = tokens.entropy_T, tokens.teacher_hidden_TE
+            if hidden_TE is not None:
+                entropy_T = self._teacher_scores(hidden_TE, tokens.labels_T, "entropy").entropy_T
+            assert entropy_T is not None
             sign = 1.0 if salt.kd_tokens == "high_entropy" else -1.0
-            entropy_BS = by_sample(scores.entropy_T, num_rows) * sign
+            entropy_BS = by_sample(entropy_T, num_rows) * sign
             taught_BS = share_of_sequences(entropy_BS, counted_BS, salt.kd_token_share)
         if taught_BS is not None:
             ce_weight_BS, kd_weight_BS = keep_taught(
@@ -223,8 +256,8 @@ class LossFunction:
         )
 
     def _loss_gap(self, tokens: Tokens) -> Tensor:
-        """Student loss - that of the teacher in memory, or else of the model that tagged the data,
-        [T]."""
+        """Student loss - that of the teacher in memory, or else the one stored by the model that
+        tagged the data or whose logits are read, [T]."""
         student_ce_T = self._student_scores(tokens, "ce").ce_T
         teacher_ce_T, hidden_TE = tokens.reference_loss_T, tokens.teacher_hidden_TE
         if hidden_TE is not None:

@@ -19,7 +19,8 @@ def make_plan(options: argparse.Namespace, run_options: list[str]) -> PlanReport
     Raises: ValueError naming option, file or setting; SystemExit for run_options, as training does.
     """
     if options.teacher_config is not None:  # stands for a checkpoint that need not be there yet
-        teacher = ["--teacher.checkpoint", options.teacher_config, "--teacher.hf", "null"]
+        teacher = ["--teacher.checkpoint", options.teacher_config, "--teacher.hf", "null",
+                   "--teacher.logits", "[]"]  # fmt: skip
         run_options = [*run_options, *teacher]
     command = parse_command_line(run_options, prog="megatron-salt plan")
     machine = make_machine(options)

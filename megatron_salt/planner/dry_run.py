@@ -19,9 +19,10 @@ from megatron_salt.config.deepspeed import (
 )
 from megatron_salt.config.fields import RunConfig
 from megatron_salt.config.values import parse_blend, parse_objective
-from megatron_salt.data.dataset import TagInputs, find_tokenizer, load_tag_inputs, verify_datasets
+from megatron_salt.data.dataset import find_tokenizer, verify_datasets
 from megatron_salt.data.manifest import read_dataset_manifest
 from megatron_salt.data.objective import check_sentinels, spans_of_rows
+from megatron_salt.data.tag_inputs import TagInputs, load_tag_inputs, logits_warnings
 from megatron_salt.files.markdown import BYTE_UNITS, unit_for
 from megatron_salt.huggingface.teacher_folder import find_teacher_of
 from megatron_salt.method.switch import carried_over, effective
@@ -70,6 +71,7 @@ def describe_run(config: RunConfig, deepspeed_config: str) -> str:
     tag_inputs = load_tag_inputs(config, tokenizer)
     fingerprint = tokenizer.fingerprint
     resume, warnings = find_resume(config.train.output_dir, config.train.resume)
+    warnings = [*warnings, *logits_warnings(config, tag_inputs.logits)]
     resumed = read_checkpoint_manifest(resume) if resume else None
     check_start(config, layout, settings, fingerprint, resume, resumed)
     if resumed is not None:
@@ -166,7 +168,8 @@ def _token_lines(
 def _teacher_lines(sizes: Sizes) -> list[str]:
     config, layout, teacher = sizes.config, sizes.layout, sizes.teacher
     if teacher is None:
-        return ["teacher: none"]
+        stored = config.teacher.kind == "logits"
+        return ["teacher: its stored logits; no model is loaded" if stored else "teacher: none"]
     count = teacher.parameters or num_parameters(
         teacher.model, teacher.vocab_size, teacher.num_positions
     )

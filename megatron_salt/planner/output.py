@@ -13,6 +13,7 @@ from megatron_salt.planner.estimate import Estimate, Overheads
 from megatron_salt.planner.hardware import Machine
 from megatron_salt.planner.inputs import PlannerInputs
 from megatron_salt.planner.memory import StageMemory
+from megatron_salt.planner.offline import TOP_K, offline_costs
 from megatron_salt.planner.ranking import Ranking
 from megatron_salt.teacher.simulator import Timeline
 
@@ -51,7 +52,13 @@ def as_dict(plan: PlanReport) -> dict[str, Any]:
         "ranking": ranking
         and {**vars(ranking), "listed": [_estimate_dict(plan, one) for one in ranking.listed]},
         "problem": plan.problem,
+        "offline": None if plan.own is None else _offline_dict(plan, plan.own),
     }  # fmt: skip
+
+
+def _offline_dict(plan: PlanReport, own: Estimate) -> dict[str, Any] | None:
+    costs = offline_costs(own, plan.machine)
+    return None if costs is None else dataclasses.asdict(costs)
 
 
 def _estimate_dict(plan: PlanReport, one: Estimate) -> dict[str, Any]:
@@ -156,7 +163,28 @@ def _describe_own(plan: PlanReport, own: Estimate) -> list[str]:
         kind = ", computed" * plan.measured
         table = overheads_table(plan.overheads)
         lines.append(f"A KD step by number of micro-batches{kind}\n\n{table}")
-    return [*lines, _describe_run(plan, own)]
+    return [*lines, _describe_run(plan, own), *_describe_offline(plan, own)]
+
+
+def _describe_offline(plan: PlanReport, own: Estimate) -> list[str]:
+    """Whether the teacher's logits had better be stored, for this run and for several."""
+    costs = offline_costs(own, plan.machine)
+    if costs is None or not costs.num_bytes:
+        return []
+    size, unit = unit_for(costs.num_bytes, BYTE_UNITS)
+    rate, rate_unit = unit_for(costs.num_bytes / own.sizes.config.salt.kd_steps / costs.kd_step_s,
+                               BYTE_UNITS)  # fmt: skip
+    online, capture = costs.online_gpu_s / 3600, costs.capture_gpu_s / 3600
+    pays = "for no number of runs: the teacher costs them nothing"
+    if online > 0:
+        pays = f"from {max(1, math.ceil(capture / online))} such runs on"
+    read = costs.num_bytes / own.sizes.config.salt.kd_steps / costs.kd_step_s / rate
+    return [
+        f"The teacher's logits, stored once (`cache-logits`, {TOP_K} tokens of each position): "
+        f"{capture:,.1f} GPU hours and {costs.num_bytes / size:,.1f} {unit}, read at {read:,.1f} "
+        f"{rate_unit}/s. The teacher in the run costs {online:,.1f} GPU hours of its KD steps. In "
+        f"GPU hours storing pays {pays}."
+    ]
 
 
 def _describe_run(plan: PlanReport, own: Estimate) -> str:

@@ -11,7 +11,7 @@ from megatron_salt.checkpoint.manifest import CheckpointManifest, read_checkpoin
 from megatron_salt.config.deepspeed import DeepSpeedSettings, read_json
 from megatron_salt.config.fields import DataConfig, RunConfig
 from megatron_salt.config.values import effective_split, parse_blend, parse_objective
-from megatron_salt.data.dataset import TagInputs
+from megatron_salt.data.tag_inputs import TagInputs
 from megatron_salt.files.disk import lock_file
 from megatron_salt.method.switch import carried_over, effective
 from megatron_salt.parallel.layout import Layout
@@ -249,6 +249,13 @@ def check_same_tag_inputs(
     switch = carried_over(resumed.run.switch, resumed.run.config.salt, config.salt)
     if resumed.run.step >= effective(config.salt, switch).kd_steps:
         return
+    logits = tag_inputs.teacher_fingerprint
+    if logits and resumed.run.teacher_fingerprint not in (None, logits):
+        raise ValueError(
+            f"teacher.logits = {config.teacher.logits}: the KD phase of this run began with a "
+            f"teacher of fingerprint {resumed.run.teacher_fingerprint}, these have {logits}: "
+            "give the same, or start a new run"
+        )
     tags, selection = tag_inputs.fingerprints()
     began = resumed.run.config
     for name, paths, before, now in (

@@ -56,7 +56,7 @@ def prepare(
     settings, groups = start.join_ranks(config, deepspeed_config)
     console = Console(config.train, groups)
     agreed = start.agree_on_start(config, settings, groups, console)
-    data = start.build_data(config, settings, agreed, console)
+    data = start.build_data(config, settings, agreed, console, teaches=groups.is_last_stage)
     start.prepare_loss(config, settings, groups, console)
     console.say(start.announce_build(settings))
     student = StudentEngine(
@@ -71,9 +71,9 @@ def prepare(
     teaching = Teaching(config, student, kd, console, measure)
     if agreed.resumed:
         teaching.fingerprint = agreed.resumed.run.teacher_fingerprint
-    if config.teacher.path and kd.phase(agreed.step) == "kd":
-        teaching.bring(agreed.tokenizer, held_out, agreed.resumed)
-    elif config.teacher.path and agreed.resume_from and agreed.resumed:
+    if config.teacher.kind and kd.phase(agreed.step) == "kd":
+        teaching.bring(agreed, held_out)
+    elif config.teacher.kind and agreed.resume_from and agreed.resumed:
         console.warn(held_out.resume(agreed.resume_from, agreed.resumed))
     saver = Saver(config, student, held_out, kd, agreed.init_fingerprint, log, console)
     run = Run(config, agreed, student, teaching, held_out, saver)
@@ -225,7 +225,7 @@ class Run:
             "step": step + 1,
             "phase": self.kd.phase(step),
             "ce_nats": sums.ce_nats / count,
-            "kl_nats": sums.kl_nats / count if self.teacher else None,
+            "kl_nats": sums.kl_nats / count if self.teaching.teaches(step) else None,
             "kd_weight": weight,
             "taught_share": sums.taught / count,
             "ce_share": sums.ce_counted / count,
@@ -248,7 +248,8 @@ class Run:
         if not math.isfinite(values["valid_ce_nats"]):
             raise RuntimeError(f"step {done}: the held-out CE is {values['valid_ce_nats']}")
         if self.config.salt.switch == "adaptive":
-            decided = self.kd.update(done, values) if self.teacher else None
+            teaches = self.teaching.teaches(done - 1)
+            decided = self.kd.update(done, values) if teaches else None
             if decided:
                 # What was read ahead went by another end of the KD phase.
                 self.batches.restart(done)

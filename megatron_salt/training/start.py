@@ -21,7 +21,8 @@ from megatron_salt.config.deepspeed import (
     read_json,
 )
 from megatron_salt.config.fields import RunConfig
-from megatron_salt.data import dataset
+from megatron_salt.data import dataset, tag_inputs
+from megatron_salt.data.logits import StoredLogits
 from megatron_salt.data.objective import check_sentinels
 from megatron_salt.data.tokenizer import Tokenizer
 from megatron_salt.method.switch import SwitchState, carried_over
@@ -52,7 +53,7 @@ class Start:
     """What all ranks have agreed to start from."""
 
     tokenizer: Tokenizer
-    tag_inputs: dataset.TagInputs
+    tag_inputs: tag_inputs.TagInputs
     resume_from: Path | None
     resumed: CheckpointManifest | None
     """What the checkpoint says about itself; None: a new run."""
@@ -105,23 +106,23 @@ def agree_on_start(
     lock: IO[str] | None = None
     with same_error_everywhere("checking data and checkpoint"):
         tokenizer = dataset.find_tokenizer(config.data)
-        found = tag_inputs = initial = None
+        found = inputs = initial = None
         if groups.rank == 0:
             dataset.verify_datasets(config.data, tokenizer)
             check_sentinels(config.data, tokenizer)
-            tag_inputs = dataset.load_tag_inputs(config, tokenizer)
+            inputs = tag_inputs.load_tag_inputs(config, tokenizer)
             lock = resume.lock_output_dir(config.train.output_dir, console.say)
             found = resume.decide_start(config, groups.layout, settings, tokenizer.fingerprint)
             if found[1] is not None and found[1].run.step < config.train.steps:
-                resume.check_same_tag_inputs(config, found[1], tag_inputs)
+                resume.check_same_tag_inputs(config, found[1], inputs)
             if found[1] is None:
                 initial = find_initial(config, tokenizer)
             if found[1] is None or found[1].run.step < config.train.steps:
                 check_export(config, tokenizer)
     # One rank looks and decides: shared file systems show different ranks different folders.
     resume_from, resumed, warnings = from_rank_0(found)
-    tag_inputs, initial = from_rank_0((tag_inputs, initial))
-    console.warn(warnings)
+    inputs, initial = from_rank_0((inputs, initial))
+    console.warn([*warnings, *tag_inputs.logits_warnings(config, inputs.logits)])
     if resumed and resumed.run.step >= config.train.steps:
         raise NothingToDo(
             f"nothing to do: {resume_from} has done {resumed.run.step} of {config.train.steps} "
@@ -134,26 +135,32 @@ def agree_on_start(
             verify_hashes(resume_from, resumed, share)
     if resumed:
         switch = carried_over(resumed.run.switch, resumed.run.config.salt, config.salt)
-    return Start(tokenizer, tag_inputs, resume_from, resumed, initial, switch, lock)
+    return Start(tokenizer, inputs, resume_from, resumed, initial, switch, lock)
 
 
 def build_data(
-    config: RunConfig, settings: DeepSpeedSettings, start: Start, console: Console
-) -> dataset.DataSource:
+    config: RunConfig, settings: DeepSpeedSettings, start: Start, console: Console,
+    *, teaches: bool,
+) -> dataset.DataSource:  # fmt: skip
     """The rows of every step and of the evaluations.
 
+    Args:
+        teaches: whether this rank needs what stored logits say of the rows.
     Raises: ValueError if a resumed run would read other data than it began with.
     """
+    stored = zip(config.teacher.logits, start.tag_inputs.logits, strict=True)
+    top_k = config.salt.truncate_k
     data = dataset.DataSource(
         config.data, start.tokenizer, seed=config.train.seed,
         num_samples=config.train.steps * settings.global_batch_size,
         num_selected=config.salt.kd_steps * settings.global_batch_size,
         cache_path=Path(config.data.cache_path or f"{config.train.output_dir}/index_cache"),
-        tag_inputs=start.tag_inputs, with_reference_loss=dataset.reads_reference_loss(config),
+        tag_inputs=start.tag_inputs, with_reference_loss=tag_inputs.reads_reference_loss(config),
+        logits=[StoredLogits(path, each, top_k=top_k) for path, each in stored if teaches],
     )  # fmt: skip
     for line in [*data.epochs_needed(), *start.tag_inputs.describe()]:
         console.say(f"data: {line}")
-    if config.data.tags and not dataset.reads_tags(config):
+    if config.data.tags and not tag_inputs.reads_tags(config):
         console.warn(
             ["data.tags has no effect: neither salt.kd_tokens nor salt.ce_tokens reads the tags"]
         )

@@ -15,7 +15,7 @@ from megatron_salt.checkpoint.manifest import CheckpointManifest, weights_finger
 from megatron_salt.checkpoint.weights import load_frozen
 from megatron_salt.config.fields import RunConfig
 from megatron_salt.data.dataset import Batch
-from megatron_salt.data.tokenizer import Tokenizer
+from megatron_salt.data.tag_inputs import TagInputs
 from megatron_salt.evaluation.held_out import HeldOut
 from megatron_salt.huggingface.teacher_folder import find_teacher_of
 from megatron_salt.huggingface.teacher_model import load_hf_model
@@ -36,6 +36,7 @@ from megatron_salt.teacher.teacher import Teacher
 from megatron_salt.training.console import Console
 from megatron_salt.training.engine import StudentEngine
 from megatron_salt.training.kd_phase import KdPhase
+from megatron_salt.training.start import Start
 
 Measure = Callable[
     [Sequence[Trace], Sequence[tuple[int, int]], Sequence[tuple[int, int]]], StepTimes
@@ -64,13 +65,20 @@ class Teaching:
         self._begun: tuple[int, TeacherPass] | None = None
         """The step for which the teacher has worked ahead, and its pass over that batch."""
 
-    def bring(
-        self, tokenizer: Tokenizer, held_out: HeldOut, resumed: CheckpointManifest | None
-    ) -> None:
+    def teaches(self, step: int) -> bool:
+        """Whether a step's tokens are taught, by a model or by stored logits."""
+        stored = self.config.teacher.kind == "logits" and self.kd.phase(step) == "kd"
+        return stored or self.teacher is not None
+
+    def bring(self, agreed: Start, held_out: HeldOut) -> None:
         """Load the teacher, check its tokenizer, score it on the held-out samples, plan its work.
 
         Raises: ValueError on all ranks, naming the checkpoint and what does not fit.
         """
+        if self.config.teacher.kind == "logits":
+            self._bring_stored(agreed.tag_inputs, held_out)
+            return
+        tokenizer, resumed = agreed.tokenizer, agreed.resumed
         config, settings, groups = self.config, self.student.settings, self.groups
         found: tuple[Path, CheckpointManifest] | None = None
         with same_error_everywhere("checking the teacher"):
@@ -101,6 +109,19 @@ class Teaching:
         self.teacher.take_time_s()  # steps count their own
         self.teacher.prepare(plan, ahead=self.ahead)
         self.console.say(f"teacher: {plan.describe('multiply-adds')}")
+
+    def _bring_stored(self, stored: TagInputs, held_out: HeldOut) -> None:
+        """The teacher's held-out losses, if they were stored beside its logits.
+
+        Raises: ValueError on all ranks if the adaptive switch has to go by them and cannot.
+        """
+        self.fingerprint = stored.teacher_fingerprint
+        problem = held_out.take_stored(self.config.teacher.logits[0])
+        if problem and self.config.salt.switch == "adaptive":
+            raise ValueError(f"salt.switch = adaptive goes by the teacher's losses; {problem}")
+        self.console.warn(
+            [f"evaluations go on without the teacher's losses: {problem}"] * bool(problem)
+        )
 
     def _load(self, folder: Path, manifest: CheckpointManifest, dtype: torch.dtype) -> TeacherModel:
         """The frozen model on every rank, its head on those of the last stage."""
@@ -194,7 +215,7 @@ class Teaching:
         """The switch, before the first step of the LM phase: the teacher goes, the rest stays."""
         if self.teacher is not None and self.kd.phase(step) == "lm":
             self.release(step)
-        elif step == self.kd.salt.kd_steps > 0 and self.teacher is None:
+        elif step == self.kd.salt.kd_steps > 0:
             self.console.say(f"step {step}: KD phase over")
 
     def release(self, step: int) -> None:

@@ -28,7 +28,7 @@ from megatron_salt.checkpoint.folder import list_checkpoints
 from megatron_salt.checkpoint.manifest import read_checkpoint_manifest
 from megatron_salt.config.fields import RunConfig, SaltConfig
 from megatron_salt.config.problems import ADAPTIVE_ONLY
-from megatron_salt.data.dataset import TagInputs
+from megatron_salt.data.tag_inputs import TagInputs
 from megatron_salt.method.switch import SwitchState
 from megatron_salt.planner.dry_run import describe_run
 from megatron_salt.training.resume import check_same_tag_inputs

@@ -26,7 +26,8 @@ from torch import nn
 
 from megatron_salt.checkpoint.manifest import read_checkpoint_manifest
 from megatron_salt.config.fields import RunConfig
-from megatron_salt.data.dataset import DataSource, find_tokenizer, reads_reference_loss
+from megatron_salt.data.dataset import DataSource, find_tokenizer
+from megatron_salt.data.tag_inputs import reads_reference_loss
 from megatron_salt.huggingface.teacher_model import broadcast_body
 from megatron_salt.parallel.groups import FailedElsewhere, initialize
 from megatron_salt.planner.dry_run import describe_run

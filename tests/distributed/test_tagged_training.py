@@ -26,9 +26,10 @@ from tiny import (
 
 from megatron_salt.config.fields import RunConfig
 from megatron_salt.corpus.preprocess import preprocess
-from megatron_salt.data.dataset import DataSource, find_tokenizer, load_tag_inputs
+from megatron_salt.data.dataset import DataSource, find_tokenizer
 from megatron_salt.data.order import rows_of_rank
 from megatron_salt.data.selection import Rule, load_selection, read_table, write_table
+from megatron_salt.data.tag_inputs import load_tag_inputs
 from megatron_salt.data.tags import as_fp16, open_indexed, sequence_lengths
 from megatron_salt.parallel.groups import initialize
 from megatron_salt.planner.dry_run import describe_run
