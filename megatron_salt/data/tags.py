@@ -19,7 +19,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,13 +72,13 @@ class DataIdentity:
                 raise ValueError(
                     f"{source} was made of the dataset {self.name}, and {bin_path(prefix)} is not "
                     f"that one: {name} {theirs}, expected {mine}; name the data it was made of, "
-                    "or tag this one"
+                    "or make another of this one"
                 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelIdentity:
-    """Which model tagged."""
+    """Which model read the data."""
 
     fingerprint: str
     """Of its weights, see `checkpoint.weights_fingerprint`."""
@@ -138,26 +138,88 @@ class FileRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TagManifest:
-    """What a set of tags is: everything that a reader must compare before believing it."""
+class FilesManifest:
+    """What a set of files that a model made of a dataset is: everything that a reader must compare
+    before believing it."""
 
-    origin: TagOrigin
-    sequences: int
-    kept_tokens: int
+    origin: Any
+    """A dataclass of data, tokenizer_fingerprint, model and settings."""
     files: dict[str, FileRecord]
     """By what follows the prefix, such as `_mask.bin`."""
     versions: dict[str, str]
-    format_version: int = TAG_FORMAT
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @property
     def fingerprint(self) -> str:
-        """Identity of these tags: their content and how it came about."""
+        """Identity of these files: their content and how it came about."""
         hashes = {name: record.sha256 for name, record in sorted(self.files.items())}
         text = json.dumps([dataclasses.asdict(self.origin), hashes])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @classmethod
+    def read(cls, path: Path, origin: Any, format_version: int, maker: str) -> Self:
+        """Args:
+            origin: class whose `from_dict` makes the origin.
+            maker: the command that writes such files.
+        Raises: ValueError if there is none or it cannot be read.
+        """
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            if fields["format_version"] != format_version:
+                raise ValueError(f"format {fields['format_version']}, expected {format_version}")
+            return cls(
+                origin=origin.from_dict(fields.pop("origin")),
+                files={name: FileRecord(**each) for name, each in fields.pop("files").items()},
+                **fields,
+            )
+        except FileNotFoundError:
+            raise ValueError(
+                f"{path}: no such file; give the --output-prefix of `{maker}`"
+            ) from None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is not a manifest of `megatron-salt {maker}` ({error!r}); "
+                f"{run_again(maker)}"
+            ) from error
+
+    def verify(
+        self, path: Path, prefix: str | Path, data_prefix: str | Path, tokenizer: str | None,
+        maker: str, *, hashes: bool,
+    ) -> None:  # fmt: skip
+        """Check the files at prefix, and the data that they are used with, against this manifest.
+
+        Sizes and samples of the content always; with `hashes` every byte.
+        Args:
+            path: where this manifest lies.
+            tokenizer: fingerprint of the data's.
+        Raises: ValueError naming both files, what differs and what to do.
+        """
+        again = run_again(maker)
+        for suffix, record in self.files.items():
+            _check_file(Path(f"{prefix}{suffix}"), record, path, again, hashes=hashes)
+        self.origin.data.check(data_prefix, path)
+        if tokenizer not in (None, self.origin.tokenizer_fingerprint):
+            raise ValueError(
+                f"{path}: made with a tokenizer of fingerprint "
+                f"{self.origin.tokenizer_fingerprint}, the tokenizer of {data_prefix} has "
+                f"{tokenizer}; {again}"
+            )
+
+
+def run_again(maker: str) -> str:
+    return f"run `megatron-salt {maker}` again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TagManifest(FilesManifest):
+    """What a set of tags is."""
+
+    origin: TagOrigin
+    sequences: int
+    kept_tokens: int
+    format_version: int = TAG_FORMAT
 
     @property
     def stored(self) -> tuple[str, ...]:
@@ -188,20 +250,7 @@ def check_tag_prefix(prefix: str | Path) -> None:
 def read_tag_manifest(prefix: str | Path) -> TagManifest:
     """Raises: ValueError if there is none or it cannot be read."""
     check_tag_prefix(prefix)
-    path = tag_manifest_path(prefix)
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        if fields["format_version"] != TAG_FORMAT:
-            raise ValueError(f"format {fields['format_version']}, expected {TAG_FORMAT}")
-        return TagManifest(
-            origin=TagOrigin.from_dict(fields.pop("origin")),
-            files={name: FileRecord(**record) for name, record in fields.pop("files").items()},
-            **fields,
-        )
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; give the --output-prefix of `tag`") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is not a manifest of tags ({error!r}); {TAG_AGAIN}") from error
+    return TagManifest.read(tag_manifest_path(prefix), TagOrigin, TAG_FORMAT, "tag")
 
 
 def verify_tags(
@@ -213,17 +262,8 @@ def verify_tags(
     Sizes and samples of the content always; with `hashes` every byte.
     Raises: ValueError naming both files, what differs and what to do.
     """
-    manifest = read_tag_manifest(prefix)
-    for suffix, record in manifest.files.items():
-        _check_file(Path(f"{prefix}{suffix}"), record, tag_manifest_path(prefix), hashes=hashes)
-    origin = manifest.origin
-    origin.data.check(data_prefix, tag_manifest_path(prefix))
-    if tokenizer_fingerprint not in (None, origin.tokenizer_fingerprint):
-        raise ValueError(
-            f"{tag_manifest_path(prefix)}: made with a tokenizer of fingerprint "
-            f"{origin.tokenizer_fingerprint}, the tokenizer of {data_prefix} has "
-            f"{tokenizer_fingerprint}; {TAG_AGAIN}"
-        )
+    manifest, path = read_tag_manifest(prefix), tag_manifest_path(prefix)
+    manifest.verify(path, prefix, data_prefix, tokenizer_fingerprint, "tag", hashes=hashes)
     lengths = sequence_lengths(data_prefix)
     for kind in manifest.stored:
         if not np.array_equal(sequence_lengths(tag_prefix(prefix, kind)), lengths):
@@ -234,18 +274,23 @@ def verify_tags(
     return manifest
 
 
-def _check_file(path: Path, record: FileRecord, source: Path, *, hashes: bool) -> None:
+def _check_file(
+    path: Path, record: FileRecord, source: Path, again: str, *, hashes: bool
+) -> None:  # fmt: skip
     if not path.is_file():
-        raise ValueError(f"{path}: missing, but {source} lists it; {TAG_AGAIN}")
+        raise ValueError(f"{path}: missing, but {source} lists it; {again}")
     size = path.stat().st_size
     if size != record.num_bytes:
         what = "truncated" if size < record.num_bytes else "overlong"
-        raise ValueError(f"{what}: {path} has {size} bytes, {source} says {record.num_bytes}; "
-                         f"{TAG_AGAIN}")  # fmt: skip
+        raise ValueError(
+            f"{what}: {path} has {size} bytes, {source} says {record.num_bytes}; {again}"
+        )
     same = sampled_sha256(path) == record.sampled_sha256
     if not same or (hashes and sha256_of(path) != record.sha256):
-        raise ValueError(f"{path} is not the file that {source} was written with: its content "
-                         f"differs (damaged, or of other tags); {TAG_AGAIN}")  # fmt: skip
+        raise ValueError(
+            f"{path} is not the file that {source} was written with: its content differs (damaged, "
+            f"or of another set of files); {again}"
+        )
 
 
 def open_indexed(prefix: str | Path) -> Any:

@@ -283,7 +283,7 @@ def test_manifest_that_miscounts_is_found(data: Path, tmp_path: Path, capsys: Ca
         ({"kept_tokens": manifest.kept_tokens + 1}, "kept tokens in"),
         ({"sequences": manifest.sequences + 1}, "kept tokens in"),
         ({"format_version": 2}, "format 2, expected 1"),
-        ({"files": []}, "is not a manifest of tags"),
+        ({"files": []}, "is not a manifest of `megatron-salt tag`"),
     ):
         text = dataclasses.replace(manifest, **changed).to_json()
         tag_manifest_path(tmp_path / "slm").write_text(text)
