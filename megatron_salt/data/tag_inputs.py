@@ -49,10 +49,13 @@ class TagInputs:
             by = chosen.origin.model.name
             lines.append(f"selection {chosen.path}: {rule_text(chosen.rule)}, by {by}")
         for stored in self.logits:
-            data, model = stored.origin.data, stored.origin.model
+            data, model, settings = stored.origin.data, stored.origin.model, stored.origin.settings
+            what = f"{settings.top_k} likeliest tokens of top-p {settings.top_p:g}"
+            if settings.kind == "sampled":
+                what = f"{settings.draws} tokens drawn"
             lines.append(
-                f"logits of {data.name} by {model.name}, step {model.step}: "
-                f"{stored.origin.settings.describe()}"
+                f"logits of {data.name} by {model.name}, step {model.step}: {what} at each place, "
+                f"each {settings.context} by itself"
             )
         return lines
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_salt.checkpoint.manifest import CheckpointManifest
@@ -23,7 +24,7 @@ from megatron_salt.checkpoint.weights import read_teacher_scores, write_teacher_
 from megatron_salt.config.deepspeed import DeepSpeedSettings
 from megatron_salt.config.fields import RunConfig
 from megatron_salt.data.dataset import Batch, DataSource
-from megatron_salt.data.logits import read_held_out
+from megatron_salt.data.logits import read_logits_manifest
 from megatron_salt.data.order import evaluation_rows
 from megatron_salt.evaluation.score_sums import THIRDS, ScoreSums, ThirdCuts, part_sums
 from megatron_salt.evaluation.teacher_check import check_first_score
@@ -265,13 +266,16 @@ class HeldOut:
 
         Collectives: a broadcast of them over all ranks.
         """
-        found: tuple[dict[str, Tensor] | None, str | None] = (None, None)
+        problem, tensors = None, {}
         if self.groups.rank == 0:
-            found = read_held_out(prefix)
-        tensors, fingerprint = from_rank_0(found)
-        if tensors is None or fingerprint != self.fingerprint:
-            what = "has none" if tensors is None else "has those of other held-out samples"
-            return f"{prefix} {what}: run `cache-logits` with --held-out and this run's config"
+            stored = read_logits_manifest(prefix).held_out
+            if stored == self.fingerprint:
+                tensors = load_file(f"{prefix}_held_out.safetensors")
+            else:
+                problem = f"{prefix} has none" + " of this run's held-out samples" * bool(stored)
+        problem, tensors = from_rank_0((problem, tensors))
+        if problem:
+            return f"{problem}: `cache-logits` writes them, with --held-out and this run's config"
         self.teacher = TeacherScores(**tensors)
         return None
 

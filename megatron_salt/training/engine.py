@@ -184,17 +184,18 @@ class StudentEngine:
             if batch.reference_loss_RS is not None:
                 reference_RS = batch.reference_loss_RS
         # Stored logits: for the last stage alone, in the KD phase alone.
-        stored = (batch.logits_ids_RSK, batch.logits_logp_RSK, batch.logits_rest_RS)
+        stored = (batch.logits_ids_RSK, batch.logits_logp_RSK, batch.logits_rest_RS,
+                  batch.logits_entropy_RS)  # fmt: skip
         size = self.settings.micro_batch_size
         result = []
         for start in range(0, size * num_micro, size):
             rows = slice(start, start + size)
             hidden = None if teacher_hidden_RSE is None else teacher_hidden_RSE[rows]
             prefix_B = None if batch.prefix_R is None else batch.prefix_R[rows]
+            ids, logp, rest, entropy = (None if x is None else x[rows] for x in stored)
             targets = Targets(
                 batch.labels_RS[rows], batch.mask_RS[rows], ce_weight_RS[rows], kd_weight_RS[rows],
-                reference_RS[rows], hidden, *(None if x is None else x[rows] for x in stored),
-                None if batch.logits_entropy_RS is None else batch.logits_entropy_RS[rows],
+                reference_RS[rows], hidden, ids, logp, rest, entropy,
             )  # fmt: skip
             result.append(MicroBatch(batch.tokens_RS[rows], targets, prefix_B))
         return result

@@ -189,6 +189,7 @@ def test_only_the_first_rank_speaks(
 
 # Changes to a config that is good, and what the refusal says. Dotted names are its settings.
 ADAPTIVE = {"salt.switch": "adaptive", "train.eval_interval": 10}
+LOGITS = {"teacher.logits": ["a", "b"], "teacher.checkpoint": None}
 HF = {"teacher.hf": "folder", "teacher.checkpoint": None}
 
 CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
@@ -235,7 +236,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
       "parallel.tensor_model_parallel_size": 2},
      "teacher.tensor_parallel has no effect without teacher.checkpoint"),
     ({"teacher.hf": "folder", "teacher.checkpoint": None, "data.objective": ["prefix"]},
-     "a teacher.hf reads causal rows only; convert the model"),
+     "a teacher.hf reads causal rows only; give the model as teacher.checkpoint"),
     ({"salt.teacher_temperature": 0.0}, "salt.teacher_temperature = 0.0"),
     ({"salt.student_temperature": -2.0}, "salt.student_temperature = -2.0"),
     ({"salt.loss_chunk_mib": 0}, "salt.loss_chunk_mib = 0"),
@@ -253,10 +254,27 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"teacher.checkpoint": None}, "salt.kd_steps = 40 but teacher.checkpoint is not set"),
     ({"teacher.hf": "folder"}, "teacher.checkpoint = slm and teacher.hf = folder: .* leave one"),
     ({"teacher.hf": "folder", "teacher.checkpoint": None, "teacher.forward_chunks": 2,
-      "parallel.pipeline_model_parallel_size": 2}, "forward_chunks = 2: .*teacher.hf is one chunk"),
+      "parallel.pipeline_model_parallel_size": 2}, "forward_chunks = 2 has no effect with t.*hf"),
     ({"teacher.hf": "folder", "teacher.checkpoint": None, "salt.kd_steps": 0},
      "teacher.hf = folder would never teach"),
     ({"salt.kd_steps": 0}, "teacher.checkpoint = slm would never teach, salt.kd_steps is 0"),
+    ({"teacher.logits": ["a", "b"]}, "teacher.checkpoint = slm and teacher.logits = .* leave one"),
+    ({**LOGITS, "teacher.logits": ["a"]}, "teacher.logits names 1, data.train_data_path 2"),
+    ({**LOGITS, "data.objective": ["prefix"]}, "teacher.logits are of causal rows only"),
+    ({**LOGITS, "teacher.placement": "before_step"}, "before_step has no effect with teacher.logits"),
+    ({**LOGITS, "salt.kd_steps": 0}, "teacher.logits = .* would never teach"),
+    ({**LOGITS, "salt.divergence": "mse"}, "divergence = mse asks for .* every token"),
+    ({"salt.truncate_k": 50, "salt.divergence": "reverse_kl"}, "reverse_kl asks for .* every token"),
+    ({"salt.truncate_k": 50, "teacher.checkpoint": None, "salt.kd_steps": 0},
+     "truncate_k = 50 has no effect without a teacher"),
+    ({"salt.truncate_k": 0}, "truncate_k = 0: must be at least 1"),
+    ({**LOGITS, "salt.truncate_p": 1.5}, "truncate_p = 1.5: must be above 0, at most 1"),
+    ({"salt.truncate_p": 0.9}, "truncate_p = 0.9 needs salt.truncate_k"),
+    ({"salt.lost_mass": "raw"}, "lost_mass = raw has no effect: nothing is cut off"),
+    ({**LOGITS, "salt.lost_mass": "ghost", "salt.teacher_temperature": 2.0},
+     "lost_mass = ghost with salt.teacher_temperature = 2.0"),
+    ({**LOGITS, "salt.lost_mass": "ghost", "salt.divergence": "mse_probabilities"},
+     "ghost has no bucket"),
     ({"salt.min_kd_steps": 3}, "salt.min_kd_steps = 3 has no effect with salt.switch = fixed"),
     ({"salt.switch_margin_nats": 0.1}, "salt.switch_margin_nats = 0.1 has no effect .* adaptive"),
     ({"salt.switch_better_share": 0.1}, "salt.switch_better_share = 0.1 has no effect"),
@@ -354,6 +372,10 @@ def test_contradiction_is_refused(settings: dict[str, Any], message: str, good: 
         {"data.tags": ["a", "b"], "data.objective": ["1", "causal", "1", "prefix"]},
         {"salt.selection": ["a", "b"], "salt.kd_weight": 0.0, "teacher.checkpoint": None},
         {"salt.kd_tokens": "high_entropy", "salt.kd_token_share": 0.85},
+        LOGITS,
+        {**LOGITS, "salt.truncate_p": 0.9, "salt.lost_mass": "to_label"},
+        {"salt.truncate_k": 50, "salt.truncate_p": 0.9, "salt.teacher_temperature": 2.0},
+        {**LOGITS, **ADAPTIVE, "salt.divergence": "mse_probabilities"},
         HF,
         {**HF, "teacher.forward_chunks": 1},
         {**HF, "salt.ce_tokens": "excess_loss", "salt.ce_token_share": 0.5},
@@ -664,7 +686,7 @@ def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None
     assert all(sections.count(f"--{key} (") == 1 for key in KEYS)
     assert "--salt.kd_steps (whole number; default: 0):\n  Length n_KD of the KD" in sections
     assert shown("--help", "train.steps").startswith("--train.steps (whole number; required):")
-    assert len(KEYS) <= 86
+    assert len(KEYS) <= 91
 
 
 def test_data_prefixes_and_weights_on_the_command_line(files: list[str]) -> None:
