@@ -82,8 +82,8 @@ def in_order_of_tokens(values_BS: Tensor) -> Tensor:
 
 
 def by_sample(values_T: Tensor, num_samples: int) -> Tensor:
-    """The way back: [T], sequence positions outermost, to [B, S]."""
-    return values_T.view(-1, num_samples).transpose(0, 1)
+    """The way back: [T, ...], sequence positions outermost, to [B, S, ...]."""
+    return values_T.unflatten(0, (-1, num_samples)).transpose(0, 1)
 
 
 class Tokens(NamedTuple):
