@@ -296,6 +296,12 @@ class TrainConfig:
     export_hf: str | None = None
     """Folder for a Hugging Face model of the last checkpoint, made at the end of the run; null:
     none. `megatron-salt convert` makes it of any checkpoint."""
+    cache_logits: list[str] = field(default_factory=list)
+    """Write what the student says of the rows that it is about to train on: a prefix for each
+    training dataset, for teacher.logits of a later run. Needs data.windows. One more product with
+    the output head a step."""
+    cache_logits_top_k: int = 50
+    """How many of each position's likeliest tokens train.cache_logits writes."""
     resume: str = "auto"
     """Where to go on. auto: at the newest complete checkpoint in output_dir, if any; none: from the
     start; or the path of a checkpoint."""

@@ -214,7 +214,19 @@ def train_problems(config: RunConfig) -> Iterator[str]:
         yield f"train.lr_decay_steps = {train.lr_decay_steps}: must be at least 1, or null"
     if not 0.0 <= train.min_lr_ratio <= 1.0:
         yield f"train.min_lr_ratio = {train.min_lr_ratio}: must be in [0, 1]"
-    yield from _below(1, config, "train", "eval_samples", "log_interval")
+    yield from _below(1, config, "train", "eval_samples", "log_interval", "cache_logits_top_k")
+    if not train.cache_logits:
+        return
+    if not config.data.windows or config.salt.selection:
+        yield (
+            f"train.cache_logits = {train.cache_logits}: logits are stored by window: set "
+            "data.windows true, and leave salt.selection out"
+        )
+    if set(parse_objective(config.data.objective)) != {"causal"}:
+        yield (
+            f"train.cache_logits = {train.cache_logits}: logits are stored of causal rows only, "
+            f"data.objective = {list(config.data.objective)}"
+        )
 
 
 def method_problems(config: RunConfig) -> Iterator[str]:
@@ -408,6 +420,7 @@ def tag_problems(config: RunConfig) -> Iterator[str]:
     for name, paths in (
         ("data.tags", data.tags), ("salt.selection", salt.selection),
         ("teacher.logits", config.teacher.logits),
+        ("train.cache_logits", config.train.cache_logits),
     ):  # fmt: skip
         if paths and len(paths) != num_datasets:
             yield (

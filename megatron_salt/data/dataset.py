@@ -77,6 +77,9 @@ class Batch:
     logits_logp_RSK: Tensor | None = None
     logits_rest_RS: Tensor | None = None
     logits_entropy_RS: Tensor | None = None
+    window_R: Tensor | None = None
+    """Rows that are windows: the number of each in its dataset, and of its dataset, int64."""
+    source_R: Tensor | None = None
     prefix_R: Tensor | None = None
     """How many of a row's first tokens see each other in both directions, int64, always on the CPU:
     it decides which attention runs. None where every row is causal."""
@@ -253,7 +256,7 @@ class DataSource:
 
     def _all_epoch(self, which: int, seed: int) -> Epoch:
         if self.data.windows:
-            return self._window_epoch(which, seed, None)
+            return self._window_epoch(which, seed, None, kd_phase=False)
         epoch, tags = self._gpt_epoch(which, seed), self.tags[which]
         self._documents_of.setdefault(which, epoch)
         return self._with_places(epoch if tags is None else TaggedDataset(epoch, tags), epoch)
@@ -267,12 +270,18 @@ class DataSource:
         found = self._documents_of.get(which) or self._gpt_epoch(which, epoch_seed(self.seed, 0))
         return self._documents_of.setdefault(which, found)
 
-    def _window_epoch(self, which: int, seed: int, chosen: NDArray[np.int64] | None) -> Epoch:
-        """Whole windows in a dataset's training part, of those chosen (None: of all), once."""
+    def _window_epoch(
+        self, which: int, seed: int, chosen: NDArray[np.int64] | None, *, kd_phase: bool
+    ) -> Epoch:
+        """Whole windows in a dataset's training part, of those chosen (None: of all), once; in the
+        KD phase those of which logits are stored."""
         gpt, window = self._documents(which), self.data.seq_length
         # The training part is the first documents of the file, so the first tokens.
         num_tokens = int(gpt.dataset.sequence_lengths[: len(gpt.indices)].sum(dtype=np.int64))
         whole = np.arange(num_tokens // window)
+        stored = self.tag_inputs.windows[which] if kd_phase and self.tag_inputs.windows else None
+        if stored is not None:
+            whole = np.intersect1d(whole, stored)
         identity = f"windows of {window}"
         if chosen is not None:
             whole, identity = np.intersect1d(whole, chosen), self.selections[which].fingerprint
@@ -289,7 +298,7 @@ class DataSource:
         selection = self.selections[which] if self.selections else None
         if selection is None or selection.window is not None:
             chosen = None if selection is None else selection.sequences
-            return self._window_epoch(which, seed, chosen)
+            return self._window_epoch(which, seed, chosen, kd_phase=True)
         gpt = self._documents(which)
         documents = np.intersect1d(gpt.indices, selection.sequences).astype(gpt.indices.dtype)
         tokens = int(gpt.dataset.sequence_lengths[documents].sum(dtype=np.int64))
@@ -337,6 +346,10 @@ class DataSource:
         which = [order.dataset_index[row] if len(self.prefixes) > 1 else 0 for row in rows]
         if phase == "kd" and self.logits:
             samples = [self._with_logits(x, i) for x, i in zip(samples, which, strict=True)]
+        if "window" in samples[0]:
+            samples = [
+                {**x, "source": torch.tensor(i)} for x, i in zip(samples, which, strict=True)
+            ]
         batch = _stack(samples)
         self._check_ids(batch, "training", rows, [self.prefixes[i] for i in which])
         return batch if self.mixture is None else _apply(self.mixture, batch, rows)
@@ -439,6 +452,7 @@ OPTIONAL_FIELDS = {
     "tag_RS": "tag", "reference_loss_RS": "reference_loss", "part_RS": "part",
     "logits_ids_RSK": "logits_ids", "logits_logp_RSK": "logits_logp",
     "logits_rest_RS": "logits_rest", "logits_entropy_RS": "logits_entropy",
+    "window_R": "window", "source_R": "source",
 }  # fmt: skip
 """Fields of a batch that only some samples have, and what the samples call them."""
 

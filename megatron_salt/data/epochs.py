@@ -163,7 +163,8 @@ class WindowDataset(torch.utils.data.Dataset):
         if self.eod_mask_loss:
             loss_mask[tokens == self.eod] = 0.0
         sample = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask,
-                  "places": torch.arange(start, stop)}  # fmt: skip
+                  "places": torch.arange(start, stop),
+                  "window": torch.tensor(start // self.window)}  # fmt: skip
         return sample | ({} if self.tags is None else self.tags.of_places(start, stop))
 
 

@@ -8,7 +8,8 @@
     PREFIX_offsets.bin               int64: first entry of each block of 1024 tokens, then the total
     PREFIX_rest.bin                  log of the probability of all other tokens
     PREFIX_entropy.bin, _loss.bin    entropy and -log p of the token itself, nats
-    PREFIX_windows.npz               optional: which windows are stored, if not all, and their steps
+    PREFIX_windows.bin, _steps.bin   of logits that a training model wrote: which windows lie here,
+                                     int64, in which order, and at which step of its, int32
     PREFIX_held_out.safetensors      optional: the model's scores on a run's held-out samples
 
 Flat arrays, little-endian. The distribution at place i is the one that predicts token i. Its
@@ -117,7 +118,16 @@ class LogitsManifest(tags.FilesManifest):
     entries: int
     held_out: str | None
     """Fingerprint of the held-out samples that were scored, see `DataSource`; None: none were."""
+    windows: int | None = None
+    """How many windows are stored, in an order of their own; None: all tokens in theirs."""
     format_version: int = LOGITS_FORMAT
+
+    @property
+    def tokens(self) -> int:
+        """Places that the files hold."""
+        if self.windows is None:
+            return self.origin.data.tokens
+        return self.windows * self.origin.settings.max_length
 
 
 def logits_manifest_path(prefix: str | Path) -> Path:
@@ -126,8 +136,8 @@ def logits_manifest_path(prefix: str | Path) -> Path:
 
 def read_logits_manifest(prefix: str | Path) -> LogitsManifest:
     """Raises: ValueError if there is none or it cannot be read."""
-    names = "ids|high|values|count|offsets|rest|entropy|loss"
-    ends = rf"(\.logits\.json|_({names})\.bin|_windows\.npz|_held_out\.safetensors)$"
+    names = "ids|high|values|count|offsets|rest|entropy|loss|windows|steps"
+    ends = rf"(\.logits\.json|_({names})\.bin|_held_out\.safetensors)$"
     stem = re.sub(ends, "", str(prefix))
     if stem != str(prefix) and Path(prefix).is_file():
         raise ValueError(
@@ -148,9 +158,11 @@ def verify_logits(
     """
     manifest, path = read_logits_manifest(prefix), logits_manifest_path(prefix)
     manifest.verify(path, prefix, data_prefix, tokenizer_fingerprint, "cache-logits", hashes=hashes)
-    settings, tokens = manifest.origin.settings, manifest.origin.data.tokens
+    settings, tokens = manifest.origin.settings, manifest.tokens
     sizes = {name: manifest.entries * x.itemsize for name, x in settings.entry_dtypes.items()}
     sizes |= {name: tokens * x.itemsize for name, x in settings.token_dtypes.items()}
+    if manifest.windows is not None:
+        sizes |= {"_windows.bin": 8 * manifest.windows, "_steps.bin": 4 * manifest.windows}
     sizes["_offsets.bin"] = 8 * (-(-tokens // LOGITS_BLOCK_TOKENS) + 1)
     for suffix, size in sizes.items():
         record = manifest.files.get(suffix)
@@ -198,6 +210,11 @@ def block_offsets(counts: NDArray[np.integer]) -> NDArray[np.int64]:
     return offsets
 
 
+def stored_windows(prefix: str | Path) -> NDArray[np.int64]:
+    """Numbers of the windows that are stored, in the order of the files."""
+    return np.fromfile(f"{prefix}_windows.bin", "<i8")
+
+
 class StoredLogits:
     """The stored logits of one dataset, opened: distributions at any of its places.
 
@@ -217,6 +234,12 @@ class StoredLogits:
             )
         self.num_kept = min(stored, top_k or stored)
         self.num_tokens = manifest.origin.data.tokens
+        self._slots: NDArray[np.int64] | None = None
+        """Of every window of the data: where it lies in the files, -1: nowhere."""
+        if manifest.windows is not None:
+            windows = stored_windows(prefix)
+            self._slots = np.full(-(-self.num_tokens // self.settings.max_length), -1)
+            self._slots[windows] = np.arange(len(windows))
         dtypes = {**self.settings.entry_dtypes, **self.settings.token_dtypes}
         self._maps: dict[str, NDArray[Any]] = {
             suffix: np.memmap(self._file(suffix), dtype, mode="r")
@@ -236,15 +259,16 @@ class StoredLogits:
         Raises: ValueError naming the file and the place of something that is not stored or cannot
             be.
         """
-        edges = np.flatnonzero(np.diff(places_S) != 1) + 1
-        runs = list(zip([0, *edges.tolist()], [*edges.tolist(), len(places_S)], strict=True))
-        ranges = [(int(places_S[a]), int(places_S[b - 1]) + 1) for a, b in runs if b > a]
-        for start, stop in ranges:
-            if start < 0 or stop > self.num_tokens:
-                raise ValueError(
-                    f"{logits_manifest_path(self.prefix)}: places {start} to {stop - 1} are asked "
-                    f"for, its data has {self.num_tokens} tokens"
-                )
+        wrong_S = places_S[(places_S < 0) | (places_S >= self.num_tokens)]
+        if len(wrong_S):
+            raise ValueError(
+                f"{logits_manifest_path(self.prefix)}: place {wrong_S[0]} is asked for, its data "
+                f"has {self.num_tokens} tokens"
+            )
+        held_S = self._held(places_S)
+        edges = np.flatnonzero(np.diff(held_S) != 1) + 1
+        runs = list(zip([0, *edges.tolist()], [*edges.tolist(), len(held_S)], strict=True))
+        ranges = [(int(held_S[a]), int(held_S[b - 1]) + 1) for a, b in runs if b > a]
         count_S = self._joined("_count.bin", ranges).astype(np.int64)
         if len(wrong := np.flatnonzero((count_S < 1) | (count_S > self.settings.top_k))):
             place, count = places_S[wrong[0]], count_S[wrong[0]]
@@ -274,6 +298,19 @@ class StoredLogits:
             "loss": self._joined("_loss.bin", ranges).astype(np.float32),
         }
         return {f"logits_{name}": torch.from_numpy(value) for name, value in found.items()}
+
+    def _held(self, places_S: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where in the files these places lie."""
+        if self._slots is None:
+            return places_S
+        window_S, within_S = np.divmod(places_S, self.settings.max_length)
+        slot_S = self._slots[window_S]
+        if len(absent := window_S[slot_S < 0]):
+            raise ValueError(
+                f"{self._file('_windows.bin')}: window {absent[0]} is not stored; the model that "
+                "wrote them has not read it"
+            )
+        return slot_S * self.settings.max_length + within_S
 
     def _entries(self, start: int, stop: int) -> tuple[int, int]:
         """The range of the entries of places `[start, stop)`."""

@@ -7,9 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megatron_salt.config.fields import RunConfig
 from megatron_salt.config.values import parse_blend
-from megatron_salt.data.logits import LogitsManifest, logits_manifest_path, verify_logits
+from megatron_salt.data.logits import (
+    LogitsManifest,
+    logits_manifest_path,
+    stored_windows,
+    verify_logits,
+)
 from megatron_salt.data.selection import Selection, check_same_origin, load_selection, rule_text
 from megatron_salt.data.tags import TagManifest, tag_manifest_path, verify_tags
 from megatron_salt.data.tokenizer import Tokenizer
@@ -23,6 +31,8 @@ class TagInputs:
     tags: tuple[TagManifest, ...] = ()
     selections: tuple[Selection, ...] = ()
     logits: tuple[LogitsManifest, ...] = ()
+    windows: tuple[NDArray[np.int64] | None, ...] = ()
+    """Of each dataset's logits: which windows are stored; None: all."""
 
     @property
     def of_windows(self) -> bool:
@@ -103,7 +113,13 @@ def load_tag_inputs(config: RunConfig, tokenizer: Tokenizer) -> TagInputs:
             f"salt.selection {by_document[0]} selects documents, teacher.logits are of windows of "
             f"{data.seq_length} tokens: select windows of that length"
         )
-    return TagInputs(tags=tuple(tags), selections=tuple(selections), logits=tuple(logits))
+    windows = [
+        None if manifest.windows is None else stored_windows(stored)
+        for manifest, stored in zip(logits, config.teacher.logits, strict=True)
+    ]
+    return TagInputs(
+        tags=tuple(tags), selections=tuple(selections), logits=tuple(logits), windows=tuple(windows)
+    )
 
 
 def check_logits_serve(

@@ -185,7 +185,7 @@ class Heads:
             stop = min(start + step, num_local)
             hidden_ND = self.student_hidden_TD[start:stop]
             if self.num_parts > 1:
-                hidden_ND = _all_gathered(hidden_ND, self.chunking.tp_group)
+                hidden_ND = all_gathered(hidden_ND, self.chunking.tp_group)
             student_NW = student_buffer[: len(hidden_ND)]
             self.student.logits_(hidden_ND, student_NW)
             teacher_NW = None
@@ -221,7 +221,8 @@ def even_chunk(
     return rounded if rounded <= largest else even
 
 
-def _all_gathered(hidden: Tensor, group: ProcessGroup | None) -> Tensor:
+def all_gathered(hidden: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Every rank's tokens, in the order of ranks: [T, D] of [T / tp, D]."""
     gathered = hidden.new_empty((hidden.shape[0] * tp_size_of(group), hidden.shape[1]))
     # torch 2.13 has a new name for it.
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)

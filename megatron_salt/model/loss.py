@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 from megatron_salt.config.fields import SaltConfig
 from megatron_salt.kernels import (
     Chunking,
+    Distributions,
     KdLoss,
     KeptLogprobs,
     LossBackend,
@@ -24,9 +25,11 @@ from megatron_salt.kernels import (
     Truncation,
     VocabShard,
     choose_backend,
+    distributions,
     linear_kd_loss,
     token_scores,
 )
+from megatron_salt.kernels.chunks import all_gathered
 from megatron_salt.kernels.token_scores import WantedScores
 from megatron_salt.method.routing import keep_taught, share_of_sequences
 
@@ -79,8 +82,8 @@ def in_order_of_tokens(values_BS: Tensor) -> Tensor:
 
 
 def by_sample(values_T: Tensor, num_samples: int) -> Tensor:
-    """The way back: [T], sequence positions outermost, to [B, S]."""
-    return values_T.view(-1, num_samples).transpose(0, 1)
+    """The way back: [T, ...], sequence positions outermost, to [B, S, ...]."""
+    return values_T.unflatten(0, (-1, num_samples)).transpose(0, 1)
 
 
 class Tokens(NamedTuple):
@@ -155,6 +158,9 @@ class LossFunction:
         self.teacher_head_WE: Tensor | None = None
         # While an evaluation runs, the scores of its micro-batches so far.
         self.scored: list[TokenScores] | None = None
+        self.capture_top_k: int | None = None
+        """So many likeliest tokens of the student's own are kept of every training forward."""
+        self._captured: list[Distributions] = []
         self._sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=device)
 
     def __call__(self, hidden_SBD: Tensor, head_WD: Tensor, targets: Targets) -> Tensor:
@@ -185,7 +191,24 @@ class LossFunction:
             truncation=self.truncation if self._cuts and tokens.has_teacher else None,
         )  # fmt: skip
         self._add(tokens, result)
+        if self.capture_top_k is not None:
+            self._captured.append(self._own_distributions(tokens, self.capture_top_k))
         return result.loss
+
+    def _own_distributions(self, tokens: Tokens, top_k: int) -> Distributions:
+        """Collectives: those of `distributions` over tp; a gather under sequence parallelism."""
+        hidden_TD = tokens.hidden_TD.detach()
+        if self.chunking.sequence_parallel:
+            hidden_TD = all_gathered(hidden_TD, self.chunking.tp_group)
+        return distributions(
+            hidden_TD, tokens.head_WD.detach(), tokens.labels_T, vocab=self.vocab, top_k=top_k,
+            chunking=dataclasses.replace(self.chunking, sequence_parallel=False),
+        )  # fmt: skip
+
+    def take_captured(self) -> list[Distributions]:
+        """Of the micro-batches since the last call, in their order."""
+        taken, self._captured = self._captured, []
+        return taken
 
     def _tokens(self, hidden_SBD: Tensor, head_WD: Tensor, targets: Targets) -> Tokens:
         reference_BS, entropy_BS = targets.reference_loss_BS, targets.teacher_entropy_BS

@@ -219,6 +219,7 @@ def _deciding_order(config: RunConfig) -> list[tuple[str, object, str]]:
     return [
         ("data.split and data.valid_data_path: the training documents would be those of split",
          repr(effective_split(data)), order),
+        ("data.windows =", data.windows, order),
         ("data.eod_mask_loss =", data.eod_mask_loss, "other tokens would count"),
         ("data.objective:", _objective(data),
          "rows would ask something else of the model; keep it, or start a new run"),

@@ -34,6 +34,7 @@ from megatron_salt.training.initial import export_last, initial_weights
 from megatron_salt.training.kd_phase import KdPhase
 from megatron_salt.training.learning_rate import learning_rate
 from megatron_salt.training.saving import Saver
+from megatron_salt.training.student_logits import StudentLogits
 from megatron_salt.training.teaching import Measure, Teaching
 
 # The first steps of a process are slower than the others; this one's times decide where in a step
@@ -76,7 +77,10 @@ def prepare(
     elif config.teacher.kind and agreed.resume_from and agreed.resumed:
         console.warn(held_out.resume(agreed.resume_from, agreed.resumed))
     saver = Saver(config, student, held_out, kd, agreed.init_fingerprint, log, console)
-    run = Run(config, agreed, student, teaching, held_out, saver)
+    captured = None
+    if config.train.cache_logits:
+        captured = StudentLogits(config, data, student, agreed.step)
+    run = Run(config, agreed, student, teaching, held_out, saver, captured)
     if agreed.step == 0:
         # The untrained student's score: where every curve begins.
         with console.timed("evaluation"):
@@ -104,6 +108,7 @@ class Run:
     teaching: Teaching
     held_out: HeldOut
     saver: Saver
+    captured: StudentLogits | None = None
 
     def __post_init__(self) -> None:
         self.groups, self.settings = self.student.groups, self.student.settings
@@ -155,6 +160,8 @@ class Run:
             # The teacher's work on the next batch, done where this one's pipeline waits.
             next_pass = self.teaching.begin(step + 1, self.batches.peek)
             self.student.train_step(micro_batches, lr, next_pass)
+            if self.captured:
+                self.captured.write(step, batch)
             del hidden_RSE, micro_batches
             self.student.watchdog.enter("the sums of the step")
             sums = self.student.reduce_sums()
@@ -267,6 +274,8 @@ class Run:
         self.batches.close()
         if self.settings.values.get("comms_logger", {}).get("enabled"):
             comm.log_summary()
+        if self.captured:
+            self.captured.finish(self.console)
         if self.config.train.export_hf:
             with same_error_everywhere("exporting the last checkpoint"):
                 if self.groups.rank == 0:

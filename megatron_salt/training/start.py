@@ -42,6 +42,7 @@ from megatron_salt.training.console import Console
 from megatron_salt.training.engine import StudentEngine
 from megatron_salt.training.initial import Initial, check_export, find_initial
 from megatron_salt.training.metrics import MetricsLog
+from megatron_salt.training.student_logits import check_not_there
 
 
 class NothingToDo(Exception):
@@ -119,6 +120,7 @@ def agree_on_start(
                 initial = find_initial(config, tokenizer)
             if found[1] is None or found[1].run.step < config.train.steps:
                 check_export(config, tokenizer)
+                check_not_there(config)
     # One rank looks and decides: shared file systems show different ranks different folders.
     resume_from, resumed, warnings = from_rank_0(found)
     inputs, initial = from_rank_0((inputs, initial))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import resource
 from collections import Counter
 from dataclasses import replace
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from commands import ROOT, call, run_forked
 from tiny import GPT, LLAMA, make_config, make_deepspeed
+from tiny_logits import make_settings
 
 from megatron_salt.model.costs import layer_costs
 from megatron_salt.model.weights import padded_vocab
@@ -34,6 +36,7 @@ from megatron_salt.planner.memory import (
     stage_memory,
     teacher_forward_bytes,
 )
+from megatron_salt.planner.offline import TOP_K, offline_costs, stored_bytes_per_token
 from megatron_salt.planner.output import PlanReport, as_dict, describe_plan, timelines
 from megatron_salt.planner.sizes import Sizes, TeacherSize
 from megatron_salt.report.timeline import draw_timelines
@@ -626,3 +629,41 @@ def test_an_impossible_own_layout_leaves_the_ranking(tmp_path: Path) -> None:
     assert "not a multiple" in describe_plan(plan)
     with pytest.raises(ValueError, match="--measured is of the config's own layout"):
         command.plan_run(inputs, H100, measured=times.MeasuredTimes())
+
+
+# Stored logits in place of the teacher
+
+
+@pytest.mark.parametrize("vocab_size", [509, 1 << 16, (1 << 16) + 1])
+def test_bytes_are_those_of_the_format(vocab_size: int) -> None:
+    settings = make_settings(top_k=TOP_K, vocab_size=vocab_size)
+    entries = sum(x.itemsize for x in settings.entry_dtypes.values())
+    tokens = sum(x.itemsize for x in settings.token_dtypes.values())
+    assert stored_bytes_per_token(vocab_size) == TOP_K * entries + tokens + 8 / 1024
+
+
+def test_one_pass_of_the_teacher_against_what_it_adds_to_a_run(tmp_path: Path) -> None:
+    inputs = inputs_of(tmp_path, 4)
+    plan = command.plan_run(inputs, H100)
+    assert plan.own is not None and plan.own.sizes.teacher is not None
+    costs = offline_costs(plan.own, H100)
+    assert costs is not None
+    tokens = 2 * 64 * 16  # steps of the KD phase, rows, tokens of a row
+    of_token = sum(layer_costs(plan.own.sizes.teacher.model, VOCAB_SIZE, 16))
+    seconds = 2 * tokens * of_token / H100.flops_s(inputs.settings.precision)
+    assert costs.capture_gpu_s == pytest.approx(seconds, rel=1e-12)
+    assert costs.online_gpu_s == pytest.approx(2 * 4 * (plan.own.kd_s - plan.own.lm_s), rel=1e-12)
+    assert costs.num_bytes == tokens * stored_bytes_per_token(VOCAB_SIZE)
+    assert as_dict(plan)["offline"]["num_bytes"] == costs.num_bytes
+    runs = max(1, math.ceil(costs.capture_gpu_s / costs.online_gpu_s))
+    assert re.search(
+        rf"KiB, read at .*/s\. .* storing pays from {runs} such runs", describe_plan(plan)
+    )
+
+
+def test_without_a_teacher_nothing_is_said(tmp_path: Path) -> None:
+    plan = command.plan_run(inputs_of(tmp_path, 4, teacher=False), H100)
+    assert plan.own is not None and offline_costs(plan.own, H100) is None
+    assert as_dict(plan)["offline"] is None and "stored once" not in describe_plan(plan)
+    unknown = replace(plan.own, lm_s=math.nan)
+    assert offline_costs(unknown, H100) is None
