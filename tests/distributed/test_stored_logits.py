@@ -273,23 +273,34 @@ CUTS: dict[str, dict[str, Any]] = {
 }
 
 
+def _one_after_another(configs: list[RunConfig], deepspeed: str) -> None:
+    for config in configs:
+        run_to_end(config, deepspeed)
+
+
+@pytest.fixture(scope="module")
+def cut_runs(
+    cache: Cache, dataset: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Of each of CUTS a run from files and one with the teacher, in one start of two ranks."""
+    folder, configs = tmp_path_factory.mktemp("cuts"), []
+    for name, cut in CUTS.items():
+        settings: dict[str, Any] = {
+            **KD, "train__steps": 2, "salt__kd_steps": 2, "salt__transition": "step",
+            "salt__transition_steps": 0, "parallel__tensor_model_parallel_size": 2,
+            **{f"salt__{key}": value for key, value in cut.items()},
+        }  # fmt: skip
+        stored = cache.write(name.replace(" ", "_"), top_k=cut["truncate_k"])
+        for setting, who in (("logits", [stored]), ("checkpoint", str(teacher))):
+            given: dict[str, Any] = {f"teacher__{setting}": who}
+            configs.append(make_config(dataset, folder / name / setting, **given, **settings))
+    run_ranks(2, _one_after_another, configs, make_deepspeed(folder))
+    return folder
+
+
 @pytest.mark.parametrize("name", CUTS)
-def test_a_teacher_cut_online_teaches_as_stored_logits_do(
-    name: str, cache: Cache, dataset: Path, teacher: Path, tmp_path: Path
-) -> None:
-    cut = CUTS[name]
-    stored = cache.write(name.replace(" ", "_"), top_k=cut["truncate_k"])
-    settings: dict[str, Any] = {
-        **KD, "train__steps": 2, "salt__kd_steps": 2, "salt__transition": "step",
-        "salt__transition_steps": 0, "parallel__tensor_model_parallel_size": 2,
-        **{f"salt__{key}": value for key, value in cut.items()},
-    }  # fmt: skip
-    records = []
-    for setting, who in (("logits", [stored]), ("checkpoint", str(teacher))):
-        given: dict[str, Any] = {f"teacher__{setting}": who}
-        config = make_config(dataset, tmp_path / setting, **given, **settings)
-        run_ranks(2, _weights, config, make_deepspeed(tmp_path))
-        records.append(metrics_of(tmp_path / setting)[1:])
+def test_a_teacher_cut_online_teaches_as_stored_logits_do(name: str, cut_runs: Path) -> None:
+    records = [metrics_of(cut_runs / name / each)[1:] for each in ("logits", "checkpoint")]
     for mine, theirs in zip(*records, strict=True):
         assert theirs["kl_nats"] != 0
         for key in ("loss", "kl_nats", "grad_norm", "taught_share", "ce_share"):
