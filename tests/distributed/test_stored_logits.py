@@ -26,6 +26,7 @@ from tiny import (
     without_times,
 )
 from tiny_logits import make_settings, write_logits
+from tiny_tags import write_indexed
 
 from megatron_salt.checkpoint.folder import resolve
 from megatron_salt.checkpoint.manifest import read_checkpoint_manifest
@@ -313,14 +314,16 @@ def test_what_is_stored_of_a_token_meets_the_token(
 ) -> None:
     """A teacher that knows every token: the KL to it is the cross-entropy. Two datasets in one
     blend; rows of shuffled documents, and windows."""
-    knows_TV = np.full(cache.logp_TV.shape, -1e4, np.float32)
-    labels = read_stream(open_indexed(dataset), 0, len(knows_TV)).astype(np.int64)
-    knows_TV[np.arange(len(labels)), labels] = 0.0
-    other = tmp_path / "other"
-    for suffix in (".bin", ".idx"):
-        shutil.copy(f"{dataset}{suffix}", f"{other}{suffix}")
-    knowing = dataclasses.replace(cache, logp_TV=knows_TV, folder=tmp_path)
-    stored = [knowing.write(name, top_k=2, context=context) for name in ("one", "two")]
+    other, lengths = tmp_path / "other", sequence_lengths(dataset)
+    text = read_stream(open_indexed(dataset), 0, int(lengths.sum()))
+    write_indexed(other, np.split(text, np.cumsum(lengths)[:-1])[::-1])
+    stored = []
+    for data in (dataset, other):
+        labels = read_stream(open_indexed(data), 0, len(cache.logp_TV)).astype(np.int64)
+        knows_TV = np.full(cache.logp_TV.shape, -1e4, np.float32)
+        knows_TV[np.arange(len(labels)), labels] = 0.0
+        knowing = Cache(Path(data), knows_TV, cache.tokenizer, tmp_path)
+        stored.append(knowing.write(f"of_{Path(data).name}", top_k=2, context=context))
     config = make_config(
         "", tmp_path / "run", **{**KD, "data__windows": False}, teacher__logits=stored,
         data__train_data_path=["0.5", str(dataset), "0.5", str(other)],
