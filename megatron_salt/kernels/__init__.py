@@ -3,6 +3,7 @@
 from megatron_salt.kernels.backend import LossBackend
 from megatron_salt.kernels.choose import choose_backend
 from megatron_salt.kernels.chunks import Chunking, Heads
+from megatron_salt.kernels.distributions import Distributions, distributions
 from megatron_salt.kernels.kd_loss import KdLoss, kd_loss
 from megatron_salt.kernels.linear_kd_loss import linear_kd_loss
 from megatron_salt.kernels.reference import vocab_parallel_argmax
@@ -18,6 +19,7 @@ from megatron_salt.kernels.vocab import VocabShard, padded_vocab_size
 
 __all__ = [
     "Chunking",
+    "Distributions",
     "Heads",
     "KdLoss",
     "KeptLogprobs",
@@ -28,6 +30,7 @@ __all__ = [
     "Truncation",
     "VocabShard",
     "choose_backend",
+    "distributions",
     "kd_loss",
     "linear_kd_loss",
     "padded_vocab_size",

@@ -123,27 +123,15 @@ def top_logprobs(
         logp_TK, ids_TK = logp.sort(dim=1, descending=True, stable=True)  # cut after K
 
     K is num_kept, at most the vocabulary.
-    Collectives: over tp_group one MAX of 1 and one SUM of 1 number a token, an all-gather of K ids
-        and K logits, and one SUM of 1.
+    Collectives: over tp_group those of `likeliest`, and two SUMs of 1 number a token.
     Host sync: one.
     """
     dtype = arithmetic_dtype(logits_TW)
-    num_kept = min(num_kept, vocab.size)
     real_TC = logits_TW[:, : vocab.num_columns]
-    z_TK, ids_TK = _likeliest(real_TC, min(num_kept, vocab.num_columns))
-    z_TK, ids_TK = z_TK.to(dtype), ids_TK + vocab.start
-    max_T = z_TK[:, 0].clone() if z_TK.shape[1] else z_TK.new_full(z_TK.shape[:1], -torch.inf)
-    all_reduce(max_T, dist.ReduceOp.MAX, tp_group)
+    z_TK, ids_TK = likeliest(real_TC, min(num_kept, vocab.size), vocab, tp_group)
+    z_TK, max_T = z_TK.to(dtype), z_TK[:, 0].to(dtype)
     exp_TC = (real_TC.to(dtype) - max_T[:, None]).exp_()
     sum_T = all_reduce(exp_TC.sum(dim=1), dist.ReduceOp.SUM, tp_group)
-    if tp_size_of(tp_group) > 1:
-        lacking = num_kept - z_TK.shape[1]
-        z_TK = torch.nn.functional.pad(z_TK, (0, lacking), value=-torch.inf)
-        ids_TK = torch.nn.functional.pad(ids_TK, (0, lacking), value=vocab.size)
-        z_TK, ids_TK = (_gathered(x_TK, tp_group) for x_TK in (z_TK, ids_TK))
-        # Ranks in their order: of equals the first is the smaller id.
-        z_TK, order_TK = z_TK.sort(dim=1, descending=True, stable=True)
-        z_TK, ids_TK = z_TK[:, :num_kept], ids_TK.gather(1, order_TK)[:, :num_kept]
     # The others are summed, not taken from 1: they may be far less likely than its rounding.
     local_TK = ids_TK - vocab.start
     owned_TK = (local_TK >= 0) & (local_TK < vocab.num_columns)
@@ -156,7 +144,28 @@ def top_logprobs(
     return KeptLogprobs(ids_TK.int(), logp_TK, (rest_T / sum_T).log())
 
 
-def _likeliest(z_TC: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
+def likeliest(
+    z_TC: Tensor, num_kept: int, vocab: VocabShard, tp_group: ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """The num_kept largest logits of each token, largest first, and their ids in the whole
+    vocabulary, int64; of equals the smaller id.
+
+    Collectives: over tp_group an all-gather of K ids and one of K logits.
+    """
+    z_TK, ids_TK = _likeliest_here(z_TC, min(num_kept, vocab.num_columns))
+    ids_TK = ids_TK + vocab.start
+    if tp_size_of(tp_group) > 1:
+        lacking = num_kept - z_TK.shape[1]
+        z_TK = torch.nn.functional.pad(z_TK, (0, lacking), value=-torch.inf)
+        ids_TK = torch.nn.functional.pad(ids_TK, (0, lacking), value=vocab.size)
+        z_TK, ids_TK = (_gathered(x_TK, tp_group) for x_TK in (z_TK, ids_TK))
+        # Ranks in their order: of equals the first is the smaller id.
+        z_TK, order_TK = z_TK.sort(dim=1, descending=True, stable=True)
+        z_TK, ids_TK = z_TK[:, :num_kept], ids_TK.gather(1, order_TK)[:, :num_kept]
+    return z_TK, ids_TK
+
+
+def _likeliest_here(z_TC: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
     """The num_kept largest of each row and their columns, largest first; of equals the first."""
     if num_kept == z_TC.shape[1]:
         return z_TC.sort(dim=1, descending=True, stable=True)
