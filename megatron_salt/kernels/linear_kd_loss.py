@@ -64,9 +64,8 @@ def linear_kd_loss(
 
     Differentiable in the student's hidden states and head; the teacher gets no gradient.
     Masked tokens, temperatures: as `kd_loss`; but masked hidden states must be finite (nan * 0).
-    Truncation: with one the teacher's logits are cut to their likeliest tokens (`top_logprobs`),
-        or `stored` ones stand in place of the teacher's hidden states and head, [T, K] each. Then
-        `teacher_temperature` is the truncation's own.
+    Truncation: cuts the teacher's logits to their likeliest tokens (`top_logprobs`), or `stored`
+        ones, [T, K]. The teacher's temperature is then the truncation's own.
     Shapes: student hidden [T, D], or [T / tp, D] with `chunking.sequence_parallel`: then rank r
         holds tokens [r T / tp, (r + 1) T / tp). Weights [W, D] and [W, E]: this rank's columns of
         the vocabulary, padding last. Teacher hidden [T, E], labels and loss weights [T]: all
@@ -105,9 +104,7 @@ def linear_kd_loss(
     weights = as_weights(ce_weight_T, kd_weight_T, heads.num_tokens, student_hidden_TD)
     dtypes = frozenset({heads.logits_dtype, heads.gradient_dtype})
     sparse = stored is not None or (truncation is not None and teacher_hidden_TE is not None)
-    backend = choose_backend(
-        impl, device=device, dtypes=dtypes, divergence=divergence, sparse=sparse
-    )
+    backend = choose_backend(impl, device=device, dtypes=dtypes, divergence=divergence)
     if not backend.checks_values:
         has_teacher = sparse or teacher_hidden_TE is not None
         check_values(labels_T, weights[1], vocab, has_teacher=has_teacher)
@@ -174,10 +171,8 @@ class _LinearKdLossFunction(torch.autograd.Function):
                 chunk.student_logits_NW, chunk.teacher_logits_NW, labels_N, ce_weight_N, kd_weight_N
             )
             if cut is not None:
-                inputs = with_sparse(
-                    inputs._replace(teacher_TW=None), cut(chunk, labels_N), options.vocab,
-                    options.divergence,
-                )  # fmt: skip
+                known = cut(chunk, labels_N)
+                inputs = with_sparse(inputs._replace(teacher_TW=None), known, options, backend)
             if wants_hidden or wants_weight:
                 out_NW = gradients.logits_target(chunk)
                 scores = backend.scores_and_gradient_(inputs, options, 1 / unit, out_NW)
