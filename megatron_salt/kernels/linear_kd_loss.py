@@ -8,7 +8,7 @@ under sequence parallelism).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -77,23 +77,15 @@ def linear_kd_loss(
         all-reduce of N D numbers; under sequence parallelism an all-gather and a reduce-scatter of
         as many in its place.
     Memory: `chunking.chunk_bytes`; kept for backward: the gradients, [T, D] in the hidden state's
-        dtype and [W, D] in fp32.
-    Host sync: none on CUDA.
-    Raises: ValueError like `kd_loss`, and for a budget too small for one token; RuntimeError when
-        differentiated twice.
+        dtype and [W, D] in fp32. Host sync: none on CUDA, but one a chunk to cut logits.
+    Raises: ValueError like `kd_loss`, or if no token fits; RuntimeError when differentiated twice.
     Source: the idea of gradients in the forward: Liger kernels, arXiv 2410.10989.
     """
     chunking = chunking or Chunking()
-    if stored is not None:
-        if teacher_hidden_TE is not None:
-            raise ValueError("there are teacher_hidden_TE and stored log-probabilities: give one")
-        truncation = truncation or Truncation()
-    if truncation is not None:
-        truncation.check()
+    cut = _Cut.of(truncation, stored, teacher_hidden_TE)
     options = LossOptions(
-        vocab=vocab, teacher_temperature=float(teacher_temperature),
-        student_temperature=float(student_temperature), divergence=divergence,
-        tp_group=chunking.tp_group,
+        vocab=vocab, divergence=divergence, teacher_temperature=float(teacher_temperature),
+        student_temperature=float(student_temperature), tp_group=chunking.tp_group,
     )  # fmt: skip
     options.check()
     heads = Heads.of(
@@ -103,12 +95,10 @@ def linear_kd_loss(
     check_labels(labels_T, heads.num_tokens, device)
     weights = as_weights(ce_weight_T, kd_weight_T, heads.num_tokens, student_hidden_TD)
     dtypes = frozenset({heads.logits_dtype, heads.gradient_dtype})
-    sparse = stored is not None or (truncation is not None and teacher_hidden_TE is not None)
     backend = choose_backend(impl, device=device, dtypes=dtypes, divergence=divergence)
     if not backend.checks_values:
-        has_teacher = sparse or teacher_hidden_TE is not None
+        has_teacher = cut is not None or teacher_hidden_TE is not None
         check_values(labels_T, weights[1], vocab, has_teacher=has_teacher)
-    cut = _Cut(truncation, stored, heads, options) if sparse else None
     # Autocast would round operands of the products behind their backs.
     with torch.autocast(device.type, enabled=False):
         loss, ce_T, kl_T = _LinearKdLossFunction.apply(
@@ -118,23 +108,38 @@ def linear_kd_loss(
     return KdLoss(loss=loss, ce_T=ce_T.detach(), kl_T=kl_T.detach())
 
 
-class _Cut:
+class _Cut(NamedTuple):
     """From a chunk's tokens to the sparse teacher that they are taught by."""
 
-    def __init__(
-        self, truncation: Truncation | None, stored: KeptLogprobs | None, heads: Heads,
-        options: LossOptions,
-    ) -> None:  # fmt: skip
-        assert truncation is not None
-        self.truncation, self.stored = truncation, stored
-        self.heads, self.options = heads, options
+    truncation: Truncation
+    stored: KeptLogprobs | None
 
-    def __call__(self, chunk: Chunk, labels_N: Tensor) -> SparseTeacher:
+    @classmethod
+    def of(
+        cls,
+        truncation: Truncation | None,
+        stored: KeptLogprobs | None,
+        teacher_hidden_TE: Tensor | None,
+    ) -> _Cut | None:
+        """None for a teacher that is whole, or none. Raises: ValueError."""
+        if truncation is not None:
+            truncation.check()
+        if stored is None:
+            if truncation is None or teacher_hidden_TE is None:
+                return None
+            return cls(truncation, None)
+        if teacher_hidden_TE is not None:
+            raise ValueError("there are teacher_hidden_TE and stored log-probabilities: give one")
+        return cls(truncation or Truncation(), stored)
+
+    def target(
+        self, chunk: Chunk, labels_N: Tensor, heads: Heads, options: LossOptions
+    ) -> SparseTeacher:
         """Collectives: those of `top_logprobs`, unless they are stored."""
         if self.stored is not None:
-            of_chunk = (self.heads.of_all_parts(x, chunk.start, chunk.stop) for x in self.stored)
+            of_chunk = (heads.of_all_parts(x, chunk.start, chunk.stop) for x in self.stored)
             return self.truncation.target(KeptLogprobs(*of_chunk), labels_N)
-        logits_NW, options = chunk.teacher_logits_NW, self.options
+        logits_NW = chunk.teacher_logits_NW
         assert logits_NW is not None
         num_kept = self.truncation.top_k or options.vocab.size
         kept = top_logprobs(logits_NW, num_kept, options.vocab, options.tp_group)
@@ -171,7 +176,7 @@ class _LinearKdLossFunction(torch.autograd.Function):
                 chunk.student_logits_NW, chunk.teacher_logits_NW, labels_N, ce_weight_N, kd_weight_N
             )
             if cut is not None:
-                known = cut(chunk, labels_N)
+                known = cut.target(chunk, labels_N, heads, options)
                 inputs = with_sparse(inputs._replace(teacher_TW=None), known, options, backend)
             if wants_hidden or wants_weight:
                 out_NW = gradients.logits_target(chunk)
