@@ -147,7 +147,7 @@ def bare_forward(scorer: Scorer, sequences: Sequences, first: int, last: int) ->
         stream, offset, rows, max_length=max_length, num_rows=scorer.num_rows, eod=scorer.eod
     ):
         inputs_BS = torch.from_numpy(batch.inputs_BS).to(scorer.groups.device)
-        hidden_TE = scorer.model.forward(inputs_BS).flatten(0, 1)
+        hidden_TE = scorer.hidden_states(inputs_BS).flatten(0, 1)
         head_WE = scorer.model.head_WE
         assert head_WE is not None
         for _ in Heads.of(hidden_TE, head_WE, None, None, scorer.vocab, scorer.chunking).chunks():

@@ -8,7 +8,14 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron_salt import __version__
-from megatron_salt.commands.table import COMMANDS, ELSEWHERE, LIGHT, make_parser, program_help
+from megatron_salt.commands.table import (
+    COMMANDS,
+    ELSEWHERE,
+    LIGHT,
+    load_command,
+    make_parser,
+    program_help,
+)
 from megatron_salt.config.command_line import OPTIONS, hint
 from megatron_salt.config.fields import KEYS
 from megatron_salt.config.values import nearest
@@ -45,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_command(name: str, words: Sequence[str]) -> int:
     """One of the commands that are files of `commands/`."""
     program = f"megatron-salt {name}"
-    command = importlib.import_module(f"megatron_salt.commands.{name}")
+    command = load_command(name)
     try:
         parser = make_parser(name)
         takes_settings = getattr(command, "TAKES_SETTINGS", False)

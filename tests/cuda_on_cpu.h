@@ -135,4 +135,8 @@ static inline float __shfl_xor_sync(unsigned, float value, int lane_mask) {
   return values[threadIdx.x - lane + (lane ^ unsigned(lane_mask))];
 }
 
+// A fiber is not interrupted.
+static inline void atomicOr(uint32_t* target, uint32_t bits) { *target |= bits; }
+static inline void atomicMax(int* target, int value) { *target = value > *target ? value : *target; }
+
 extern "C" void salt_fiber_order(int backwards) { cuda_on_cpu::backwards = backwards != 0; }

@@ -15,7 +15,14 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from megatron_salt.kernels import KdLoss, VocabShard, kd_loss
+from megatron_salt.kernels import (
+    KdLoss,
+    SparseTeacher,
+    Truncation,
+    VocabShard,
+    kd_loss,
+    top_logprobs,
+)
 from megatron_salt.kernels.backend import Divergence
 
 GARBAGE = (torch.inf, torch.nan, -torch.inf, 1e4)
@@ -52,6 +59,7 @@ class LossCase(Targets):
 
     student_TV: Tensor
     teacher_TV: Tensor | None
+    sparse: SparseTeacher | None = None
 
     @property
     def V(self) -> int:
@@ -188,6 +196,26 @@ def with_truncated_teacher(case: LossCase, num_kept: int) -> LossCase:
     return replace(case, teacher_TV=case.teacher.where(case.teacher >= lowest_T1, -torch.inf))
 
 
+def with_sparse_teacher(case: LossCase, how: str, num_kept: int) -> LossCase:
+    """The teacher's logits give place to K tokens: the likeliest by one of Truncation's policies,
+    or draws, of which many repeat (`sampled`). Some entries more have no weight, and any id."""
+    if how == "sampled":
+        p_TV = torch.softmax(case.teacher / case.a, dim=1)
+        rng = torch.Generator(p_TV.device).manual_seed(1)
+        ids = torch.multinomial(p_TV, num_kept, replacement=True, generator=rng).int()
+        sparse = SparseTeacher(ids, torch.full_like(ids, 1 / num_kept, dtype=torch.float64))
+    else:
+        kept = top_logprobs(case.teacher, num_kept, VocabShard(size=case.V, start=0, stop=case.V),
+                            None)  # fmt: skip
+        a = case.a if how == "renormalise" else 1.0
+        sparse = Truncation(lost_mass=how, temperature=a).target(kept, case.labels_T)  # type: ignore[arg-type]
+    fill = torch.tensor([-1, case.V, 2**31 - 1, -(2**31), 0], device=sparse.ids_TK.device)
+    fill = fill.int().expand(len(sparse.ids_TK), -1)
+    ids = torch.cat([fill[:, :2], sparse.ids_TK, fill[:, 2:]], dim=1)
+    target = torch.nn.functional.pad(sparse.target_TK, (2, 3))
+    return replace(case, teacher_TV=None, sparse=sparse._replace(ids_TK=ids, target_TK=target))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Placement:
     """Where logits lie: rows of W = V + padding columns, `gap` elements between them."""
@@ -234,7 +262,7 @@ def loss_arguments(
         teacher_TW = place(case.teacher_TV[:, columns], teacher_dtype or dtype, teacher_where)
     student_TW = place(case.student_TV[:, columns], dtype, where).requires_grad_()
     logits = dict(student_logits_TW=student_TW, teacher_logits_TW=teacher_TW, vocab=vocab)
-    return case.arguments() | logits
+    return case.arguments() | logits | {"sparse_teacher": case.sparse}
 
 
 def head_shard(head_VD: Tensor, dtype: torch.dtype, vocab: VocabShard, W: int) -> Tensor:
@@ -272,7 +300,10 @@ def loss_result(arguments: dict[str, Any]) -> LossResult:
 
 
 def textbook_loss(
-    student_TV: Tensor, teacher_TV: Tensor | None, targets: Targets
+    student_TV: Tensor,
+    teacher_TV: Tensor | None,
+    targets: Targets,
+    sparse: SparseTeacher | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, ce_T, kl_T) of logits by log-softmax over the whole vocabulary; at least fp32."""
     inner = torch.promote_types(student_TV.dtype, torch.float32)
@@ -294,6 +325,21 @@ def textbook_loss(
             kl_T = ((log_q.exp() - log_p.exp()) ** 2).sum(dim=1)
         else:
             kl_T = ((s_TV - z_TV) ** 2).mean(dim=1)
+    if sparse is not None:
+        log_q = (student_TV / targets.b).log_softmax(dim=1)
+        t_TK, ids_TK = sparse.target_TK.to(inner), sparse.ids_TK.long()
+        # Columns behind the real ones take what has no weight.
+        ids_TK = torch.where(t_TK > 0, ids_TK, log_q.shape[1])
+        t_TV = torch.nn.functional.pad(torch.zeros_like(log_q), (0, 1)).scatter_add(1, ids_TK, t_TK)
+        if targets.divergence == "mse_probabilities":
+            kl_T = ((log_q.exp() - t_TV[:, :-1]) ** 2).sum(dim=1)
+        else:
+            cross_TV = torch.where(t_TV[:, :-1] > 0, t_TV[:, :-1] * log_q, 0.0)
+            kl_T = torch.where(t_TK > 0, t_TK * t_TK.log(), 0.0).sum(dim=1) - cross_TV.sum(dim=1)
+        if sparse.ghost_T is not None:
+            rest_T = log_q.masked_fill(t_TV[:, :-1] > 0, -torch.inf).logsumexp(dim=1)
+            g_T = sparse.ghost_T.to(inner)
+            kl_T = kl_T + torch.where(g_T > 0, g_T * (g_T.log() - rest_T), 0.0)
     ce_weight_T, kd_weight_T = targets.ce_weight_T.to(inner), targets.kd_weight_T.to(inner)
     return (ce_weight_T * ce_T + kd_weight_T * kl_T).sum(), ce_T.detach(), kl_T.detach()
 
@@ -306,7 +352,7 @@ def autograd_result(
     teacher_TV = case.teacher_TV
     if teacher_TV is not None:
         teacher_TV = teacher_TV.to(teacher_dtype or dtype)
-    loss, ce_T, kl_T = textbook_loss(student_TV, teacher_TV, case)
+    loss, ce_T, kl_T = textbook_loss(student_TV, teacher_TV, case, case.sparse)
     return LossResult(loss.detach(), ce_T, kl_T, *torch.autograd.grad(loss, student_TV))
 
 

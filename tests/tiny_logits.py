@@ -25,7 +25,7 @@ def make_settings(**changes: Any) -> LogitsSettings:
     return LogitsSettings(**{
         "context": "window", "max_length": 16, "kind": "top", "top_k": 8, "top_p": 1.0, "draws": 0,
         "seed": 0, "encoding": "fp16", "precision": "fp32", "vocab_size": 509,
-        "loss_impl": "reference", **changes,
+        **changes,
     })  # fmt: skip
 
 

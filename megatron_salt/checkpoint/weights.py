@@ -102,7 +102,18 @@ def write_teacher_scores(directory: Path, tensors: Mapping[str, Tensor], samples
     """Write what the teacher made of the held-out samples, of this fingerprint; see `held_out`."""
     target = directory / TEACHER_SCORES
     target.parent.mkdir()
-    save_file(dict(tensors), target, metadata={"samples": samples})
+    save_teacher_scores(target, tensors, samples)
+
+
+def save_teacher_scores(path: Path, tensors: Mapping[str, Tensor], samples: str) -> None:
+    save_file(dict(tensors), path, metadata={"samples": samples})
+
+
+def load_teacher_scores(path: Path) -> tuple[dict[str, Tensor], str]:
+    """The tensors and the fingerprint of the samples."""
+    with safe_open(path, framework="pt") as stored:
+        tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+        return tensors, stored.metadata()["samples"]
 
 
 def read_teacher_scores(
@@ -115,6 +126,4 @@ def read_teacher_scores(
     if TEACHER_SCORES not in manifest.files:
         return None
     verify_hashes(path, manifest, [TEACHER_SCORES])
-    with safe_open(path / TEACHER_SCORES, framework="pt") as stored:
-        tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-        return tensors, stored.metadata()["samples"]
+    return load_teacher_scores(path / TEACHER_SCORES)

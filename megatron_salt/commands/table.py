@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+from types import ModuleType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from megatron_salt.config.fields import SECTIONS
@@ -20,6 +21,7 @@ COMMANDS = {
     "inspect": "look at a dataset and its tags, or verify every byte",
     "pretrain": "train a model, with or without a teacher",
     "tag": "a small model's losses and masks of all tokens of a dataset",
+    "cache-logits": "a teacher's distributions over a dataset, for many students",
     "select": "the sequences for the KD phase, by the tags",
     "evaluate": "held-out nats per token of checkpoints",
     "convert": "Hugging Face models to checkpoints, and checkpoints to Hugging Face models",
@@ -40,7 +42,7 @@ def program_help() -> str:
     return "\n".join([
         "usage: megatron-salt COMMAND [arguments]", "",
         "Pre-train a large language model with help from a small one (SALT).", "",
-        *(f"  {name:<12}{text}" for name, text in COMMANDS.items()), "",
+        *(f"  {name:<14}{text}" for name, text in COMMANDS.items()), "",
         "`megatron-salt COMMAND --help` explains a command.",
         "`megatron-salt --version` says which this is. On several devices:",
         "torchrun --nproc-per-node 8 -m megatron_salt COMMAND …; deepspeed and srun likewise.",
@@ -54,9 +56,14 @@ class CommandParser(argparse.ArgumentParser):
         endings.refuse(self.prog, f"{message}; see {self.prog} --help")
 
 
+def load_command(name: str) -> ModuleType:
+    """The file of a command, which is called as the command is, with an underscore for a dash."""
+    return importlib.import_module(f"megatron_salt.commands.{name.replace('-', '_')}")
+
+
 def make_parser(name: str) -> argparse.ArgumentParser:
     """The parser of a command that is a file of this folder, made without importing torch."""
-    command = importlib.import_module(f"megatron_salt.commands.{name}")
+    command = load_command(name)
     parser = CommandParser(
         prog=f"megatron-salt {name}", description=command.__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -34,6 +34,7 @@ from megatron_salt.data import tags
 
 LOGITS_FORMAT = 1
 LOGITS_BLOCK_TOKENS = 1024
+HELD_OUT = "_held_out.safetensors"
 # A code counts 255 steps of this range below the likeliest entry.
 CODE_STEP_NATS = 16.0 / 255
 LOGITS_AGAIN = tags.run_again("cache-logits")
@@ -63,11 +64,6 @@ class LogitsSettings:
     encoding: LogitsEncoding
     precision: str
     vocab_size: int
-    loss_impl: str
-
-    @property
-    def window(self) -> int | None:
-        return self.max_length if self.context == "window" else None
 
     @property
     def entry_dtypes(self) -> dict[str, np.dtype[Any]]:

@@ -8,7 +8,7 @@ T = S * B tokens, M micro-batches per step.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -48,6 +48,16 @@ class TeacherScores:
     packed: Tensor
     """`ScoreSums` of all counted tokens, fp64; its thirds are zeros."""
 
+    @classmethod
+    def of(cls, found_2NS: Tensor, packed: Tensor) -> TeacherScores:
+        """Of what `teacher_losses` returns."""
+        return cls(loss_NS=found_2NS[0].clone(), counted_NS=found_2NS[1].byte(), packed=packed)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """As they are stored."""
+        return {name: getattr(self, name) for name in TeacherScores.__annotations__}
+
     @cached_property
     def sums(self) -> ScoreSums:
         return ScoreSums.unpack(self.packed)
@@ -83,6 +93,49 @@ class TeacherScores:
         """
         ce_nats = self.ce_nats
         return min(math.sqrt(ce_nats / 2.0), math.sqrt(-math.expm1(-ce_nats)))
+
+
+def teacher_losses(
+    data: DataSource, groups: Groups, num_samples: int, micro_batch_size: int,
+    score: Callable[[Tensor, Tensor], TokenScores | None], first: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A teacher's loss on every held-out token.
+
+    Args:
+        score: what the teacher says of tokens and labels [B, S], as `LossFunction.score_teacher`;
+            None on ranks that do not know.
+        first: a token to put in front of each sequence; its last token is then not read, and
+            the tokens themselves are the labels, of which the first does not count.
+    Returns: on the CPU, loss and mask [2, N, S], 0 where a token does not count; and
+        `ScoreSums`, packed.
+    Collectives: those of `score` per micro-batch; one all-reduce of 8 N S bytes and one of a few
+        hundred over all ranks.
+    """
+    device, layout = groups.device, groups.layout
+    packed = ScoreSums.zeros(device)
+    # Loss and mask, from the rank that has them; 0 + x is x bit by bit.
+    found_2NS = torch.zeros((2, num_samples, data.data.seq_length), device=device)
+    for rows in evaluation_rows(num_samples, micro_batch_size, groups.dp_rank, layout.dp_size):
+        batch = data.read_held_out(rows).to(device)
+        tokens_BS, labels_BS, mask_BS = batch.tokens_RS, batch.labels_RS, batch.mask_RS
+        if first is not None:
+            shifted_BS = torch.full_like(tokens_BS, first), torch.zeros_like(mask_BS)
+            shifted_BS[0][:, 1:], shifted_BS[1][:, 1:] = tokens_BS[:, :-1], mask_BS[:, :-1]
+            labels_BS, (tokens_BS, mask_BS) = tokens_BS, shifted_BS
+        scores = score(tokens_BS, labels_BS)
+        if scores is None or groups.tp_rank != 0:  # the tp ranks have found the same
+            continue
+        packed += ScoreSums.pack(scores, in_order_of_tokens(mask_BS))
+        assert scores.ce_T is not None
+        loss_BS = by_sample(scores.ce_T, len(rows))
+        counts_BS = mask_BS > 0
+        real = [place for place, row in enumerate(rows) if row >= 0]
+        here = [rows[place] for place in real]
+        found_2NS[0, here] = torch.where(counts_BS, loss_BS, 0.0)[real]
+        found_2NS[1, here] = counts_BS.float()[real]
+    dist.all_reduce(packed)
+    dist.all_reduce(found_2NS)
+    return found_2NS.cpu(), packed.cpu()
 
 
 class ScoredStudent(Protocol):
@@ -122,52 +175,22 @@ class HeldOut:
             guessing.
         """
         found_2NS, packed = self._teacher_losses(teacher)
-        self.teacher = scores = TeacherScores(
-            loss_NS=found_2NS[0].clone(), counted_NS=found_2NS[1].byte(), packed=packed
-        )
+        self.teacher = scores = TeacherScores.of(found_2NS, packed)
         if teacher.record.evaluation is None:
             return self._without_stored(teacher, scores)
         return self._compared_with_stored(teacher, scores.ce_nats), []
 
     def _teacher_losses(self, teacher: Teacher, first: int | None = None) -> tuple[Tensor, Tensor]:
-        """The teacher's loss on every held-out token.
+        """Collectives: those of `Teacher.hidden_states` and `teacher_losses`."""
 
-        Args:
-            first: a token to put in front of each sequence; its last token is then not read, and
-                the tokens themselves are the labels, of which the first does not count.
-        Returns: on the CPU, loss and mask [2, N, S], 0 where a token does not count; and
-            `ScoreSums`, packed.
-        Collectives: those of `Teacher.hidden_states` per micro-batch; one all-reduce of 8 N S bytes
-            and one of a few hundred over all ranks.
-        """
-        groups, device = self.groups, self.groups.device
-        packed = ScoreSums.zeros(device)
-        # Loss and mask, from the rank that has them; 0 + x is x bit by bit.
-        found_2NS = torch.zeros((2, self.num_samples, self.seq_length), device=device)
-        for rows in self.rounds:
-            batch = self.data.read_held_out(rows).to(device)
-            tokens_BS, labels_BS, mask_BS = batch.tokens_RS, batch.labels_RS, batch.mask_RS
-            if first is not None:
-                shifted_BS = torch.full_like(tokens_BS, first), torch.zeros_like(mask_BS)
-                shifted_BS[0][:, 1:], shifted_BS[1][:, 1:] = tokens_BS[:, :-1], mask_BS[:, :-1]
-                labels_BS, (tokens_BS, mask_BS) = tokens_BS, shifted_BS
+        def score(tokens_BS: Tensor, labels_BS: Tensor) -> TokenScores | None:
             hidden_BSE = teacher.hidden_states(tokens_BS)
             if hidden_BSE is None:
-                continue
-            scores = self.student.loss_function.score_teacher(hidden_BSE, labels_BS)
-            if groups.tp_rank != 0:  # the tp ranks have found the same
-                continue
-            packed += ScoreSums.pack(scores, in_order_of_tokens(mask_BS))
-            assert scores.ce_T is not None
-            loss_BS = by_sample(scores.ce_T, len(rows))
-            counts_BS = mask_BS > 0
-            real = [place for place, row in enumerate(rows) if row >= 0]
-            here = [rows[place] for place in real]
-            found_2NS[0, here] = torch.where(counts_BS, loss_BS, 0.0)[real]
-            found_2NS[1, here] = counts_BS.float()[real]
-        dist.all_reduce(packed)
-        dist.all_reduce(found_2NS)
-        return found_2NS.cpu(), packed.cpu()
+                return None
+            return self.student.loss_function.score_teacher(hidden_BSE, labels_BS)
+
+        size = self.student.settings.micro_batch_size
+        return teacher_losses(self.data, self.groups, self.num_samples, size, score, first)
 
     def _without_stored(self, teacher: Teacher, scores: TeacherScores) -> tuple[str, list[str]]:
         """The loss of a teacher that brings none, as a line, and warnings about it."""
@@ -282,8 +305,7 @@ class HeldOut:
     def write(self, directory: Path) -> None:
         """Put the teacher's scores, if there are any, into a checkpoint that is being written."""
         if self.teacher is not None:
-            tensors = {name: getattr(self.teacher, name) for name in TeacherScores.__annotations__}
-            write_teacher_scores(directory, tensors, self.fingerprint)
+            write_teacher_scores(directory, self.teacher.tensors, self.fingerprint)
 
     def resume(self, path: Path, manifest: CheckpointManifest) -> list[str]:
         """Take the teacher's scores from a checkpoint of after the KD phase; warnings, if any.

@@ -24,7 +24,6 @@ def choose_backend(
     device: torch.device,
     dtypes: frozenset[torch.dtype],
     divergence: Divergence = "forward_kl",
-    sparse: bool = False,
 ) -> LossBackend:
     """The backend for tensors of a device and dtypes.
 
@@ -41,7 +40,7 @@ def choose_backend(
     wanted: Literal["native", "cuda"] = "cuda" if device.type == "cuda" else "native"
     if impl != "auto" and impl != wanted:
         raise ValueError(f"impl = {impl!r} cannot serve tensors on {device}; 'reference' can")
-    problem = _unserved(device, dtypes, divergence, sparse)
+    problem = _unserved(device, dtypes, divergence)
     if problem is None:
         backend = load_for(device)
         if not isinstance(backend, str):
@@ -56,15 +55,13 @@ def choose_backend(
 
 
 def _unserved(
-    device: torch.device, dtypes: frozenset[torch.dtype], divergence: Divergence, sparse: bool
+    device: torch.device, dtypes: frozenset[torch.dtype], divergence: Divergence
 ) -> str | None:
     """What the compiled backend of this device does not do, if these tensors need it."""
     if device.type not in ("cpu", "cuda"):
         return f"does not serve tensors on {device}"
     if divergence != "forward_kl":
         return f"does not compute divergence = {divergence!r}"
-    if sparse:
-        return "does not compute a sparse teacher"
     foreign = dtypes - compiled.DTYPE_CODES.keys()
     if foreign:
         return f"does not serve {', '.join(sorted(map(str, foreign)))}"

@@ -34,12 +34,11 @@ class _SaltRows(ctypes.Structure):
     """struct SaltRows of csrc/kd_loss.h, field by field."""
 
     _fields_ = (
-        *(
-            (name, _POINTER)
-            for name in ("student", "teacher", "labels", "ce_weights", "kd_weights")
-        ),
+        *((x, _POINTER) for x in ("student", "teacher", "labels", "ce_weights", "kd_weights")),
+        *((name, _POINTER) for name in ("ids", "targets", "masses", "ghosts")),
         *((name, _LONG) for name in ("student_stride", "teacher_stride")),
-        *((name, _LONG) for name in ("num_tokens", "num_columns", "vocab_start", "vocab_size")),
+        *((name, _LONG) for name in ("num_tokens", "num_columns", "num_kept")),
+        *((name, _LONG) for name in ("vocab_start", "vocab_size")),
         *((name, ctypes.c_float) for name in ("teacher_temperature", "student_temperature")),
         *((name, _INT) for name in ("student_dtype", "teacher_dtype", "num_threads")),
         ("stream", _POINTER),
@@ -82,9 +81,11 @@ class CompiledBackend(LossBackend):
     def scores(self, inputs: LossInputs, options: LossOptions) -> BackendScores:
         """See `LossBackend.scores`. Memory: 10 floats a token at most, 12 over several ranks."""
         num_tokens = inputs.student_TW.shape[0]
-        num_maxima, num_sums = 2, 4 if options.student_temperature == 1.0 else 5
-        if inputs.teacher_TW is None:
-            num_maxima, num_sums = 1, 2
+        num_maxima, num_sums = 1, 2
+        if inputs.has_teacher:
+            num_maxima = 1 if inputs.teacher_TW is None else 2
+            num_sums = 2 + num_maxima + (options.student_temperature != 1.0)
+            num_sums += inputs.ghost_T is not None
         maxima = inputs.student_TW.new_empty((num_maxima, num_tokens), dtype=torch.float32)
         sums = maxima.new_empty((num_sums, num_tokens))
         values = maxima.new_empty((3, num_tokens))
@@ -129,18 +130,26 @@ class CompiledBackend(LossBackend):
     def _described(self, inputs: LossInputs, options: LossOptions):  # type: ignore[no-untyped-def]
         """The inputs as the library wants them, with their device current while it is called."""
         student_TW, teacher_TW, labels_T, ce_weight_T, kd_weight_T = inputs[:5]
+        ids_TK, target_TK, ghost_T = inputs[5:]
         # A single weight is an expanded view of stride 0, and labels may be strided.
         held = [tensor.contiguous() for tensor in (labels_T, ce_weight_T, kd_weight_T)]
+        mass_T = None if target_TK is None else target_TK.sum(dim=1)
+        pointer = lambda tensor: None if tensor is None else tensor.data_ptr()
         described = _SaltRows(
             student=student_TW.data_ptr(),
-            teacher=None if teacher_TW is None else teacher_TW.data_ptr(),
+            teacher=pointer(teacher_TW),
             labels=held[0].data_ptr(),
             ce_weights=held[1].data_ptr(),
             kd_weights=held[2].data_ptr(),
+            ids=pointer(ids_TK),
+            targets=pointer(target_TK),
+            masses=pointer(mass_T),
+            ghosts=pointer(ghost_T),
             student_stride=student_TW.stride(0),
             teacher_stride=0 if teacher_TW is None else teacher_TW.stride(0),
             num_tokens=student_TW.shape[0],
             num_columns=options.vocab.num_columns,
+            num_kept=0 if ids_TK is None else ids_TK.shape[1],
             vocab_start=options.vocab.start,
             vocab_size=options.vocab.size,
             teacher_temperature=options.teacher_temperature,

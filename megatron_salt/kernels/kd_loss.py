@@ -92,15 +92,14 @@ def kd_loss(
     inputs = checked_inputs(
         student_logits_TW, teacher_logits_TW, labels_T, ce_weight_T, kd_weight_T, vocab
     )
+    dtypes = {x.dtype for x in inputs[:2] if x is not None}
+    backend = choose_backend(
+        impl, device=inputs.student_TW.device, dtypes=frozenset(dtypes), divergence=divergence
+    )
     if sparse_teacher is not None:
         if teacher_logits_TW is not None:
             raise ValueError("there are teacher_logits_TW and a sparse_teacher: give one of them")
-        inputs = with_sparse(inputs, sparse_teacher, vocab, divergence)
-    dtypes = {x.dtype for x in inputs[:2] if x is not None}
-    backend = choose_backend(
-        impl, device=inputs.student_TW.device, dtypes=frozenset(dtypes), divergence=divergence,
-        sparse=sparse_teacher is not None,
-    )  # fmt: skip
+        inputs = with_sparse(inputs, sparse_teacher, options, backend)
     if not backend.checks_values:
         check_values(inputs.labels_T, inputs.kd_weight_T, vocab, has_teacher=inputs.has_teacher)
     loss, ce_T, kl_T = _KdLossFunction.apply(inputs.student_TW, inputs, options, backend)
@@ -165,10 +164,11 @@ def checked_inputs(
 
 
 def with_sparse(
-    inputs: LossInputs, sparse: SparseTeacher, vocab: VocabShard, divergence: Divergence
+    inputs: LossInputs, sparse: SparseTeacher, options: LossOptions, backend: LossBackend
 ) -> LossInputs:
     """The inputs of a call with a sparse teacher, checked as far as that needs no waiting for a
     device. Raises: ValueError."""
+    divergence = options.divergence
     if divergence not in SPARSE_DIVERGENCES:
         raise ValueError(
             f"divergence = {divergence!r} needs the teacher's probability of every token; one of "
@@ -178,20 +178,29 @@ def with_sparse(
         raise ValueError(f"divergence = {divergence!r} has no ghost bucket: take forward_kl")
     ids_TK, target_TK = sparse.ids_TK, sparse.target_TK
     num_tokens, dtype = len(inputs.labels_T), inputs.ce_weight_T.dtype
-    if ids_TK.shape != target_TK.shape or ids_TK.dim() != 2 or len(ids_TK) != num_tokens:
+    if (
+        ids_TK.shape != target_TK.shape or ids_TK.dim() != 2 or len(ids_TK) != num_tokens
+        or ids_TK.shape[1] == 0
+    ):  # fmt: skip
         raise ValueError(
             f"a sparse teacher's ids {tuple(ids_TK.shape)} and weights {tuple(target_TK.shape)} "
-            f"must both be [{num_tokens}, K]"
+            f"must both be [{num_tokens}, K], K at least 1"
         )
     if ids_TK.dtype != torch.int32:
         raise ValueError(f"a sparse teacher's ids must be int32, are {ids_TK.dtype}")
-    taught_TK = target_TK > 0
-    wrong_TK = taught_TK & ((ids_TK < 0) | (ids_TK >= vocab.size)) | (target_TK < 0)
-    message = "a sparse teacher has an id outside the vocabulary, or a weight below 0"
-    if ids_TK.is_cuda:
-        torch._assert_async(~wrong_TK.any(), f"kd_loss: {message}")
-    elif wrong_TK.any():
-        raise ValueError(f"{message}: id {ids_TK[wrong_TK][0]}, weight {target_TK[wrong_TK][0]}")
+    if sparse.ghost_T is not None and sparse.ghost_T.shape != (num_tokens,):
+        raise ValueError(f"ghost_T must be [{num_tokens}], is {tuple(sparse.ghost_T.shape)}")
+    if any(x is not None and x.device != inputs.labels_T.device for x in sparse):
+        raise ValueError(f"a sparse teacher must be on {inputs.labels_T.device}, as the student")
+    if not backend.checks_values:
+        outside_TK = (ids_TK < 0) | (ids_TK >= options.vocab.size)
+        wrong_TK = (target_TK > 0) & outside_TK | (target_TK < 0)
+        message = "a sparse teacher has an id outside the vocabulary, or a weight below 0"
+        if ids_TK.is_cuda:
+            torch._assert_async(~wrong_TK.any(), f"kd_loss: {message}")
+        elif wrong_TK.any():
+            id_and_weight = f"id {ids_TK[wrong_TK][0]}, weight {target_TK[wrong_TK][0]}"
+            raise ValueError(f"{message}: {id_and_weight}")
     ghost_T = None if sparse.ghost_T is None else sparse.ghost_T.to(dtype).contiguous()
     return inputs._replace(
         ids_TK=ids_TK.contiguous(), target_TK=target_TK.to(dtype).contiguous(), ghost_T=ghost_T

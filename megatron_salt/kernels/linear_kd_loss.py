@@ -101,8 +101,7 @@ def linear_kd_loss(
     check_labels(labels_T, heads.num_tokens, device)
     weights = as_weights(ce_weight_T, kd_weight_T, heads.num_tokens, student_hidden_TD)
     dtypes = frozenset({heads.logits_dtype, heads.gradient_dtype})
-    backend = choose_backend(impl, device=device, dtypes=dtypes, divergence=divergence,
-                             sparse=cut is not None)  # fmt: skip
+    backend = choose_backend(impl, device=device, dtypes=dtypes, divergence=divergence)
     if not backend.checks_values:
         has_teacher = cut is not None or teacher_hidden_TE is not None
         check_values(labels_T, weights[1], vocab, has_teacher=has_teacher)
@@ -185,10 +184,8 @@ class _LinearKdLossFunction(torch.autograd.Function):
                 chunk.student_logits_NW, chunk.teacher_logits_NW, labels_N, ce_weight_N, kd_weight_N
             )
             if cut is not None:
-                inputs = with_sparse(
-                    inputs._replace(teacher_TW=None), cut(chunk, labels_N), options.vocab,
-                    options.divergence,
-                )  # fmt: skip
+                whole = inputs._replace(teacher_TW=None)
+                inputs = with_sparse(whole, cut(chunk, labels_N), options, backend)
             if wants_hidden or wants_weight:
                 out_NW = gradients.logits_target(chunk)
                 scores = backend.scores_and_gradient_(inputs, options, 1 / unit, out_NW)

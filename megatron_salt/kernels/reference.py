@@ -214,6 +214,18 @@ def _spread_out(inputs: LossInputs, vocab: VocabShard) -> tuple[Tensor, Tensor]:
     return target_TC[:, :-1], known_TC[:, :-1]
 
 
+def _sparse_gap(inputs: LossInputs, vocab: VocabShard, s_TC: Tensor) -> Tensor:
+    """sum of t (log t - s) over this rank's tokens, entry by entry also where ids repeat. [T]"""
+    ids_TK, target_TK = inputs.ids_TK, inputs.target_TK
+    assert ids_TK is not None and target_TK is not None
+    if not vocab.num_columns:
+        return s_TC.new_zeros(len(s_TC))
+    column_TK, here_TK = _owned_label(ids_TK.long(), vocab)
+    gap_TK = target_TK * (target_TK.log() - s_TC.gather(1, column_TK))
+    # Where there is no weight the student's logit may be -inf.
+    return torch.where(here_TK & (target_TK > 0), gap_TK, 0.0).sum(dim=1)
+
+
 def _sparse_scores(inputs: LossInputs, options: LossOptions) -> BackendScores:
     """Values with a teacher of K tokens, of weights t; g of all others together, if there is one.
 
@@ -236,9 +248,7 @@ def _sparse_scores(inputs: LossInputs, options: LossOptions) -> BackendScores:
     target_TC, known_TC = _spread_out(inputs, vocab)
     s_TC = s1_TC if b == 1.0 else s1_TC / b
     exp_TC = s_TC.exp()
-    # Where there is no weight the student's logit may be -inf.
-    gap_TC = (target_TC.log() - s_TC).mul_(target_TC).masked_fill_(target_TC == 0, 0.0)
-    packed = [exp_TC.sum(dim=1), label_T, gap_TC.sum(dim=1)]
+    packed = [exp_TC.sum(dim=1), label_T, _sparse_gap(inputs, vocab, s_TC)]
     if ghost_T is not None:  # summed, not taken from 1, of which little may be left
         packed.append(exp_TC.masked_fill(known_TC, 0.0).sum(dim=1))
     if b != 1.0:

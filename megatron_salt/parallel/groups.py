@@ -182,13 +182,13 @@ def from_rank_0(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def same_error_everywhere(what: str) -> Iterator[None]:
+def same_error_everywhere(what: str, group: ProcessGroup | None = None) -> Iterator[None]:
     """Run a block that may fail on some ranks only, and raise on all of them if any did.
 
     Without this the ranks that succeeded wait in their next collective until it times out, and the
     reason is lost in the noise. The block itself must not contain collectives.
 
-    Collectives: one all-gather of a short string over all ranks, at the end.
+    Collectives: one all-gather of a short string over the group, or else all ranks, at the end.
     Raises: the exception itself on the first rank that met it; FailedElsewhere with the first
         failing rank and its message on the others.
     """
@@ -197,9 +197,9 @@ def same_error_everywhere(what: str) -> Iterator[None]:
         yield
     except Exception as error:  # re-raised below, after the other ranks know
         failure = error
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, None if failure is None else str(failure))
-    if failure is not None and messages.index(str(failure)) == dist.get_rank():
+    messages: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(messages, None if failure is None else str(failure), group=group)
+    if failure is not None and messages.index(str(failure)) == dist.get_rank(group):
         raise failure  # once, not once per rank that met the same error
     for rank, message in enumerate(messages):
         if message is not None:

@@ -1,4 +1,4 @@
-"""Scores on disk: shards that outlive a kill, then tags under their final names."""
+"""Scores on disk: shards that outlive a kill, then files under their final names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +23,7 @@ from megatron_salt.data.selection import SequenceTable, select, write_table
 from megatron_salt.data.sequences import Sequences
 from megatron_salt.files.disk import atomic_path, fsync_path, lock_file
 from megatron_salt.parallel.groups import Groups, same_error_everywhere
-from megatron_salt.scoring.request import TagRequest, differences
+from megatron_salt.scoring.request import ScoringRequest, TagRequest, differences
 from megatron_salt.scoring.scorer import ShardScores
 
 STORED_DTYPES = {"mask": np.uint8, "loss": np.uint16, "entropy": np.uint16}
@@ -35,13 +35,7 @@ def write_shard(
 ) -> None:  # fmt: skip
     bounds = sequences.bounds[first : last + 1]
     lengths = np.diff(bounds)
-    with np.errstate(over="ignore"):
-        bad = np.flatnonzero(~np.isfinite(scores.loss_T.astype(np.float16)))
-    if len(bad):
-        raise ValueError(
-            f"the loss of token {bounds[0] + bad[0]} is {scores.loss_T[bad[0]]}: the teacher does "
-            f"not work in {settings.precision}; try --precision fp32"
-        )
+    check_losses(scores.loss_T, int(bounds[0]), settings.precision)
     arrays: dict[str, NDArray[Any]] = {"mask": scores.kept_T.astype(np.uint8)}
     if "loss" in settings.store:
         arrays["loss"] = scores.loss_T.astype(np.float16).view(np.uint16)
@@ -55,22 +49,64 @@ def write_shard(
         "kept": np.bincount(index[scores.kept_T], minlength=len(lengths)).astype(np.int64),
         **sequence_scores(scores.loss_T, scores.kept_T, scores.entropy_T, lengths),
     }
-    arrays |= {f"table_{name}": value for name, value in table.items()}
+    save_shard(path, arrays | {f"table_{name}": value for name, value in table.items()})
+
+
+def check_losses(loss_T: NDArray[np.float32], start: int, precision: str) -> None:
+    """Raise ValueError, naming the token, for a loss that fp16 cannot hold.
+
+    Args:
+        start: place of the first.
+    """
+    with np.errstate(over="ignore"):
+        bad = np.flatnonzero(~np.isfinite(loss_T.astype(np.float16)))
+    if len(bad):
+        raise ValueError(
+            f"the loss of token {start + bad[0]} is {loss_T[bad[0]]}: the teacher does "
+            f"not work in {precision}; try --precision fp32"
+        )
+
+
+def save_shard(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
+    """Write what `read_shards` reads; among it, of the sequences, table_sequence and
+    table_tokens."""
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
         np.savez(stream, **arrays)  # type: ignore[arg-type]
+
+
+def read_shards(
+    folder: Path, sequences: Sequences, shards: list[tuple[int, int]]
+) -> Iterator[dict[str, NDArray[Any]]]:
+    """What each shard holds, in order.
+
+    Raises: ValueError naming a shard that is damaged or of other sequences.
+    """
+    for index, (first, last) in enumerate(shards):
+        path = shard_path(folder, index)
+        try:
+            with np.load(path) as stored:
+                shard = dict(stored)
+            expected = np.diff(sequences.bounds[first : last + 1])
+            if shard["table_sequence"].tolist() != list(range(first, last)) or not (
+                np.array_equal(shard["table_tokens"], expected)
+            ):
+                raise ValueError("it is of other sequences")
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error
+        yield shard
 
 
 def shard_path(folder: Path, index: int) -> Path:
     return folder / f"shard_{index:08d}.npz"
 
 
-def partial_path(request: TagRequest) -> Path:
-    return Path(f"{request.output_prefix}.tags.partial")
+def partial_path(request: ScoringRequest) -> Path:
+    return request.manifest_path.with_suffix(".partial")
 
 
 @contextmanager
-def partial_folder(request: TagRequest, origin: tags.TagOrigin, groups: Groups) -> Iterator[Path]:
-    """The folder of finished shards; it outlives a kill and goes when the tags are published.
+def partial_folder(request: ScoringRequest, origin: Any, groups: Groups) -> Iterator[Path]:
+    """The folder of finished shards; it outlives a kill and goes when all is published.
 
     Raises: ValueError on all ranks if another run is at work in it, or if it is of a run with other
         data, model or settings.
@@ -118,29 +154,19 @@ def publish_tags(
     shards: list[tuple[int, int]],
 ) -> tags.TagManifest:  # fmt: skip
     """Join the shards, write table and manifest, and give all files their names, manifest last."""
-    final, built = Path(request.output_prefix), folder / "built" / "tags"
+    built = folder / "built" / "tags"
     built.parent.mkdir(exist_ok=True)
     data = tags.open_indexed(request.data)
     stored = ("mask", *origin.settings.store)
     builders = {kind: _builder(built, kind) for kind in stored}
     parts: list[dict[str, NDArray[Any]]] = []
     kept = 0
-    for index, (first, last) in enumerate(shards):
-        path = shard_path(folder, index)
-        try:
-            with np.load(path) as shard:
-                expected = np.diff(sequences.bounds[first : last + 1])
-                if shard["table_sequence"].tolist() != list(range(first, last)) or not (
-                    np.array_equal(shard["table_tokens"], expected)
-                ):
-                    raise ValueError("it is of other sequences")
-                for kind, builder in builders.items():
-                    builder.data_file.write(shard[kind].tobytes())
-                kept += int(shard["mask"].sum(dtype=np.int64))
-                names = [name for name in shard.files if name.startswith("table_")]
-                parts.append({name.removeprefix("table_"): shard[name] for name in names})
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error
+    for shard in read_shards(folder, sequences, shards):
+        for kind, builder in builders.items():
+            builder.data_file.write(shard[kind].tobytes())
+        kept += int(shard["mask"].sum(dtype=np.int64))
+        names = [name for name in shard if name.startswith("table_")]
+        parts.append({name.removeprefix("table_"): shard[name] for name in names})
     for kind, builder in builders.items():
         # As `IndexedDatasetBuilder.add_document` would have filled them.
         builder.sequence_lengths = data.sequence_lengths.tolist()
@@ -158,19 +184,36 @@ def publish_tags(
         origin=origin, sequences=len(table), kept_tokens=kept, versions=installed_versions(),
         files={suffix: tags.FileRecord.of(Path(f"{built}{suffix}")) for suffix in suffixes},
     )  # fmt: skip
+    earlier = [f"_{kind}{end}" for kind in STORED_DTYPES for end in (".bin", ".idx")]
+    publish_files(request, built, manifest, earlier)
+    return manifest
+
+
+def publish_files(
+    request: ScoringRequest, built: Path, manifest: tags.FilesManifest, earlier: Iterable[str]
+) -> None:
+    """Give the files of a manifest their names, and write it last.
+
+    Args:
+        built: their prefix so far.
+        earlier: suffixes that files of an earlier run may have and these do not.
+    """
+    final, path = Path(request.output_prefix), request.manifest_path
     final.parent.mkdir(parents=True, exist_ok=True)
-    tags.tag_manifest_path(final).unlink(missing_ok=True)
-    for kind in STORED_DTYPES:  # what earlier tags had and these do not
-        for path in map(Path, (f"{final}_{kind}.bin", f"{final}_{kind}.idx")):
-            path.unlink(missing_ok=True)
-    for suffix in suffixes:
+    path.unlink(missing_ok=True)
+    for suffix in earlier:
+        Path(f"{final}{suffix}").unlink(missing_ok=True)
+    for suffix in manifest.files:
         fsync_path(f"{built}{suffix}")
         os.replace(f"{built}{suffix}", f"{final}{suffix}")
-    for leftover in final.parent.glob(f".{tags.tag_manifest_path(final).name}.*.partial*"):
+    for leftover in final.parent.glob(f".{path.name}.*.partial*"):
         leftover.unlink()  # of a run that was killed here
-    with atomic_path(tags.tag_manifest_path(final)) as temporary:
+    write_files_manifest(path, manifest)
+
+
+def write_files_manifest(path: Path, manifest: tags.FilesManifest) -> None:
+    with atomic_path(path) as temporary:
         temporary.write_text(manifest.to_json(), encoding="utf-8")
-    return manifest
 
 
 def _builder(built: Path, kind: str) -> Any:

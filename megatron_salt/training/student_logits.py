@@ -28,8 +28,7 @@ from megatron_salt.data.logits import (
 from megatron_salt.data.logits_log import LogitsLog, join_logs
 from megatron_salt.data.tags import DataIdentity, ModelIdentity
 from megatron_salt.kernels import Distributions
-from megatron_salt.model.loss import by_sample, loss_backend
-from megatron_salt.model.weights import DTYPES
+from megatron_salt.model.loss import by_sample
 from megatron_salt.parallel.groups import same_error_everywhere
 from megatron_salt.training.console import Console
 from megatron_salt.training.engine import StudentEngine
@@ -52,12 +51,11 @@ class StudentLogits:
     ) -> None:
         self.config, self.data, self.student = config, data, student
         groups, settings = student.groups, student.settings
-        vocab_size, dtype = data.tokenizer.vocab_size, DTYPES[settings.precision]
+        vocab_size = data.tokenizer.vocab_size
         self.settings = LogitsSettings(
             context="window", max_length=config.data.seq_length, kind="top",
             top_k=min(config.train.cache_logits_top_k, vocab_size), top_p=1.0, draws=0, seed=0,
             encoding="fp16", precision=settings.precision, vocab_size=vocab_size,
-            loss_impl=loss_backend(config.salt, dtype, groups.device).name,
         )  # fmt: skip
         self.logs: list[LogitsLog] = []
         if groups.is_last_stage:

@@ -28,6 +28,7 @@ from loss_cases import (
     relative_error,
     with_masked_columns,
     with_outliers,
+    with_sparse_teacher,
     with_truncated_teacher,
     without_ce,
     without_teacher,
@@ -35,7 +36,12 @@ from loss_cases import (
 from ranks import run_ranks
 from torch import Tensor
 
-from megatron_salt.kernels import VocabShard, padded_vocab_size, vocab_parallel_argmax
+from megatron_salt.kernels import (
+    VocabShard,
+    padded_vocab_size,
+    top_logprobs,
+    vocab_parallel_argmax,
+)
 from megatron_salt.kernels.backend import Divergence
 
 pytestmark = pytest.mark.distributed
@@ -56,10 +62,15 @@ class Cut:
     dtype: torch.dtype = torch.float32
     kind: str = "near"
     divergence: Divergence = "forward_kl"
+    sparse: tuple[str, int] | None = None
+    """How the teacher is cut to how many tokens."""
 
     @functools.cached_property
     def case(self) -> LossCase:
         case = make_case(T, self.V, seed=7, a=self.a, b=self.b, divergence=self.divergence)
+        if self.sparse:
+            case = case if self.kind == "near" else with_outliers(case, self.kind)
+            return with_sparse_teacher(case, *self.sparse)
         if self.kind == "near":
             return case
         if self.kind == "no teacher":
@@ -109,6 +120,18 @@ CUTS = {
     "reverse": Cut(divergence="reverse_kl", V=123, a=2.0, b=3.0),
     "Jensen-Shannon": Cut(divergence="jensen_shannon", V=507, a=0.5),
     "mse": Cut(divergence="mse", V=123, b=2.0),
+    "sparse": Cut(sparse=("renormalise", 12), V=507, a=2.0),
+    "sparse, empty shards, student at 2": Cut(sparse=("raw", 12), V=123, b=2.0),
+    "sparse, fp64": Cut(sparse=("to_label", 12), b=2.0, dtype=torch.float64),
+    "sparse, to label, bf16": Cut(sparse=("to_label", 1), dtype=torch.bfloat16),
+    "sampled": Cut(sparse=("sampled", 40)),
+    "ghost": Cut(sparse=("ghost", 12), V=507),
+    "ghost, empty shards, student at 2, fp16": Cut(
+        sparse=("ghost", 12), V=123, b=2.0, dtype=torch.float16
+    ),
+    "ghost, one spike": Cut(sparse=("ghost", 3), kind="one at 1e4"),
+    "ghost, K = V": Cut(sparse=("ghost", 252), kind="all near 1e4"),
+    "squares": Cut(sparse=("raw", 12), V=123, b=2.0, divergence="mse_probabilities"),
 }
 RUNS = [
     (backend, name)
@@ -168,6 +191,23 @@ def argmax_case(group: dist.ProcessGroup | None) -> tuple[list[int], list[int]]:
     return vocab_parallel_argmax(shard, vocab, group).tolist(), expected.tolist()
 
 
+def kept_case(group: dist.ProcessGroup | None) -> dict[str, list[Any]]:
+    """What `top_logprobs` keeps of logits with many equals, on uneven and on empty shards."""
+    found = {}
+    for V, num_kept, dtype in ((507, 12, torch.bfloat16), (123, 70, torch.float32),
+                               (123, 200, torch.float64)):  # fmt: skip
+        rng = torch.Generator().manual_seed(9)
+        logits = (torch.randn(T, V, generator=rng) * 2).round().div(4)
+        logits[0], logits[1, V // 2 :], logits[2, ::3] = 0.25, -torch.inf, -torch.inf
+        shards, W = Cut(V=V).shards(1 if group is None else dist.get_world_size(group))
+        vocab = shards[0 if group is None else dist.get_rank(group)]
+        where = Placement(padding=W - vocab.num_columns)
+        shard = place(logits[:, vocab.start : vocab.stop], dtype, where)
+        kept = top_logprobs(shard, num_kept, vocab, group)
+        found[f"{V} {dtype}"] = [x.tolist() for x in kept]
+    return found
+
+
 def run_everything() -> dict[tuple[str | int, ...], Any]:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -180,7 +220,9 @@ def run_everything() -> dict[tuple[str | int, ...], Any]:
             found[backend, name, size] = run_cut(backend, CUTS[name], group)
         backend = BACKENDS[dist.get_rank() % len(BACKENDS)]
         found["mixed", size] = run_cut(backend, CUTS["both temperatures"], group)
+        found["mixed, sparse", size] = run_cut(backend, CUTS["ghost"], group)
         found["argmax", size] = argmax_case(group)
+        found["kept", size] = kept_case(group)
     return found
 
 
@@ -190,7 +232,7 @@ def by_rank() -> list[dict[tuple[str | int, ...], Any]]:
     results = run_ranks(WORLD_SIZE, run_everything)
     for found in results:
         for value in found.values():
-            if isinstance(value, dict):
+            if isinstance(value, dict) and "values" in value:
                 value["values"] = LossResult(*map(torch.from_numpy, value["values"]))
     return results
 
@@ -250,9 +292,10 @@ def test_cut_vocabulary_gives_what_one_process_gives(
 def test_ranks_may_run_different_backends(tp_size: int, by_rank: list[Any]) -> None:
     """What travels between ranks means the same in every backend."""
     for found in by_rank:
-        got = found["mixed", tp_size]["values"]
-        for ours, wanted in zip(got, CUTS["both temperatures"].exact, strict=True):
-            assert relative_error(ours, wanted) < 2e-6
+        for name, cut in (("mixed", "both temperatures"), ("mixed, sparse", "ghost")):
+            got = found[name, tp_size]["values"]
+            for ours, wanted in zip(got, CUTS[cut].exact, strict=True):
+                assert relative_error(ours, wanted) < 2e-6
 
 
 @pytest.mark.parametrize("tp_size", TP_SIZES)
@@ -262,6 +305,8 @@ def test_collectives_are_one_max_and_one_sum_in_forward_and_none_in_backward(
 ) -> None:
     cut = CUTS[name]
     num_max, num_sum = (1, 2) if cut.kind == "no teacher" else (2, 4 if cut.b == 1.0 else 5)
+    if cut.sparse:
+        num_max, num_sum = 1, 3 + (cut.sparse[0] == "ghost") + (cut.b != 1.0)
     dtype = torch.float64 if cut.dtype == torch.float64 else torch.float32
     expected = [("MAX", num_max * T, dtype), ("SUM", num_sum * T, dtype)]
     if cut.divergence != "forward_kl":
@@ -284,3 +329,16 @@ def test_argmax_is_global_and_the_smallest_id_on_a_tie(tp_size: int, by_rank: li
     for found in by_rank:
         got, expected = argmax_case(None) if tp_size == 1 else found["argmax", tp_size]
         assert got == expected
+
+
+@pytest.mark.parametrize("tp_size", TP_SIZES)
+def test_the_same_tokens_are_kept_at_every_tp(tp_size: int, by_rank: list[Any]) -> None:
+    """Ids to the bit, also of equals; -inf has any id, and no probability."""
+    alone = kept_case(None)
+    for found in by_rank:
+        for name, one in alone.items():
+            ids, logp, rest = map(torch.tensor, found["kept", tp_size][name])
+            ids_1, logp_1, rest_1 = map(torch.tensor, one)
+            assert torch.equal(ids[logp > -torch.inf], ids_1[logp_1 > -torch.inf]), name
+            assert torch.allclose(logp, logp_1, atol=1e-6), name
+            assert torch.allclose(rest, rest_1, rtol=1e-5), name

@@ -26,6 +26,7 @@ from tiny import (
     without_times,
 )
 from tiny_logits import make_settings, write_logits
+from tiny_tags import write_indexed
 
 from megatron_salt.checkpoint.folder import resolve
 from megatron_salt.checkpoint.manifest import read_checkpoint_manifest
@@ -273,23 +274,34 @@ CUTS: dict[str, dict[str, Any]] = {
 }
 
 
+def _one_after_another(configs: list[RunConfig], deepspeed: str) -> None:
+    for config in configs:
+        run_to_end(config, deepspeed)
+
+
+@pytest.fixture(scope="module")
+def cut_runs(
+    cache: Cache, dataset: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Of each of CUTS a run from files and one with the teacher, in one start of two ranks."""
+    folder, configs = tmp_path_factory.mktemp("cuts"), []
+    for name, cut in CUTS.items():
+        settings: dict[str, Any] = {
+            **KD, "train__steps": 2, "salt__kd_steps": 2, "salt__transition": "step",
+            "salt__transition_steps": 0, "parallel__tensor_model_parallel_size": 2,
+            **{f"salt__{key}": value for key, value in cut.items()},
+        }  # fmt: skip
+        stored = cache.write(name.replace(" ", "_"), top_k=cut["truncate_k"])
+        for setting, who in (("logits", [stored]), ("checkpoint", str(teacher))):
+            given: dict[str, Any] = {f"teacher__{setting}": who}
+            configs.append(make_config(dataset, folder / name / setting, **given, **settings))
+    run_ranks(2, _one_after_another, configs, make_deepspeed(folder))
+    return folder
+
+
 @pytest.mark.parametrize("name", CUTS)
-def test_a_teacher_cut_online_teaches_as_stored_logits_do(
-    name: str, cache: Cache, dataset: Path, teacher: Path, tmp_path: Path
-) -> None:
-    cut = CUTS[name]
-    stored = cache.write(name.replace(" ", "_"), top_k=cut["truncate_k"])
-    settings: dict[str, Any] = {
-        **KD, "train__steps": 2, "salt__kd_steps": 2, "salt__transition": "step",
-        "salt__transition_steps": 0, "parallel__tensor_model_parallel_size": 2,
-        **{f"salt__{key}": value for key, value in cut.items()},
-    }  # fmt: skip
-    records = []
-    for setting, who in (("logits", [stored]), ("checkpoint", str(teacher))):
-        given: dict[str, Any] = {f"teacher__{setting}": who}
-        config = make_config(dataset, tmp_path / setting, **given, **settings)
-        run_ranks(2, _weights, config, make_deepspeed(tmp_path))
-        records.append(metrics_of(tmp_path / setting)[1:])
+def test_a_teacher_cut_online_teaches_as_stored_logits_do(name: str, cut_runs: Path) -> None:
+    records = [metrics_of(cut_runs / name / each)[1:] for each in ("logits", "checkpoint")]
     for mine, theirs in zip(*records, strict=True):
         assert theirs["kl_nats"] != 0
         for key in ("loss", "kl_nats", "grad_norm", "taught_share", "ce_share"):
@@ -302,14 +314,16 @@ def test_what_is_stored_of_a_token_meets_the_token(
 ) -> None:
     """A teacher that knows every token: the KL to it is the cross-entropy. Two datasets in one
     blend; rows of shuffled documents, and windows."""
-    knows_TV = np.full(cache.logp_TV.shape, -1e4, np.float32)
-    labels = read_stream(open_indexed(dataset), 0, len(knows_TV)).astype(np.int64)
-    knows_TV[np.arange(len(labels)), labels] = 0.0
-    other = tmp_path / "other"
-    for suffix in (".bin", ".idx"):
-        shutil.copy(f"{dataset}{suffix}", f"{other}{suffix}")
-    knowing = dataclasses.replace(cache, logp_TV=knows_TV, folder=tmp_path)
-    stored = [knowing.write(name, top_k=2, context=context) for name in ("one", "two")]
+    other, lengths = tmp_path / "other", sequence_lengths(dataset)
+    text = read_stream(open_indexed(dataset), 0, int(lengths.sum()))
+    write_indexed(other, np.split(text, np.cumsum(lengths)[:-1])[::-1])
+    stored = []
+    for data in (dataset, other):
+        labels = read_stream(open_indexed(data), 0, len(cache.logp_TV)).astype(np.int64)
+        knows_TV = np.full(cache.logp_TV.shape, -1e4, np.float32)
+        knows_TV[np.arange(len(labels)), labels] = 0.0
+        knowing = Cache(Path(data), knows_TV, cache.tokenizer, tmp_path)
+        stored.append(knowing.write(f"of_{Path(data).name}", top_k=2, context=context))
     config = make_config(
         "", tmp_path / "run", **{**KD, "data__windows": False}, teacher__logits=stored,
         data__train_data_path=["0.5", str(dataset), "0.5", str(other)],

@@ -37,6 +37,7 @@ from loss_cases import (
     place,
     relative_error,
     with_outliers,
+    with_sparse_teacher,
     with_truncated_teacher,
     without_ce,
     without_teacher,
@@ -104,6 +105,19 @@ def check(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_is_as_exact_as_plain_autograd(dtype: torch.dtype, T: int, C: int) -> None:
     check(case_of(T, C), dtype)
+
+
+@pytest.mark.parametrize(
+    ("how", "num_kept", "C"),
+    [("renormalise", 50, 32768), ("to_label", 1, 123), ("sampled", 50, 2049), ("ghost", 12, 50257),
+     ("ghost", 507, 507), ("ghost", 50, 262144 + 7)],
+)  # fmt: skip
+@pytest.mark.parametrize("b", [1.0, 2.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sparse_teacher_is_as_exact_as_plain_autograd(
+    dtype: torch.dtype, b: float, how: str, num_kept: int, C: int
+) -> None:
+    check(with_sparse_teacher(case_of(33, C, b=b), how, num_kept), dtype)
 
 
 @pytest.mark.parametrize(("a", "b"), TEMPERATURES)
@@ -445,28 +459,35 @@ def test_linear_loss_keeps_to_its_budget(logits_dtype: torch.dtype | None) -> No
 
 WRONG_CALL = """
 import torch
-from megatron_salt.kernels import VocabShard, kd_loss
+from megatron_salt.kernels import SparseTeacher, VocabShard, kd_loss
 
 logits = torch.randn(4, 9, device="cuda")
 
 
-def call(label, teacher):
+def call(label, teacher, known=None):
     labels = torch.full((4,), label, device="cuda")
     vocab = VocabShard(size=9, start=0, stop=9)
-    kd_loss(logits, teacher, labels, ce_weight_T=1.0, kd_weight_T=1.0, vocab=vocab, impl="cuda")
+    if known is not None:
+        ids = torch.full((4, 3), known[0], device="cuda", dtype=torch.int32)
+        known = SparseTeacher(ids, torch.full((4, 3), known[1], device="cuda"))
+    kd_loss(logits, teacher, labels, ce_weight_T=1.0, kd_weight_T=1.0, vocab=vocab, impl="cuda",
+            sparse_teacher=known)
     torch.cuda.synchronize()
 
 
 call(0, logits)
 call(8, logits)
+call(0, None, (8, 0.3))
+call(0, None, (9, 0.0))
 print("what is right passes", flush=True)
 """
 
 
 @real_device
 @pytest.mark.parametrize(
-    "wrong", ["call(9, logits)", "call(-100, logits)", "call(0, None)"],
-    ids=["label too large", "ignore index", "no teacher"],
+    "wrong", ["call(9, logits)", "call(-100, logits)", "call(0, None)", "call(0, None, (9, 0.3))",
+              "call(0, None, (0, -0.1))"],
+    ids=["label too large", "ignore index", "no teacher", "id too large", "weight below 0"],
 )  # fmt: skip
 def test_what_does_not_fit_is_asserted_on_the_device(wrong: str) -> None:
     done = run_command("-c", WRONG_CALL + wrong)  # the assertion ends the process's use of CUDA

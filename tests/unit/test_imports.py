@@ -23,7 +23,7 @@ ALLOWED = {
     "teacher",
     "evaluation": "checkpoint config data files kernels model parallel teacher",
     "huggingface": "checkpoint config data files kernels model parallel teacher",
-    "scoring": "checkpoint data files kernels model parallel",
+    "scoring": "checkpoint config data evaluation files huggingface kernels model parallel",
     "teacher": "checkpoint config data model parallel",
     "checkpoint": "config files kernels method model parallel",
     "corpus": "data files",
@@ -36,7 +36,7 @@ ALLOWED = {
     "files": "",
 }
 # Names that every module may have.
-COMMON = {"main", "logger", "_logger", "add_arguments", "check", "run"}
+COMMON = {"main", "logger", "_logger", "add_arguments", "check", "run", "AFTER_INTERRUPT"}
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 500, 70
 
 

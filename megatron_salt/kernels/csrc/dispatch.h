@@ -15,7 +15,7 @@ constexpr const char* kErrorDtypesText = "no code is compiled for this combinati
 
 // Without a teacher there is only the CE, which is at temperature 1.
 inline Scales scales_of(const SaltRows& rows) {
-  const float b = rows.teacher ? rows.student_temperature : 1.0f;
+  const float b = rows.teacher || rows.ids ? rows.student_temperature : 1.0f;
   return {kLog2E / rows.teacher_temperature, kLog2E / b, b != 1.0f};
 }
 
@@ -29,23 +29,28 @@ int dispatch_one(int32_t dtype, Function function) {
   }
 }
 
-// function(std::true_type) for a call with a teacher, function(std::false_type) without.
+template <TeacherKind kTeacher>
+using Of = std::integral_constant<TeacherKind, kTeacher>;
+
+// function(Of<its kind>) for a call's teacher.
 template <class Function>
 int dispatch_teacher(const SaltRows& rows, Function function) {
-  return rows.teacher ? function(std::true_type{}) : function(std::false_type{});
+  if (rows.teacher) return function(Of<kDense>{});
+  return rows.ids ? function(Of<kSparse>{}) : function(Of<kNone>{});
 }
 
-// function(student, teacher, has_teacher). Without a teacher its type is the student's.
+// function(student, teacher, Of<its kind>). Without a teacher's logits its type is the student's.
 template <class Function>
 int dispatch_inputs(const SaltRows& rows, Function function) {
   return dispatch_one(rows.student_dtype, [&](auto s) {
-    if (!rows.teacher) return function(s, s, std::false_type{});
+    if (rows.ids) return function(s, s, Of<kSparse>{});
+    if (!rows.teacher) return function(s, s, Of<kNone>{});
     return dispatch_one(rows.teacher_dtype,
-                        [&](auto z) { return function(s, z, std::true_type{}); });
+                        [&](auto z) { return function(s, z, Of<kDense>{}); });
   });
 }
 
-// function(student, teacher, gradient, has_teacher). The gradient has the student's dtype, or any
+// function(student, teacher, gradient, Of<its kind>). The gradient has the student's dtype, or any
 // if that is fp32.
 template <class Function>
 int dispatch_all(const SaltRows& rows, int32_t gradient, Function function) {

@@ -7,6 +7,7 @@
 #include "kd_loss.h"
 
 #include <type_traits>
+#include <vector>
 
 #include "dispatch.h"
 #include "tokens.h"
@@ -45,39 +46,72 @@ inline int64_t block_at(int64_t column, int64_t num_columns) {
   return num_columns - column < kBlock ? num_columns - column : kBlock;
 }
 
+// A sparse teacher's weights of one token by column, those of repeated ids added up, zeros between
+// and behind them. Takes the time of K, not of C: the thread's array is all zeros between tokens.
+class Spread {
+ public:
+  Spread(const SaltRows& rows, int64_t token) : rows_(rows), token_(token) { fill(false); }
+  ~Spread() { fill(true); }
+  const float* from(int64_t column) const { return values_ + column; }
+
+ private:
+  void fill(bool clear) {
+    static thread_local std::vector<float> values;
+    const size_t size = rows_.ids ? size_t(rows_.num_columns) + kBlock : 0;
+    if (values.size() < size) values.resize(size, 0.0f);
+    values_ = values.data();
+    for (int64_t i = 0; i < rows_.num_kept; ++i) {
+      const Entry entry = Entry::of(rows_, token_, i);
+      if (!entry.is_here) continue;
+      float& value = values_[entry.column];
+      value = clear ? 0.0f : value + entry.weight;
+    }
+  }
+  const SaltRows& rows_;
+  const int64_t token_;
+  float* values_;
+};
+
 // Pass 1 of one token.
-template <class S, class Z, bool kTeacher>
-RowSums sum_row(const SaltRows& rows, int64_t token, const Scales& k) {
+template <class S, class Z, TeacherKind kTeacher>
+RowSums sum_row(const SaltRows& rows, int64_t token, const Spread& spread, const Scales& k) {
+  constexpr bool kLogits = kTeacher == kDense;
   const S* student = Typed<S, Z>{rows}.student(token);
-  const Z* teacher = kTeacher ? Typed<S, Z>{rows}.teacher(token) : nullptr;
+  const Z* teacher = kLogits ? Typed<S, Z>{rows}.teacher(token) : nullptr;
   Block s_buffer, z_buffer;
   RowSums row = RowSums::none();
   for (int64_t column = 0; column < rows.num_columns; column += kBlock) {
     const int64_t count = block_at(column, rows.num_columns);
     const float* s = load(student + column, count, s_buffer);
-    const float* z = kTeacher ? load(teacher + column, count, z_buffer) : s;
-    add_columns<kBlock, kTeacher>(row, s, z, k);
+    const float* z = kLogits ? load(teacher + column, count, z_buffer) : s;
+    if (kTeacher == kSparse && rows.ghosts)
+      add_columns<kBlock, kSparse>(row, s, spread.from(column), k);
+    else
+      add_columns<kBlock, kLogits ? kDense : kNone>(row, s, z, k);
   }
+  if (kTeacher == kSparse) row.gap = sparse_gap(rows, token, row.s_max, k, 0, 1);
   return row;
 }
 
 // Pass 2 of one token. `gradient` may be the student's row.
-template <class S, class Z, class G>
-void write_gradient(const SaltRows& rows, int64_t token, const RowGradient& g, G* gradient,
-                    int64_t width) {
+template <class S, class Z, TeacherKind kTeacher, class G>
+void write_gradient(const SaltRows& rows, int64_t token, const Spread& spread,
+                    const RowGradient& g, G* gradient, int64_t width) {
   int64_t written = 0;
   for_row_kind(g, [&](auto kind) {
     constexpr bool kCe = decltype(kind)::kCe, kKd = decltype(kind)::kKd;
     const S* student = Typed<S, Z>{rows}.student(token);
-    const Z* teacher = kKd ? Typed<S, Z>{rows}.teacher(token) : nullptr;
+    constexpr bool kLogits = kKd && kTeacher == kDense;
+    const Z* teacher = kLogits ? Typed<S, Z>{rows}.teacher(token) : nullptr;
     const int64_t label = local_label(rows, token);
     Block s_buffer, z_buffer, out;
     while (written < rows.num_columns) {
       const int64_t count = block_at(written, rows.num_columns);
       const float* s = load(student + written, count, s_buffer);
-      const float* z = kKd ? load(teacher + written, count, z_buffer) : s;
-      columns_gradient<kBlock, kCe, kKd, decltype(kind)::kTempered>(out.values, s, z,
-                                                                   label - written, g);
+      const float* z = s;
+      if (kKd) z = kLogits ? load(teacher + written, count, z_buffer) : spread.from(written);
+      columns_gradient<kBlock, kTeacher, kCe, kKd, decltype(kind)::kTempered>(
+          out.values, s, z, label - written, g);
       store(out.values, count, gradient + written);
       written += count;
     }
@@ -109,7 +143,7 @@ int salt_local_sums(const SaltRows* call, float* maxima, float* sums, float* val
     using S = decltype(s);
     using Z = decltype(z);
     for_each_token(rows, [&](int64_t token) {
-      const RowSums row = sum_row<S, Z, teacher()>(rows, token, k);
+      const RowSums row = sum_row<S, Z, teacher()>(rows, token, Spread(rows, token), k);
       const float label = Typed<S, Z>{rows}.label(token, row.s_max);
       write_sums<teacher()>(rows, token, row, label, k, maxima, sums);
       if (values) write_values<teacher()>(rows, token, row, label, k, values);
@@ -119,9 +153,13 @@ int salt_local_sums(const SaltRows* call, float* maxima, float* sums, float* val
 }
 
 int salt_rescale(const SaltRows* call, const float* global_maxima, float* maxima, float* sums) {
-  return dispatch_teacher(*call, [&](auto teacher) {
-    for (int64_t token = 0; token < call->num_tokens; ++token)
-      rescale_token<teacher()>(*call, token, scales_of(*call), global_maxima, maxima, sums);
+  const SaltRows& rows = *call;
+  const Scales k = scales_of(rows);
+  return dispatch_teacher(rows, [&](auto teacher) {
+    for_each_token(rows, [&](int64_t token) {
+      const float gap = rows.ids ? sparse_gap(rows, token, global_maxima[token], k, 0, 1) : 0.0f;
+      rescale_token<teacher()>(rows, token, k, global_maxima, gap, maxima, sums);
+    });
     return kOk;
   });
 }
@@ -143,8 +181,8 @@ int salt_gradient(const SaltRows* call, const float* maxima, const float* sums,
     using G = decltype(g);
     for_each_token(rows, [&](int64_t token) {
       const RowSums row = read_sums<teacher()>(rows, token, k, maxima, sums);
-      write_gradient<decltype(s), decltype(z)>(
-          rows, token, gradient_of<teacher()>(rows, token, row, *upstream, k),
+      write_gradient<decltype(s), decltype(z), teacher()>(
+          rows, token, Spread(rows, token), gradient_of<teacher()>(rows, token, row, *upstream, k),
           static_cast<G*>(target) + token * stride, width);
     });
     return kOk;
@@ -160,11 +198,13 @@ int salt_values_and_gradient(const SaltRows* call, float* values, const float* u
     using Z = decltype(z);
     using G = decltype(g);
     for_each_token(rows, [&](int64_t token) {
-      const RowSums row = sum_row<S, Z, teacher()>(rows, token, k);
+      const Spread spread(rows, token);
+      const RowSums row = sum_row<S, Z, teacher()>(rows, token, spread, k);
       const float label = Typed<S, Z>{rows}.label(token, row.s_max);
       write_values<teacher()>(rows, token, row, label, k, values);
-      write_gradient<S, Z>(rows, token, gradient_of<teacher()>(rows, token, row, *upstream, k),
-                           static_cast<G*>(target) + token * stride, width);
+      write_gradient<S, Z, teacher()>(
+          rows, token, spread, gradient_of<teacher()>(rows, token, row, *upstream, k),
+          static_cast<G*>(target) + token * stride, width);
     });
     return kOk;
   });

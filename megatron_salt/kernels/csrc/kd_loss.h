@@ -17,10 +17,15 @@ struct SaltRows {
   const int64_t* labels;    // [T], ids in the whole vocabulary
   const float* ce_weights;  // [T]
   const float* kd_weights;  // [T]
+  const int32_t* ids;       // [T, K] of a sparse teacher; null without one
+  const float* targets;     // [T, K], their weights; an id of weight 0 may be anything
+  const float* masses;      // [T], sums of the weights
+  const float* ghosts;      // [T], the weight of all other tokens together; null without any
   int64_t student_stride;   // elements from one row to the next
   int64_t teacher_stride;
   int64_t num_tokens;   // T
   int64_t num_columns;  // C
+  int64_t num_kept;     // K
   int64_t vocab_start;  // id of the first column
   int64_t vocab_size;
   float teacher_temperature;
@@ -34,6 +39,8 @@ struct SaltRows {
 // Per token and in this order, so that each variant uses the first of them:
 //   maxima [2, T]: student; teacher
 //   sums   [5, T]: s_sum, label; z_sum, gap; s1_sum (see row_math.h)
+// With a sparse teacher, which has no maximum:
+//   sums   [3 to 5, T]: s_sum, label; gap; rest if there are ghosts; s1_sum if b != 1
 // `values` [3, T]: loss, ce, kl.
 
 // Every function returns 0, or a code for salt_error.

@@ -26,9 +26,10 @@ def test_cuda_kernels_compile_without_spills() -> None:
     report = build.find_or_build("cuda").with_suffix(".log").read_text(encoding="utf-8")
     kernels = re.findall(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", report)
     assert NVCC is not None
-    # Sums: 9 pairs of student and teacher, 3 students alone. Gradient, and both passes in one: 20,
-    # with an fp32 student's gradient in any dtype. Rescale and finish: with and without a teacher.
-    each = 12 + 2 * 20 + 4
+    # Sums: 9 pairs of student and teacher, 3 students alone, 3 with a sparse teacher. Gradient, and
+    # both passes in one: 25, with an fp32 student's gradient in any dtype. Rescale and finish: of
+    # each kind of teacher and without.
+    each = 15 + 2 * 25 + 6
     expected = {str(known): each for known in build.known_to(NVCC, build.CUDA_ARCHITECTURES)}
     assert Counter(architecture for _, architecture in kernels) == expected
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", report)
@@ -59,7 +60,7 @@ def test_cuda_kernels_read_and_write_16_bytes_at_a_time(tmp_path: Path) -> None:
         for name, body in kernels.items()
         if re.search("row_sums_kernel|gradient_kernel|both_passes_kernel", name)
     }
-    assert len(rows) == 12 + 2 * 20
+    assert len(rows) == 15 + 2 * 25
     for name, body in rows.items():
         assert re.search(r"ld\.global(\.nc)?\.v4\.[bfu]32", body), name
         if "row_sums" not in name:
