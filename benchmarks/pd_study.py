@@ -189,6 +189,7 @@ QUESTIONS = (
     Question(
         title="Likeliest or drawn tokens, weight 1",
         settings={"no teacher": NONE, "12 likeliest": Setting(weight=1.0, top_k=12),
+                  "50 likeliest": Setting(weight=1.0),
                   "12 draws": Setting(weight=1.0, draws=12),
                   "50 draws": Setting(weight=1.0, draws=50),
                   "100 likeliest": Setting(weight=1.0, top_k=100)},
@@ -532,7 +533,8 @@ def report(results: dict[str, Any]) -> str:
         f"The teacher's own: {teacher['nats']:.4f} nats/token, calibration error "
         f"{teacher['ece']:.4f}. Seeds of one setting differ by a standard deviation of "
         f"{results['seed_spread_nats']:.4f} nats, beyond what a seed does to all settings alike. "
-        f"Means of two are told apart from {margin:.4f} nats (two standard errors).", "",
+        f"Means of two are told apart from {margin:.4f} nats (two standard errors). "
+        "One teacher and one text for all: what others would change is not in that.", "",
     ]  # fmt: skip
     for question in QUESTIONS:
         if sum(s.name in runs for s in question.settings.values()) > 1:
