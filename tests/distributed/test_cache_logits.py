@@ -332,7 +332,7 @@ def test_a_model_of_transformers(dataset: Path, text: Path, tmp_path: Path) -> N
     logp = np.take_along_axis(expected, found["ids"][: len(expected)], axis=1)
     np.testing.assert_allclose(found["logp"][: len(expected)], logp, rtol=2e-5, atol=2e-5)
     assert read_logits_manifest(made.output_prefix).origin.planned_steps is None
-    with pytest.raises(RankError, match="--tensor_parallel 2: .*are whole on each rank"):
+    with pytest.raises(RankError, match="(?s)--tensor_parallel 2: .*are whole on each rank"):
         run_ranks(2, _capture, [dataclasses.replace(made, output_prefix="other")], 2)
 
 
