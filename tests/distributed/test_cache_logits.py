@@ -273,7 +273,9 @@ def test_killed_and_continued(text: Path, even_teacher: Path, tmp_path: Path) ->
     assert len(list(partial.glob("shard_*.npz"))) == 2 and not list(tmp_path.glob("again_*"))
     with pytest.raises(RankError, match=r"again\.logits\.partial holds shards.*settings\.top_k"):
         run_ranks(1, _capture, [dataclasses.replace(again, top_k=7)])
-    tokens = read_logits_manifest(whole.output_prefix).origin.data.tokens
+    origin = read_logits_manifest(whole.output_prefix).origin
+    tokens = origin.data.tokens
+    assert (origin.model.step, origin.planned_steps) == (8, 8)
     assert sum(run_ranks(2, _count_shards, again)) == -(-tokens // SHARD) - 2
     assert hashes(again) == hashes(whole) and not partial.exists()
     with pytest.raises(RankError, match=r"again\.logits\.json: there are logits .* settings\.seed"):
