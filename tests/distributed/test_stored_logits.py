@@ -368,7 +368,7 @@ def test_the_adaptive_switch_goes_by_stored_losses(
             near = (
                 value
                 if exact or value is None or isinstance(value, str)
-                else pytest.approx(value, rel=1e-5, abs=1e-6)
+                else pytest.approx(value, rel=1e-5, abs=1e-5)
             )
             assert mine[key] == near, (key, mine["step"])
     without = cache.write("no_held_out", top_k=9)
