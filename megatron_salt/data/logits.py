@@ -249,9 +249,10 @@ class StoredLogits:
     def of_places(self, places_S: NDArray[np.int64]) -> dict[str, Tensor]:
         """Distributions at these places, in their order; runs of consecutive ones are one read.
 
-        Returns: logits_ids int32 [S, K] and logits_logp fp32 [S, K], -inf where filled up; fp32 [S]
-            each: logits_rest, the log of the probability outside these K; logits_entropy and
-            logits_loss. K is num_kept.
+        Returns: logits_ids [S, K], uint16, or int32 for a vocabulary above 65536; logits_logp
+            [S, K], fp16 as it is stored, or fp32, -inf where filled up; fp32 [S] each: logits_rest,
+            the log of the probability outside these K; logits_entropy and logits_loss. K is
+            num_kept. (Who widens them does so on the device: a row is mostly copied here.)
         Raises: ValueError naming the file and the place of something that is not stored or cannot
             be.
         """
@@ -271,9 +272,9 @@ class StoredLogits:
             why = f"{count} entries are too many" if count else "nothing is stored there"
             raise ValueError(f"{self._file('_count.bin')}, place {place}: {why}; {LOGITS_AGAIN}")
         entries = [self._entries(start, stop) for start, stop in ranges]
-        ids_N = self._joined("_ids.bin", entries).astype(np.int32)
+        ids_N = self._joined("_ids.bin", entries)
         if "_high.bin" in self._maps:
-            ids_N |= self._joined("_high.bin", entries).astype(np.int32) << 16
+            ids_N = self._joined("_high.bin", entries).astype(np.int32) << 16 | ids_N
         present_SK = np.arange(max(self.num_kept, count_S.max(initial=1))) < count_S[:, None]
         if len(ids_N) != count_S.sum() or (ids_N >= self.settings.vocab_size).any():
             self._refuse_ids(places_S, count_S, ids_N)
@@ -321,13 +322,13 @@ class StoredLogits:
 
     def _logp(
         self, values_N: NDArray[Any], present_SK: NDArray[np.bool_], rest_S: NDArray[np.float32]
-    ) -> NDArray[np.float32]:
+    ) -> NDArray[Any]:
         """Log-probabilities of all entries, -inf beside them, from what is stored of them."""
         if self.settings.kind == "sampled":
-            values_N = np.log(values_N.astype(np.float64) / self.settings.draws)
+            values_N = np.log(values_N / self.settings.draws).astype(np.float32)
         elif self.settings.encoding == "uint8":
             values_N = values_N * np.float32(-CODE_STEP_NATS)
-        logp_SK = _filled_up(values_N.astype(np.float32), present_SK, -np.inf)
+        logp_SK = _filled_up(values_N, present_SK, -np.inf)
         if self.settings.kind == "top" and self.settings.encoding == "uint8":
             # The entries have together what the others leave them.
             sum_S = np.exp(logp_SK.astype(np.float64)).sum(axis=1)

@@ -58,9 +58,12 @@ def written(prefix: Path, data: Path, made: dict[str, Any], **changes: Any) -> S
 
 def found_at(stored: StoredLogits, places: Any) -> dict[str, np.ndarray]:
     found = stored.of_places(np.asarray(places, dtype=np.int64))
+    settings = stored.settings
+    as_stored = settings.kind == "top" and settings.encoding == "fp16"
     assert {name: value.dtype for name, value in found.items()} == {
-        "logits_ids": torch.int32,
-        **dict.fromkeys([f"logits_{name}" for name in ("logp", *SCALARS)], torch.float32),
+        "logits_ids": torch.int32 if settings.vocab_size > 1 << 16 else torch.uint16,
+        "logits_logp": torch.float16 if as_stored else torch.float32,
+        **dict.fromkeys([f"logits_{name}" for name in SCALARS], torch.float32),
     }
     return {name.removeprefix("logits_"): value.numpy() for name, value in found.items()}
 
