@@ -300,8 +300,8 @@ class HeldOut:
         tensors = from_rank_0(tensors)
         if not tensors:
             return (
-                f"{' and '.join(prefixes)} have none of this run's held-out samples: `cache-logits` "
-                "writes them, with --held-out and this run's config"
+                f"{' and '.join(prefixes)}: no losses of this run's held-out samples; "
+                "`cache-logits` writes them, with --held-out and this run's config"
             )
         self.teacher = TeacherScores(**tensors)
         return None
