@@ -6,6 +6,8 @@
 
     megatron-salt inspect data/corpus_text_document --tags data/corpus_slm --verify
 
+    megatron-salt inspect data/corpus_text_document --document 12 --logits data/corpus_large
+
 shows tokens that the model has among its k most likely ones in green and the others in red, the
 stronger the larger their loss; without colour the others stand in brackets. See docs/tags.md.
 """
@@ -30,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--verify", action="store_true",
                       help="check every byte; exit status 2 if one is wrong")  # fmt: skip
     add("--tags", metavar="PREFIX", help="--output-prefix of `tag`")
+    add("--logits", metavar="PREFIX",
+        help="--output-prefix of `cache-logits`: also what is stored of each token")  # fmt: skip
     add("--selection", metavar="TABLE", help="a .parquet of `select` (default: the tags')")
     add("--tokenizer", metavar="PATH", help="for data of other tools (default: PREFIX.tokenizer)")
     add("--colour", choices=["auto", "always", "never"], default="auto",
@@ -49,9 +53,7 @@ def run(args: argparse.Namespace) -> int:
         if args.verify:
             _verify(args)
         elif args.document is None and args.sequence is None:
-            from megatron_salt.scoring.inspection import overview
-
-            print("\n".join(overview(args.prefix, args.tags, args.tokenizer)))
+            _overview(args)
         else:
             _show(args)
         sys.stdout.flush()
@@ -59,6 +61,17 @@ def run(args: argparse.Namespace) -> int:
         # `| head` has seen enough; Python's own flush at exit must not complain either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _overview(args: argparse.Namespace) -> None:
+    from megatron_salt.scoring.inspection import overview
+
+    print("\n".join(overview(args.prefix, args.tags, args.tokenizer)))
+    if args.logits is not None:
+        from megatron_salt.data.logits import verify_logits
+        from megatron_salt.scoring.logits_view import logits_overview
+
+        print(logits_overview(args.logits, verify_logits(args.logits, args.prefix)))
 
 
 def _show(args: argparse.Namespace) -> None:
@@ -79,6 +92,10 @@ def _show(args: argparse.Namespace) -> None:
         print(token_view.render(texts, span.tags, colour=colour))
         print(f"\n{token_view.legend(span.tags, top_k, colour=colour)}")
     print("\n".join(inspection.summary(opened, span)))
+    if args.logits is not None:
+        from megatron_salt.scoring.logits_view import logits_listing
+
+        print("\n".join(logits_listing(opened, span, args.prefix, args.logits)))
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -88,4 +105,9 @@ def _verify(args: argparse.Namespace) -> None:
     for line in verify_with_tags(args.prefix, args.tags, args.selection, args.tokenizer):
         print(line, flush=True)
         left_out = left_out or "not made again" in line
+    if args.logits is not None:
+        from megatron_salt.scoring.logits_view import verify_stored_logits
+
+        for line in verify_stored_logits(args.prefix, args.logits):
+            print(line, flush=True)
     print("verified, but for what was not made again" if left_out else "all of it verified")

@@ -249,9 +249,10 @@ class StoredLogits:
     def of_places(self, places_S: NDArray[np.int64]) -> dict[str, Tensor]:
         """Distributions at these places, in their order; runs of consecutive ones are one read.
 
-        Returns: logits_ids int32 [S, K] and logits_logp fp32 [S, K], -inf where filled up; fp32 [S]
-            each: logits_rest, the log of the probability outside these K; logits_entropy and
-            logits_loss. K is num_kept.
+        Returns: logits_ids [S, K], uint16, or int32 for a vocabulary above 65536; logits_logp
+            [S, K], fp16 as it is stored, or fp32, -inf where filled up; fp32 [S] each: logits_rest,
+            the log of the probability outside these K; logits_entropy and logits_loss. K is
+            num_kept. (Who widens them does so on the device: a row is mostly copied here.)
         Raises: ValueError naming the file and the place of something that is not stored or cannot
             be.
         """
@@ -271,15 +272,14 @@ class StoredLogits:
             why = f"{count} entries are too many" if count else "nothing is stored there"
             raise ValueError(f"{self._file('_count.bin')}, place {place}: {why}; {LOGITS_AGAIN}")
         entries = [self._entries(start, stop) for start, stop in ranges]
-        ids_N = self._joined("_ids.bin", entries).astype(np.int32)
+        ids_N = self._joined("_ids.bin", entries)
         if "_high.bin" in self._maps:
-            ids_N |= self._joined("_high.bin", entries).astype(np.int32) << 16
+            ids_N = self._joined("_high.bin", entries).astype(np.int32) << 16 | ids_N
         present_SK = np.arange(max(self.num_kept, count_S.max(initial=1))) < count_S[:, None]
         if len(ids_N) != count_S.sum() or (ids_N >= self.settings.vocab_size).any():
             self._refuse_ids(places_S, count_S, ids_N)
         rest_S = self._joined("_rest.bin", ranges).astype(np.float32)
-        ids_SK = np.zeros(present_SK.shape, np.int32)
-        ids_SK[present_SK] = ids_N
+        ids_SK = _filled_up(ids_N, present_SK, 0)
         logp_SK = self._logp(self._joined("_values.bin", entries), present_SK, rest_S)
         kept = self.num_kept
         if present_SK.shape[1] > kept:
@@ -322,19 +322,18 @@ class StoredLogits:
 
     def _logp(
         self, values_N: NDArray[Any], present_SK: NDArray[np.bool_], rest_S: NDArray[np.float32]
-    ) -> NDArray[np.float32]:
+    ) -> NDArray[Any]:
         """Log-probabilities of all entries, -inf beside them, from what is stored of them."""
-        logp_SK = np.full(present_SK.shape, -np.inf, np.float32)
         if self.settings.kind == "sampled":
-            logp_SK[present_SK] = np.log(values_N.astype(np.float64) / self.settings.draws)
+            values_N = np.log(values_N / self.settings.draws).astype(np.float32)
         elif self.settings.encoding == "uint8":
-            logp_SK[present_SK] = values_N * np.float32(-CODE_STEP_NATS)
+            values_N = values_N * np.float32(-CODE_STEP_NATS)
+        logp_SK = _filled_up(values_N, present_SK, -np.inf)
+        if self.settings.kind == "top" and self.settings.encoding == "uint8":
             # The entries have together what the others leave them.
             sum_S = np.exp(logp_SK.astype(np.float64)).sum(axis=1)
             kept_S = np.log1p(-np.exp(rest_S.astype(np.float64)))
-            logp_SK += (kept_S - np.log(sum_S))[:, None].astype(np.float32)
-        else:
-            logp_SK[present_SK] = values_N
+            logp_SK = logp_SK + (kept_S - np.log(sum_S))[:, None].astype(np.float32)
         return logp_SK
 
     def _refuse_ids(
@@ -352,3 +351,13 @@ class StoredLogits:
             f"{self._file('_ids.bin')}, place {place}: id {ids_N[entry]} is beyond the vocabulary "
             f"of {self.settings.vocab_size} tokens; {LOGITS_AGAIN}"
         )
+
+
+def _filled_up(
+    values_N: NDArray[Any], present_SK: NDArray[np.bool_], filling: float
+) -> NDArray[Any]:  # fmt: skip
+    if values_N.size == present_SK.size:
+        return values_N.reshape(present_SK.shape)
+    filled_SK = np.full(present_SK.shape, filling, values_N.dtype)
+    filled_SK[present_SK] = values_N
+    return filled_SK

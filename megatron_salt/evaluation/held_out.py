@@ -16,15 +16,18 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_salt.checkpoint.manifest import CheckpointManifest
-from megatron_salt.checkpoint.weights import read_teacher_scores, write_teacher_scores
+from megatron_salt.checkpoint.weights import (
+    load_teacher_scores,
+    read_teacher_scores,
+    write_teacher_scores,
+)
 from megatron_salt.config.deepspeed import DeepSpeedSettings
 from megatron_salt.config.fields import RunConfig
 from megatron_salt.data.dataset import Batch, DataSource
-from megatron_salt.data.logits import read_logits_manifest
+from megatron_salt.data.logits import HELD_OUT, read_logits_manifest
 from megatron_salt.data.order import evaluation_rows
 from megatron_salt.evaluation.score_sums import THIRDS, ScoreSums, ThirdCuts, part_sums
 from megatron_salt.evaluation.teacher_check import check_first_score
@@ -283,22 +286,23 @@ class HeldOut:
         values["teacher_tv_bound"] = teacher.tv_bound
         return values
 
-    def take_stored(self, prefix: str) -> str | None:
-        """Take the held-out losses that were stored with a teacher's logits; what is wrong with
-        them, if they cannot be had. Read by rank 0.
+    def take_stored(self, prefixes: Sequence[str]) -> str | None:
+        """Take the held-out losses that were stored with a teacher's logits, of whichever dataset;
+        what is wrong, if they cannot be had. Read by rank 0.
 
         Collectives: a broadcast of them over all ranks.
         """
-        problem, tensors = None, {}
+        tensors: dict[str, Tensor] = {}
         if self.groups.rank == 0:
-            stored = read_logits_manifest(prefix).held_out
-            if stored == self.fingerprint:
-                tensors = load_file(f"{prefix}_held_out.safetensors")
-            else:
-                problem = f"{prefix} has none" + " of this run's held-out samples" * bool(stored)
-        problem, tensors = from_rank_0((problem, tensors))
-        if problem:
-            return f"{problem}: `cache-logits` writes them, with --held-out and this run's config"
+            for prefix in prefixes:
+                if read_logits_manifest(prefix).held_out == self.fingerprint:
+                    tensors = load_teacher_scores(Path(f"{prefix}{HELD_OUT}"))[0]
+        tensors = from_rank_0(tensors)
+        if not tensors:
+            return (
+                f"{' and '.join(prefixes)}: no losses of this run's held-out samples; "
+                "`cache-logits` writes them, with --held-out and this run's config"
+            )
         self.teacher = TeacherScores(**tensors)
         return None
 

@@ -219,7 +219,7 @@ class LossFunction:
             hidden_SBD.flatten(0, 1), head_WD, self._teacher_hidden(targets.teacher_hidden_BSE),
             labels_T, mask_T, ce_weight_T, kd_weight_T,
             in_order_of_tokens(reference_BS) if reference_BS.numel() else None,
-            KeptLogprobs(*given) if given else None,
+            KeptLogprobs(given[0].int(), given[1].float(), given[2]) if given else None,
             None if entropy_BS is None else in_order_of_tokens(entropy_BS),
         )  # fmt: skip
 

@@ -166,7 +166,8 @@ class LogitsPass(DatasetPass):
         if uneven:
             problems = "\n".join(uneven)
             raise ValueError(f"--tensor_parallel {tp_size}: {found.folder}\n{problems}")
-        settings = request.settings(found.max_length, found.precision, found.tokenizer.vocab_size)
+        size = min(found.tokenizer.vocab_size, found.manifest.model.vocab_size)
+        settings = request.settings(found.max_length, found.precision, size)
         run = found.manifest.training
         planned = None if run is None else run.config.train.steps
         return found.job(request.data, settings, LogitsOrigin, planned_steps=planned)

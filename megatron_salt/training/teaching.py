@@ -116,7 +116,7 @@ class Teaching:
         Raises: ValueError on all ranks if the adaptive switch has to go by them and cannot.
         """
         self.fingerprint = stored.teacher_fingerprint
-        problem = held_out.take_stored(self.config.teacher.logits[0])
+        problem = held_out.take_stored(self.config.teacher.logits)
         if problem and self.config.salt.switch == "adaptive":
             raise ValueError(f"salt.switch = adaptive goes by the teacher's losses; {problem}")
         self.console.warn(

@@ -273,7 +273,9 @@ def test_killed_and_continued(text: Path, even_teacher: Path, tmp_path: Path) ->
     assert len(list(partial.glob("shard_*.npz"))) == 2 and not list(tmp_path.glob("again_*"))
     with pytest.raises(RankError, match=r"again\.logits\.partial holds shards.*settings\.top_k"):
         run_ranks(1, _capture, [dataclasses.replace(again, top_k=7)])
-    tokens = read_logits_manifest(whole.output_prefix).origin.data.tokens
+    origin = read_logits_manifest(whole.output_prefix).origin
+    tokens = origin.data.tokens
+    assert (origin.model.step, origin.planned_steps) == (8, 8)
     assert sum(run_ranks(2, _count_shards, again)) == -(-tokens // SHARD) - 2
     assert hashes(again) == hashes(whole) and not partial.exists()
     with pytest.raises(RankError, match=r"again\.logits\.json: there are logits .* settings\.seed"):
@@ -332,7 +334,7 @@ def test_a_model_of_transformers(dataset: Path, text: Path, tmp_path: Path) -> N
     logp = np.take_along_axis(expected, found["ids"][: len(expected)], axis=1)
     np.testing.assert_allclose(found["logp"][: len(expected)], logp, rtol=2e-5, atol=2e-5)
     assert read_logits_manifest(made.output_prefix).origin.planned_steps is None
-    with pytest.raises(RankError, match="--tensor_parallel 2: .*are whole on each rank"):
+    with pytest.raises(RankError, match="(?s)--tensor_parallel 2: .*are whole on each rank"):
         run_ranks(2, _capture, [dataclasses.replace(made, output_prefix="other")], 2)
 
 

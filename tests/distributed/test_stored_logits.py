@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from megatron_salt.data.tags import open_indexed, read_stream, sequence_lengths
 from megatron_salt.kernels import VocabShard
 from megatron_salt.model.weights import DTYPES
 from megatron_salt.parallel.groups import initialize
+from megatron_salt.scoring.capture import LogitsRequest, cache_logits
 from megatron_salt.training.run import prepare
 
 pytestmark = pytest.mark.distributed
@@ -332,3 +334,44 @@ def test_what_is_stored_of_a_token_meets_the_token(
     run_ranks(2, _weights, config, make_deepspeed(tmp_path))
     for record in metrics_of(tmp_path / "run")[1 : KD_STEPS + 1]:
         assert record["kl_nats"] == pytest.approx(record["ce_nats"], rel=1e-6)
+
+
+def _capture(request: LogitsRequest) -> None:
+    cache_logits(request, initialize(1, 1, 1.0))
+
+
+def test_the_adaptive_switch_goes_by_stored_losses(
+    cache: Cache, dataset: Path, teacher: Path, tmp_path: Path
+) -> None:
+    """As with the teacher: the same decisions, and the same numbers of it in every evaluation."""
+    settings: dict[str, Any] = {
+        "data__windows": True, "salt__switch": "adaptive", "salt__switch_margin_nats": 0.2,
+        "salt__kd_steps": 7, "salt__min_kd_steps": 3, "train__steps": 8, "train__eval_interval": 1,
+    }  # fmt: skip
+    online = make_config(dataset, tmp_path / "run", teacher__checkpoint=str(teacher), **settings)
+    (tmp_path / "run.yaml").write_text(json.dumps(online.to_dict()), encoding="utf-8")
+    stored = str(tmp_path / "stored")
+    run_ranks(1, _capture, LogitsRequest(
+        data=str(dataset), teacher=str(teacher), output_prefix=stored, window=WINDOW, kind="full",
+        held_out=str(tmp_path / "run.yaml"),
+    ))  # fmt: skip
+    deepspeed = make_deepspeed(tmp_path)
+    run_ranks(1, _weights, online, deepspeed)
+    offline = make_config(dataset, tmp_path / "offline", teacher__logits=[stored], **settings)
+    run_ranks(1, _weights, offline, deepspeed)
+    expected, found = (without_times(metrics_of(tmp_path / x)) for x in ("run", "offline"))
+    assert expected[-1]["kd_end_step"] == 3 and "teacher_valid_ce_easy_nats" in expected[-1]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.keys() == theirs.keys()
+        for key, value in theirs.items():
+            exact = key.startswith("teacher_valid") or key in ("switch_streak", "kd_end_step")
+            near = (
+                value
+                if exact or value is None or isinstance(value, str)
+                else pytest.approx(value, rel=1e-5, abs=1e-5)
+            )
+            assert mine[key] == near, (key, mine["step"])
+    without = cache.write("no_held_out", top_k=9)
+    refused = make_config(dataset, tmp_path / "refused", teacher__logits=[without], **settings)
+    with pytest.raises(RankError, match="adaptive goes by the teacher's losses; .*--held-out"):
+        run_ranks(1, _weights, refused, deepspeed)

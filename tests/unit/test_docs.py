@@ -223,7 +223,7 @@ FOREIGN = {
     "apply_rotary_pos_emb", "NaN", "mask_t",
 }  # fmt: skip
 # Files of a run or of a tool's output, not of the repository.
-OUTPUTS = re.compile(r"(train\.)?output_dir/|OUTPUT_DIR/|TAGS|OUT\.|runs/|held_out/")
+OUTPUTS = re.compile(r"(train\.)?output_dir/|OUTPUT_DIR/|TAGS|LOGITS|OUT\.|runs/|held_out/")
 HISTORY = ("log.md",)  # says what was, in the names of its day
 
 
