@@ -533,7 +533,7 @@ def report(results: dict[str, Any]) -> str:
         f"The teacher's own: {teacher['nats']:.4f} nats/token, calibration error "
         f"{teacher['ece']:.4f}. Seeds of one setting differ by a standard deviation of "
         f"{results['seed_spread_nats']:.4f} nats, beyond what a seed does to all settings alike. "
-        f"Means of two are told apart from {margin:.4f} nats (two standard errors). "
+        f"Means of two that are within {margin:.4f} nats (two standard errors) are not told apart. "
         "One teacher and one text for all: what others would change is not in that.", "",
     ]  # fmt: skip
     for question in QUESTIONS:
