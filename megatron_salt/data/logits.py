@@ -238,7 +238,8 @@ class StoredLogits:
             self._slots[windows] = np.arange(len(windows))
         dtypes = {**self.settings.entry_dtypes, **self.settings.token_dtypes}
         self._maps: dict[str, NDArray[Any]] = {
-            suffix: np.memmap(self._file(suffix), dtype, mode="r")
+            # Without the class of memory-mapped arrays, whose slices cost as much as a copy.
+            suffix: np.asarray(np.memmap(self._file(suffix), dtype, mode="r"))
             for suffix, dtype in [*dtypes.items(), ("_offsets.bin", np.dtype("<i8"))]
             if manifest.files[suffix].num_bytes  # an empty file cannot be mapped
         }
@@ -275,14 +276,14 @@ class StoredLogits:
         ids_N = self._joined("_ids.bin", entries)
         if "_high.bin" in self._maps:
             ids_N = self._joined("_high.bin", entries).astype(np.int32) << 16 | ids_N
-        present_SK = np.arange(max(self.num_kept, count_S.max(initial=1))) < count_S[:, None]
-        if len(ids_N) != count_S.sum() or (ids_N >= self.settings.vocab_size).any():
+        if len(ids_N) != count_S.sum() or ids_N.max(initial=0) >= self.settings.vocab_size:
             self._refuse_ids(places_S, count_S, ids_N)
         rest_S = self._joined("_rest.bin", ranges).astype(np.float32)
-        ids_SK = _filled_up(ids_N, present_SK, 0)
-        logp_SK = self._logp(self._joined("_values.bin", entries), present_SK, rest_S)
+        width = max(self.num_kept, int(count_S.max(initial=1)))
+        ids_SK = _filled_up(ids_N, count_S, width, 0)
+        logp_SK = self._logp(self._joined("_values.bin", entries), count_S, width, rest_S)
         kept = self.num_kept
-        if present_SK.shape[1] > kept:
+        if width > kept:
             cut_S = np.exp(logp_SK[:, kept:].astype(np.float64)).sum(axis=1)
             with np.errstate(divide="ignore"):
                 rest_S = np.logaddexp(rest_S.astype(np.float64), np.log(cut_S))
@@ -321,20 +322,22 @@ class StoredLogits:
         return np.concatenate([whole[:0], *(whole[start:stop] for start, stop in ranges)])
 
     def _logp(
-        self, values_N: NDArray[Any], present_SK: NDArray[np.bool_], rest_S: NDArray[np.float32]
-    ) -> NDArray[Any]:
+        self, values_N: NDArray[Any], count_S: NDArray[np.int64], width: int,
+        rest_S: NDArray[np.float32],
+    ) -> NDArray[Any]:  # fmt: skip
         """Log-probabilities of all entries, -inf beside them, from what is stored of them."""
         if self.settings.kind == "sampled":
-            values_N = np.log(values_N / self.settings.draws).astype(np.float32)
-        elif self.settings.encoding == "uint8":
-            values_N = values_N * np.float32(-CODE_STEP_NATS)
-        logp_SK = _filled_up(values_N, present_SK, -np.inf)
-        if self.settings.kind == "top" and self.settings.encoding == "uint8":
-            # The entries have together what the others leave them.
-            sum_S = np.exp(logp_SK.astype(np.float64)).sum(axis=1)
-            kept_S = np.log1p(-np.exp(rest_S.astype(np.float64)))
-            logp_SK = logp_SK + (kept_S - np.log(sum_S))[:, None].astype(np.float32)
-        return logp_SK
+            with np.errstate(divide="ignore"):
+                table = np.log(np.arange(256) / self.settings.draws).astype(np.float32)
+            return _filled_up(table[values_N], count_S, width, -np.inf)
+        if self.settings.encoding != "uint8":
+            return _filled_up(values_N, count_S, width, -np.inf)
+        below_N = values_N * np.float32(-CODE_STEP_NATS)
+        logp_SK = _filled_up(below_N, count_S, width, -np.inf)
+        # The entries have together what the others leave them.
+        sum_S = np.exp(logp_SK).sum(axis=1, dtype=np.float64)
+        kept_S = np.log1p(-np.exp(rest_S.astype(np.float64)))
+        return logp_SK + (kept_S - np.log(sum_S))[:, None].astype(np.float32)
 
     def _refuse_ids(
         self, places_S: NDArray[np.int64], count_S: NDArray[np.int64], ids_N: NDArray[np.int32]
@@ -354,10 +357,11 @@ class StoredLogits:
 
 
 def _filled_up(
-    values_N: NDArray[Any], present_SK: NDArray[np.bool_], filling: float
+    values_N: NDArray[Any], count_S: NDArray[np.int64], width: int, filling: float
 ) -> NDArray[Any]:  # fmt: skip
-    if values_N.size == present_SK.size:
-        return values_N.reshape(present_SK.shape)
-    filled_SK = np.full(present_SK.shape, filling, values_N.dtype)
-    filled_SK[present_SK] = values_N
+    """Each place's entries in a row of its own. [S, width]"""
+    if values_N.size == len(count_S) * width:
+        return values_N.reshape(-1, width)
+    filled_SK = np.full((len(count_S), width), filling, values_N.dtype)
+    filled_SK[np.arange(width) < count_S[:, None]] = values_N
     return filled_SK
