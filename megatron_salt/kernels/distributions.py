@@ -20,7 +20,7 @@ from megatron_salt.kernels.sparse import likeliest
 from megatron_salt.kernels.vocab import VocabShard
 
 # Columns whose mass is summed before it is cumulated: a draw looks for its block, then within it.
-BLOCK_COLUMNS = 128
+BLOCK_COLUMNS = 64
 
 
 class Distributions(NamedTuple):
