@@ -167,6 +167,16 @@ def batch_of(num_rows: int, length: int) -> Any:
     )  # fmt: skip
 
 
+def with_logits(batch: Any) -> Any:
+    """Of 12 tokens, as they are stored."""
+    shape = batch.tokens_RS.shape
+    return dataclasses.replace(
+        batch, logits_ids_RSK=torch.zeros(*shape, 12, dtype=torch.uint16),
+        logits_logp_RSK=torch.zeros(*shape, 12, dtype=torch.float16),
+        logits_rest_RS=torch.zeros(shape), logits_entropy_RS=torch.zeros(shape),
+    )  # fmt: skip
+
+
 def make_run(case: dict[str, Any], folder: Path) -> tuple[Any, Any, Any, Any, Any]:
     """Config, DeepSpeed's settings, groups, student and teacher, as a run makes them."""
     import tiny
@@ -223,7 +233,10 @@ def make_run(case: dict[str, Any], folder: Path) -> tuple[Any, Any, Any, Any, An
 
 
 def train(config: Any, settings: Any, student: Any, teacher: Any, route: dict[str, Any]) -> None:
-    """Two steps of the KD phase, the second with a route; one without a teacher."""
+    """Two steps of the KD phase, the second with a route; one without a teacher; one taught by
+    stored logits, with the route."""
+    from megatron_salt.kernels import Truncation
+
     loss_function = student.loss_function
     num_rows = settings.micro_batch_size * settings.num_micro_batches
     expect_device(*student.module.parameters(), *student.module.buffers())
@@ -236,6 +249,9 @@ def train(config: Any, settings: Any, student: Any, teacher: Any, route: dict[st
     loss_function.salt = dataclasses.replace(loss_function.salt, **route)
     student.train_step(student.micro_batches(batch, 0.5, again.finish()), 0.1)
     student.train_step(student.micro_batches(batch, 0.0, None, "lm")[-1:], 0.1)
+    loss_function.truncation = Truncation(lost_mass="ghost")
+    stored = with_logits(batch_of(num_rows, config.data.seq_length)).to(DEVICE)
+    student.train_step(student.micro_batches(stored, 0.5, None), 0.1)
     expect_device(loss_function.take_sums())
 
 
@@ -260,7 +276,7 @@ def evaluate(config: Any, settings: Any, groups: Any, student: Any, teacher: Any
 
     vars(held_out).update(
         groups=groups, student=student, rounds=rounds,
-        data=SimpleNamespace(read_held_out=read, valid_parts=parts),
+        data=SimpleNamespace(read_held_out=read, valid_parts=parts, data=config.data),
         batches_per_forward=settings.num_micro_batches, num_samples=3,
         seq_length=config.data.seq_length, teacher=None,
     )  # fmt: skip
