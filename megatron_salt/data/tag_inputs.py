@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class TagInputs:
 
 
 def load_tag_inputs(config: RunConfig, tokenizer: Tokenizer) -> TagInputs:
-    """Read and check what config.data.tags, salt.selection and teacher.logits name.
+    """Read and check what config.data.tags and salt.selection name; logits: `with_logits`.
 
     Raises: ValueError naming the files that do not belong together, and the remedy.
     """
@@ -97,29 +98,35 @@ def load_tag_inputs(config: RunConfig, tokenizer: Tokenizer) -> TagInputs:
     if tags and selections:
         for tagged, manifest, selection in zip(data.tags, tags, selections, strict=True):
             check_same_origin(selection, manifest.origin, tag_manifest_path(tagged))
-    logits = []
+    return TagInputs(tags=tuple(tags), selections=tuple(selections))
+
+
+def with_logits(inputs: TagInputs, config: RunConfig, tokenizer: Tokenizer) -> TagInputs:
+    """The same with what teacher.logits names, read and checked; not for the LM phase, which needs
+    none.
+
+    Raises: as `load_tag_inputs` does.
+    """
+    data, logits, windows = config.data, [], []
+    prefixes = parse_blend(data.train_data_path, "data.train_data_path")[0]
     for prefix, stored in zip(prefixes, config.teacher.logits, strict=False):
-        logits.append(verify_logits(stored, prefix, tokenizer.fingerprint))
-        check_logits_serve(logits_manifest_path(stored), logits[-1], config, tokenizer.vocab_size)
+        manifest = verify_logits(stored, prefix, tokenizer.fingerprint)
+        check_logits_serve(logits_manifest_path(stored), manifest, config, tokenizer.vocab_size)
+        logits.append(manifest)
+        windows.append(None if manifest.windows is None else stored_windows(stored))
     contexts = {each.origin.settings.context for each in logits}
     if len(contexts) > 1:
         raise ValueError(
             f"teacher.logits = {config.teacher.logits}: some are of windows, some of documents; "
             "the rows of a run are of one kind"
         )
-    by_document = [each.path for each in selections if each.window is None]
+    by_document = [each.path for each in inputs.selections if each.window is None]
     if by_document and contexts == {"window"}:
         raise ValueError(
             f"salt.selection {by_document[0]} selects documents, teacher.logits are of windows of "
             f"{data.seq_length} tokens: select windows of that length"
         )
-    windows = [
-        None if manifest.windows is None else stored_windows(stored)
-        for manifest, stored in zip(logits, config.teacher.logits, strict=True)
-    ]
-    return TagInputs(
-        tags=tuple(tags), selections=tuple(selections), logits=tuple(logits), windows=tuple(windows)
-    )
+    return dataclasses.replace(inputs, logits=tuple(logits), windows=tuple(windows))
 
 
 def check_logits_serve(

@@ -22,7 +22,12 @@ from megatron_salt.config.values import parse_blend, parse_objective
 from megatron_salt.data.dataset import find_tokenizer, verify_datasets
 from megatron_salt.data.manifest import read_dataset_manifest
 from megatron_salt.data.objective import check_sentinels, spans_of_rows
-from megatron_salt.data.tag_inputs import TagInputs, load_tag_inputs, logits_warnings
+from megatron_salt.data.tag_inputs import (
+    TagInputs,
+    load_tag_inputs,
+    logits_warnings,
+    with_logits,
+)
 from megatron_salt.files.markdown import BYTE_UNITS, unit_for
 from megatron_salt.huggingface.teacher_folder import find_teacher_of
 from megatron_salt.method.switch import carried_over, effective
@@ -35,7 +40,7 @@ from megatron_salt.planner.sizes import Sizes, TeacherSize
 from megatron_salt.teacher.find import unseen_objectives
 from megatron_salt.teacher.plan import TeacherPlan, multiply_adds, plan_teacher, teaches_ahead
 from megatron_salt.training.initial import check_export, find_initial
-from megatron_salt.training.resume import check_same_tag_inputs, check_start
+from megatron_salt.training.resume import check_same_tag_inputs, check_start, kd_phase_is_over
 
 
 def world_size_for(config: RunConfig, deepspeed_config: str) -> int:
@@ -71,8 +76,10 @@ def describe_run(config: RunConfig, deepspeed_config: str) -> str:
     tag_inputs = load_tag_inputs(config, tokenizer)
     fingerprint = tokenizer.fingerprint
     resume, warnings = find_resume(config.train.output_dir, config.train.resume)
-    warnings = [*warnings, *logits_warnings(config, tag_inputs.logits)]
     resumed = read_checkpoint_manifest(resume) if resume else None
+    if config.teacher.logits and not kd_phase_is_over(config, resumed):
+        tag_inputs = with_logits(tag_inputs, config, tokenizer)
+        warnings = [*warnings, *logits_warnings(config, tag_inputs.logits)]
     check_start(config, layout, settings, fingerprint, resume, resumed)
     if resumed is not None:
         if resumed.run.step < config.train.steps:

@@ -240,6 +240,14 @@ def _objective(data: DataConfig) -> str:
     return text
 
 
+def kd_phase_is_over(config: RunConfig, resumed: CheckpointManifest | None) -> bool:
+    """Whether a run goes on in the LM phase; a new one (None) does not."""
+    if resumed is None:
+        return False
+    switch = carried_over(resumed.run.switch, resumed.run.config.salt, config.salt)
+    return resumed.run.step >= effective(config.salt, switch).kd_steps
+
+
 def check_same_tag_inputs(
     config: RunConfig, resumed: CheckpointManifest, tag_inputs: TagInputs
 ) -> None:
@@ -247,8 +255,7 @@ def check_same_tag_inputs(
 
     Once the KD phase is over neither is read, and both may be left out.
     """
-    switch = carried_over(resumed.run.switch, resumed.run.config.salt, config.salt)
-    if resumed.run.step >= effective(config.salt, switch).kd_steps:
+    if kd_phase_is_over(config, resumed):
         return
     logits = tag_inputs.teacher_fingerprint
     if logits and resumed.run.teacher_fingerprint not in (None, logits):

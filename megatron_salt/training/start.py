@@ -114,6 +114,8 @@ def agree_on_start(
             inputs = tag_inputs.load_tag_inputs(config, tokenizer)
             lock = resume.lock_output_dir(config.train.output_dir, console.say)
             found = resume.decide_start(config, groups.layout, settings, tokenizer.fingerprint)
+            if config.teacher.logits and not resume.kd_phase_is_over(config, found[1]):
+                inputs = tag_inputs.with_logits(inputs, config, tokenizer)
             if found[1] is not None and found[1].run.step < config.train.steps:
                 resume.check_same_tag_inputs(config, found[1], inputs)
             if found[1] is None:
@@ -150,7 +152,8 @@ def build_data(
         teaches: whether this rank needs what stored logits say of the rows.
     Raises: ValueError if a resumed run would read other data than it began with.
     """
-    stored = zip(config.teacher.logits, start.tag_inputs.logits, strict=True)
+    # In the LM phase none have been looked for.
+    stored = zip(config.teacher.logits, start.tag_inputs.logits, strict=False)
     top_k = config.salt.truncate_k
     data = dataset.DataSource(
         config.data, start.tokenizer, seed=config.train.seed,
