@@ -137,7 +137,7 @@ class DataSource:
         num_selected: rows of the KD phase, the first ones.
         cache_path: folder for index files, shared by all ranks; rank 0 writes, the others map.
         tag_inputs: tags, selections and stored logits, if the run has any.
-        with_reference_loss: read the losses of the tags, or of the stored logits.
+        with_reference_loss: read the losses of the tags; stored logits bring theirs.
         logits: those of tag_inputs, opened, on ranks that need them.
         held_out_only: index no training data.
     """
@@ -160,7 +160,7 @@ class DataSource:
         self.num_samples, self.num_selected = num_samples, num_selected
         self.tag_inputs = tag_inputs or TagInputs()
         self.selections = self.tag_inputs.selections
-        self.logits, self.with_reference_loss = list(logits), with_reference_loss
+        self.logits = list(logits)
         self._documents_of: dict[int, GPTDataset] = {}
         self.tags: list[Tags | None] = [None] * len(prefixes)
         self.parts: list[EpochedDataset] = []
@@ -357,11 +357,7 @@ class DataSource:
     def _with_logits(self, sample: SampleFields, which: int) -> SampleFields:
         stored = self.logits[which].of_places(sample["places"].numpy())
         loss = stored.pop("logits_loss")
-        return {
-            **sample,
-            **stored,
-            **({"reference_loss": loss} if self.with_reference_loss else {}),
-        }
+        return {**sample, **stored, "reference_loss": loss}
 
     def num_held_out(self) -> int:
         return min(len(valid) for valid in self.valid) * len(self.valid)

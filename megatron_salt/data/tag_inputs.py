@@ -81,7 +81,7 @@ def load_tag_inputs(config: RunConfig, tokenizer: Tokenizer) -> TagInputs:
     tags, selections = [], []
     for prefix, tagged in zip(prefixes, data.tags, strict=False):
         tags.append(verify_tags(tagged, prefix, tokenizer.fingerprint))
-        if reads_tags(config) and reads_reference_loss(config) and "loss" not in tags[-1].stored:
+        if reads_reference_loss(config) and "loss" not in tags[-1].stored:
             raise ValueError(
                 f"salt.ce_tokens = excess_loss without a teacher reads the losses of {tagged}, "
                 "which has none: tag with --store loss"
@@ -195,14 +195,12 @@ def logits_warnings(config: RunConfig, logits: Sequence[LogitsManifest]) -> list
 
 
 def reads_reference_loss(config: RunConfig) -> bool:
-    """Whether losses of the tags, or of stored logits, are read: a teacher in memory computes its
-    own."""
-    routes = {config.salt.ce_tokens, config.salt.kd_tokens}
-    return not routes.isdisjoint({"excess_loss", "teacher_better"}) and config.teacher.path is None
+    """Whether losses of the tags are read: a teacher in memory computes its own, and stored logits
+    bring theirs."""
+    return config.salt.ce_tokens == "excess_loss" and config.teacher.kind is None
 
 
 def reads_tags(config: RunConfig) -> bool:
     """Whether any route goes by data.tags."""
     routes = {config.salt.kd_tokens, config.salt.ce_tokens}
-    by_loss = reads_reference_loss(config) and not config.teacher.logits
-    return not routes.isdisjoint({"tagged", "untagged"}) or by_loss
+    return not routes.isdisjoint({"tagged", "untagged"}) or reads_reference_loss(config)

@@ -13,7 +13,13 @@ from tiny_logits import make_settings
 
 from megatron_salt.config.fields import RunConfig
 from megatron_salt.data.logits import LogitsManifest, LogitsOrigin
-from megatron_salt.data.tag_inputs import TagInputs, check_logits_serve, logits_warnings
+from megatron_salt.data.tag_inputs import (
+    TagInputs,
+    check_logits_serve,
+    logits_warnings,
+    reads_reference_loss,
+    reads_tags,
+)
 from megatron_salt.data.tags import DataIdentity, ModelIdentity
 
 
@@ -95,3 +101,15 @@ def test_the_teacher_is_all_of_its_files() -> None:
     assert first != TagInputs(logits=(two, one)).teacher_fingerprint
     assert TagInputs(logits=(one,)).of_windows
     assert not TagInputs(logits=(make_manifest(context="document"),)).of_windows
+
+
+def test_stored_logits_bring_their_own_losses() -> None:
+    """So tags beside them may be without: a file that is not there would be opened."""
+    route = {"ce_tokens": "excess_loss", "ce_token_share": 0.5}
+    with_logits = config_with(**route)
+    assert not reads_reference_loss(with_logits) and not reads_tags(with_logits)
+    tagged = make_config(
+        "text", "out", data__tags=["tags"], salt__kd_steps=2, salt__kd_weight=0.0,
+        **{f"salt__{name}": value for name, value in route.items()},
+    )  # fmt: skip
+    assert reads_reference_loss(tagged) and reads_tags(tagged)
