@@ -301,7 +301,7 @@ def _drop_the_heads_gradient() -> None:
     function = linear_kd_loss._LinearKdLossFunction
     backward = function.backward
     function.backward = staticmethod(  # type: ignore[method-assign]
-        lambda ctx, *upstream: (backward(ctx, *upstream)[0], *([None] * 8))
+        lambda ctx, *upstream: (backward(ctx, *upstream)[0], *([None] * 9))
     )
 
 
