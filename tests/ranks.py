@@ -76,8 +76,8 @@ def _rank_main(
         LOCAL_WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
-    # PyTorch makes the pool of a forked process anew when it is first asked for. Threads that ask at
-    # the same time (transformers reads weights in some) may find none; so this one asks before.
+    # PyTorch makes the pool of a forked process anew when it is first asked for. Threads that ask
+    # together (transformers reads weights in some) may find none; so this one asks before.
     torch.set_num_threads(1)
     try:
         pipe.send((True, function(*args)))
