@@ -3,11 +3,12 @@
     python benchmarks/logits_step.py
 
 On one CPU process: a student of 4 layers, width 512, a teacher of 4 layers, width 384 (0.6 of its
-parameters in layers), a vocabulary of 16384 learnt from the standard library of the running Python,
-4 sequences of 512 tokens a step, fp32 and bf16 (ZeRO 1). The teacher's 50 likeliest tokens are
-stored by `cache-logits`. Each figure comes from a process of its own; rounds of the three kinds
-follow each other, and the ratios are of the medians over rounds. Seconds are the median of a
-process's steps after the first three, memory the peak above what was resident before a step.
+parameters in layers), a vocabulary of 16384 learnt from the standard library of the running Python.
+A step reads 4 sequences of 512 tokens of 40 documents, in fp32 and in bf16 (ZeRO 1). The teacher's
+50 likeliest tokens are stored by `cache-logits`. Each figure comes from a process of its own;
+rounds of the three kinds follow each other, and the ratios are of the medians over rounds. Seconds
+are the median of a process's steps after the first three, memory the peak above what was resident
+before a step.
 Writes results/logits_step.json with machine and versions.
 """
 
@@ -37,6 +38,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--precisions", nargs="+", choices=[*PRECISIONS], default=[*PRECISIONS])
     parser.add_argument("--steps-of", nargs=2, metavar=("YAML", "JSON"), help=argparse.SUPPRESS)
     output = REPO / "benchmarks/results/logits_step.json"
     parser.add_argument("--output", type=Path, default=output)
@@ -47,8 +49,10 @@ def main() -> None:
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prefix = make_data(folder, VOCAB_SIZE)
-        for precision in PRECISIONS:
+        run("-m", "megatron_salt", "subset", str(make_data(folder, VOCAB_SIZE)),
+            "--output-prefix", str(folder / "some"), "--documents", "40")  # fmt: skip
+        prefix = folder / "some"
+        for precision in arguments.precisions:
             teacher, logits = folder / precision / "teacher", folder / precision / "logits"
             steps_of(write_run(precision, prefix, teacher, TEACHER, {}))
             run(
@@ -106,7 +110,8 @@ def write_run(
     output.parent.mkdir(parents=True, exist_ok=True)
     values = {
         "model": model,
-        "data": {"train_data_path": [str(prefix)], "seq_length": SEQ_LENGTH, "windows": True},
+        "data": {"train_data_path": [str(prefix)], "seq_length": SEQ_LENGTH, "windows": True,
+                 "split": "90,10"},
         "teacher": teacher,
         "salt": {"kd_steps": STEPS if teacher else 0, "transition": "constant"},
         "train": {"steps": STEPS, "output_dir": str(output), "tensorboard": False,
