@@ -188,7 +188,7 @@ class LossFunction:
             teacher_temperature=salt.teacher_temperature,
             student_temperature=salt.student_temperature, divergence=salt.divergence,
             chunking=self.chunking, impl=salt.loss_impl, stored=tokens.stored,
-            truncation=self.truncation if self._cuts and tokens.has_teacher else None,
+            truncation=self.truncation if self._knows_some(tokens) else None,
         )  # fmt: skip
         self._add(tokens, result)
         if self.capture_top_k is not None:
@@ -223,10 +223,10 @@ class LossFunction:
             None if entropy_BS is None else in_order_of_tokens(entropy_BS),
         )  # fmt: skip
 
-    @property
-    def _cuts(self) -> bool:
-        """Whether a teacher in memory is cut to its likeliest tokens; a stored one has been."""
-        return self.salt.truncate_k is not None or self.salt.truncate_p is not None
+    def _knows_some(self, tokens: Tokens) -> bool:
+        """Whether the teacher is known by some tokens: a stored one, or one cut by truncate_k."""
+        cuts = tokens.teacher_hidden_TE is not None and self.salt.truncate_k is not None
+        return tokens.stored is not None or cuts
 
     @property
     def _routes_by_model(self) -> bool:

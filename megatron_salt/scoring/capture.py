@@ -213,7 +213,7 @@ class LogitsPass(DatasetPass):
             origin=self.job.origin, entries=entries, held_out=None, versions=installed_versions(),
             files={suffix: FileRecord.of(Path(f"{built}{suffix}")) for suffix in suffixes},
         )  # fmt: skip
-        earlier = ["_high.bin", "_windows.npz", HELD_OUT]
+        earlier = ["_high.bin", "_windows.bin", "_steps.bin", HELD_OUT]
         shard_files.publish_files(self.request, built, manifest, earlier)
         return manifest
 

@@ -300,7 +300,9 @@ def cut_runs(
         stored = cache.write(name.replace(" ", "_"), top_k=cut["truncate_k"])
         for setting, who in (("logits", [stored]), ("checkpoint", str(teacher))):
             given: dict[str, Any] = {f"teacher__{setting}": who}
-            configs.append(make_config(dataset, folder / name / setting, **given, **settings))
+            if setting == "logits":  # what is stored is cut already; the other settings hold
+                given["salt__truncate_k"] = None
+            configs.append(make_config(dataset, folder / name / setting, **{**settings, **given}))
     run_ranks(2, _one_after_another, configs, make_deepspeed(folder))
     return folder
 
