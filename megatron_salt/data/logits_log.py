@@ -6,8 +6,10 @@ the end they are laid end to end. A window that was read several times keeps its
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,25 @@ class LogitsLog:
     """The open files of one rank and dataset.
 
     Args:
+        run: who writes, for instance its output_dir.
         first_step: what was written at this step or later is dropped: it is written again.
+    Raises: ValueError where another run has written, or with other settings.
     """
 
-    def __init__(self, folder: Path, settings: logits.LogitsSettings, first_step: int) -> None:
+    def __init__(
+        self, folder: Path, settings: logits.LogitsSettings, run: str, first_step: int
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.settings = settings
-        path = folder / "index.bin"
+        path, about = folder / "index.bin", folder / "about.json"
+        identity = {"run": run, **asdict(settings)}
+        if about.is_file() and json.loads(about.read_text(encoding="utf-8")) != identity:
+            raise ValueError(
+                f"{folder} holds logits of another run, or of other settings (train.cache_logits, "
+                "train.cache_logits_top_k): name another prefix, or delete the folder"
+            )
+        with atomic_path(about) as temporary:
+            temporary.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
         index = _read_index(folder)
         index = index[: int((index[:, STEP] < first_step).sum())]
         entries = int(index[:, ENTRIES].sum())

@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_salt.kernels.backend import all_reduce, tp_size_of
 from megatron_salt.kernels.chunks import Chunking, Heads
-from megatron_salt.kernels.sparse import likeliest
+from megatron_salt.kernels.sparse import KeptLogprobs, likeliest, most_probable, with_rest_
 from megatron_salt.kernels.vocab import VocabShard
 
 # Columns whose mass is summed before it is cumulated: a draw looks for its block, then within it.
@@ -94,33 +94,16 @@ def distributions(
         log_sum_N = sum_N.log()
         if kept is not None:
             values_NK = (kept[0] - max_N[:, None]) - log_sum_N[:, None]
-            found = _cut(kept[1], values_NK, exp_NG, sum_N, top_p, vocab, group)
+            if top_p < 1.0:
+                values_NK = most_probable(values_NK, top_p)
+            found = with_rest_(kept[1], values_NK, exp_NG, sum_N, vocab, group)
         else:
             assert uniforms_TK is not None
             drawn_NK = _drawn(exp_NG, uniforms_TK[tokens], vocab, group)
-            found = (*_counted(drawn_NK, vocab), torch.full_like(sum_N, -torch.inf))
+            nothing_N = torch.full_like(sum_N, -torch.inf)
+            found = KeptLogprobs(*_counted(drawn_NK, vocab), nothing_N)
         parts.append((*found, log_sum_N - gap_N / sum_N, log_sum_N - own_N))
     return Distributions(*(torch.cat(each) for each in zip(*parts, strict=True)))
-
-
-def _cut(
-    ids_NK: Tensor, logp_NK: Tensor, exp_NG: Tensor, sum_N: Tensor, top_p: float,
-    vocab: VocabShard, group: ProcessGroup | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Ids, log-probabilities, and the rest: summed, for it may be less than 1's rounding.
-
-    Mutates: exp_NG.
-    """
-    if top_p < 1.0:
-        p_NK = logp_NK.double().exp()
-        before_NK = p_NK.cumsum(dim=1) - p_NK
-        before_NK[:, 0] = 0.0
-        logp_NK = logp_NK.masked_fill(before_NK >= top_p, -torch.inf)
-    mine_NK = (ids_NK >= vocab.start) & (ids_NK < vocab.stop) & (logp_NK > -torch.inf)
-    # What is another rank's falls on a column of zeros.
-    exp_NG.scatter_(1, torch.where(mine_NK, ids_NK - vocab.start, vocab.num_columns), 0.0)
-    rest_N = all_reduce(exp_NG.sum(dim=1), dist.ReduceOp.SUM, group)
-    return ids_NK.int(), logp_NK, (rest_N / sum_N).log()
 
 
 def _drawn(

@@ -85,11 +85,7 @@ class Truncation:
         """
         ids_TK, logp_TK = kept.ids_TK[:, : self.top_k], kept.logp_TK[:, : self.top_k]
         if self.top_p is not None:
-            p_TK = logp_TK.exp()
-            before_TK = p_TK.cumsum(dim=1) - p_TK
-            # The likeliest one stays, whatever rounding says.
-            before_TK[:, 0] = 0.0
-            logp_TK = logp_TK.masked_fill(before_TK >= self.top_p, -torch.inf)
+            logp_TK = most_probable(logp_TK, self.top_p)
         if self.lost_mass == "renormalise":
             return SparseTeacher(ids_TK, torch.softmax(logp_TK / self.temperature, dim=1))
         target_TK = logp_TK.exp()
@@ -144,15 +140,36 @@ def top_logprobs(
     z_TK, max_T = z_TK.to(dtype), z_TK[:, 0].to(dtype)
     exp_TC = (real_TC.to(dtype) - max_T[:, None]).exp_()
     sum_T = all_reduce(exp_TC.sum(dim=1), dist.ReduceOp.SUM, tp_group)
-    # The others are summed, not taken from 1: they may be far less likely than its rounding.
-    local_TK = ids_TK - vocab.start
-    owned_TK = (local_TK >= 0) & (local_TK < vocab.num_columns)
-    if vocab.num_columns:
-        # Another rank's tokens fall on a column beside the real ones.
-        exp_TC = torch.nn.functional.pad(exp_TC, (0, 1))
-        exp_TC.scatter_(1, torch.where(owned_TK, local_TK, vocab.num_columns), 0.0)
-    rest_T = all_reduce(exp_TC.sum(dim=1), dist.ReduceOp.SUM, tp_group)
     logp_TK = (z_TK - max_T[:, None]) - sum_T.log()[:, None]
+    exp_TC = torch.nn.functional.pad(exp_TC, (0, 1))
+    return with_rest_(ids_TK, logp_TK, exp_TC, sum_T, vocab, tp_group)
+
+
+def most_probable(logp_TK: Tensor, top_p: float) -> Tensor:
+    """-inf for all but the likeliest that have this probability together; they are sorted."""
+    p_TK = logp_TK.exp().double()
+    before_TK = p_TK.cumsum(dim=1) - p_TK
+    # The likeliest one stays, whatever rounding says.
+    before_TK[:, 0] = 0.0
+    return logp_TK.masked_fill(before_TK >= top_p, -torch.inf)
+
+
+def with_rest_(
+    ids_TK: Tensor, logp_TK: Tensor, exp_TC: Tensor, sum_T: Tensor, vocab: VocabShard,
+    tp_group: ProcessGroup | None,
+) -> KeptLogprobs:  # fmt: skip
+    """These tokens with the log-probability of all others. The others are summed, not taken from 1:
+    they may be far less likely than its rounding.
+
+    Args:
+        exp_TC: of all logits on this rank, unnormalised, and at least one column of zeros behind.
+        sum_T: over all ranks.
+    Collectives: a SUM of 1 number a token over tp_group. Mutates: exp_TC.
+    """
+    here_TK = (ids_TK >= vocab.start) & (ids_TK < vocab.stop) & (logp_TK > -torch.inf)
+    # What is another rank's falls on a column of zeros.
+    exp_TC.scatter_(1, torch.where(here_TK, ids_TK - vocab.start, vocab.num_columns), 0.0)
+    rest_T = all_reduce(exp_TC.sum(dim=1), dist.ReduceOp.SUM, tp_group)
     return KeptLogprobs(ids_TK.int(), logp_TK, (rest_T / sum_T).log())
 
 

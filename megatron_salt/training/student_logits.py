@@ -62,8 +62,10 @@ class StudentLogits:
             student.loss_function.capture_top_k = self.settings.top_k
             if groups.tp_rank == 0:
                 self.logs = [
-                    LogitsLog(_partial(prefix) / f"rank_{groups.dp_rank:05d}", self.settings,
-                              first_step)
+                    LogitsLog(
+                        _partial(prefix) / f"rank_{groups.dp_rank:05d}", self.settings,
+                        config.train.output_dir, first_step,
+                    )
                     for prefix in config.train.cache_logits
                 ]  # fmt: skip
 

@@ -77,7 +77,7 @@ def test_a_windows_last_step_counts_and_a_resumed_run_writes_again(
 ) -> None:
     order = np.random.default_rng(5).permutation(NUM_WINDOWS)
     parts = [tmp_path / "rank_00000", tmp_path / "rank_00001"]
-    logs = [LogitsLog(folder, SETTINGS, 0) for folder in parts]
+    logs = [LogitsLog(folder, SETTINGS, "run", 0) for folder in parts]
     step_of: dict[int, int] = {}
     for step in range(3):
         for rank, log in enumerate(logs):
@@ -94,7 +94,7 @@ def test_a_windows_last_step_counts_and_a_resumed_run_writes_again(
         file.write(b"half")
     for rank, log in enumerate(logs):
         log.close()
-        log = LogitsLog(parts[rank], SETTINGS, 2)
+        log = LogitsLog(parts[rank], SETTINGS, "run", 2)
         write(log, 2, order[rank * 20 + 10 : rank * 20 + 30])
         log.close()
     stored = joined(tmp_path / "own", data)
@@ -109,15 +109,28 @@ def test_a_windows_last_step_counts_and_a_resumed_run_writes_again(
 
 
 def test_what_cannot_be_is_refused(data: Path, tmp_path: Path) -> None:
-    log = LogitsLog(tmp_path / "rank_0", SETTINGS, 0)
+    log = LogitsLog(tmp_path / "rank_0", SETTINGS, "run", 0)
     write(log, 0, [3, 1])
     log.close()
     (tmp_path / "rank_0" / "log_rest.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=r"log_rest\.bin has 0 bytes, its index says 128"):
-        LogitsLog(tmp_path / "rank_0", SETTINGS, 1)
+        LogitsLog(tmp_path / "rank_0", SETTINGS, "run", 1)
     with pytest.raises(ValueError, match=r"log_rest\.bin: ends before its index"):
         joined(tmp_path / "own", data)
     assert not logits_manifest_path(tmp_path / "own").exists()
-    LogitsLog(tmp_path / "rank_0", SETTINGS, 0).close()
+    LogitsLog(tmp_path / "rank_0", SETTINGS, "run", 0).close()
     with pytest.raises(ValueError, match="no step has written logits"):
         joined(tmp_path / "own", data)
+
+
+def test_a_log_is_one_runs_with_its_settings(tmp_path: Path) -> None:
+    """With fewer tokens a position its files would be cut where nothing ends; and a run that begins
+    anew must not drop what another has written."""
+    log = LogitsLog(tmp_path / "rank_0", SETTINGS, "run", 0)
+    write(log, 0, [3, 1])
+    log.close()
+    size = (tmp_path / "rank_0" / "log_ids.bin").stat().st_size
+    for settings, run in ((make_settings(encoding="fp32", top_k=4), "run"), (SETTINGS, "other")):
+        with pytest.raises(ValueError, match="rank_0 holds logits of another run, or of other set"):
+            LogitsLog(tmp_path / "rank_0", settings, run, 0)
+    assert (tmp_path / "rank_0" / "log_ids.bin").stat().st_size == size > 0
