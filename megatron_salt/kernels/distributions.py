@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_salt.kernels.backend import all_reduce, tp_size_of
 from megatron_salt.kernels.chunks import Chunking, Heads
-from megatron_salt.kernels.sparse import KeptLogprobs, likeliest, most_probable, with_rest_
+from megatron_salt.kernels.sparse import likeliest, most_probable, with_rest_
 from megatron_salt.kernels.vocab import VocabShard
 
 # Columns whose mass is summed before it is cumulated: a draw looks for its block, then within it.
@@ -69,6 +69,7 @@ def distributions(
         tokens = slice(chunk.start, chunk.stop)
         z_NC, label_N = chunk.student_logits_NW[:, : vocab.num_columns], labels_T[tokens]
         kept = None
+        found: tuple[Tensor, ...]
         if uniforms_TK is None:
             kept = likeliest(z_NC, min(top_k, vocab.size), vocab, group)
             max_N = kept[0][:, 0]
@@ -100,8 +101,7 @@ def distributions(
         else:
             assert uniforms_TK is not None
             drawn_NK = _drawn(exp_NG, uniforms_TK[tokens], vocab, group)
-            nothing_N = torch.full_like(sum_N, -torch.inf)
-            found = KeptLogprobs(*_counted(drawn_NK, vocab), nothing_N)
+            found = (*_counted(drawn_NK, vocab), torch.full_like(sum_N, -torch.inf))
         parts.append((*found, log_sum_N - gap_N / sum_N, log_sum_N - own_N))
     return Distributions(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
