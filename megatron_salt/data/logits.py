@@ -230,12 +230,13 @@ class StoredLogits:
             )
         self.num_kept = min(stored, top_k or stored)
         self.num_tokens = manifest.origin.data.tokens
+        self._windows: NDArray[np.int64] | None = None
         self._slots: NDArray[np.int64] | None = None
         """Of every window of the data: where it lies in the files, -1: nowhere."""
         if manifest.windows is not None:
-            windows = stored_windows(prefix)
+            self._windows = stored_windows(prefix)
             self._slots = np.full(-(-self.num_tokens // self.settings.max_length), -1)
-            self._slots[windows] = np.arange(len(windows))
+            self._slots[self._windows] = np.arange(len(self._windows))
         dtypes = {**self.settings.entry_dtypes, **self.settings.token_dtypes}
         self._maps: dict[str, NDArray[Any]] = {
             # Without the class of memory-mapped arrays, whose slices cost as much as a copy.
@@ -308,6 +309,13 @@ class StoredLogits:
                 "wrote them has not read it"
             )
         return slot_S * self.settings.max_length + within_S
+
+    def places_of(self, held_S: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which places of the data the files hold there."""
+        if self._windows is None:
+            return held_S
+        slot_S, within_S = np.divmod(held_S, self.settings.max_length)
+        return self._windows[slot_S] * self.settings.max_length + within_S
 
     def _entries(self, start: int, stop: int) -> tuple[int, int]:
         """The range of the entries of places `[start, stop)`."""

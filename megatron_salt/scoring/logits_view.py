@@ -29,7 +29,7 @@ SUM_ABSOLUTE, LOSS_NATS = 0.02, {"fp32": 1e-3, "fp16": 0.02, "uint8": 0.1}
 
 def logits_overview(logits: str, manifest: LogitsManifest) -> str:
     """A line: what is stored, of whom, and how much."""
-    origin, tokens = manifest.origin, max(manifest.origin.data.tokens, 1)
+    origin, tokens = manifest.origin, max(manifest.tokens, 1)
     settings = origin.settings
     kind = f"{settings.draws} draws" if settings.kind == "sampled" else f"top {settings.top_k}"
     if settings.top_p < 1.0:
@@ -80,7 +80,7 @@ def verify_stored_logits(prefix: str, logits: str) -> Iterator[str]:
     for suffix, record in manifest.files.items():
         path = logits_manifest_path(logits).name
         yield f"{logits}{suffix}: {record.num_bytes} bytes, as in {path}"
-    settings, tokens = manifest.origin.settings, manifest.origin.data.tokens
+    settings, tokens = manifest.origin.settings, manifest.tokens
     stored, data = StoredLogits(logits, manifest, top_k=None), open_indexed(prefix)
     counts = np.fromfile(f"{logits}_count.bin", settings.token_dtypes["_count.bin"])
     offsets = np.fromfile(f"{logits}_offsets.bin", "<i8")
@@ -91,12 +91,11 @@ def verify_stored_logits(prefix: str, logits: str) -> Iterator[str]:
     at_once = max(1, NUMBERS_PER_READ // settings.top_k // LOGITS_BLOCK_TOKENS)
     step = at_once * LOGITS_BLOCK_TOKENS
     for start in range(0, tokens, step):
-        stop = min(start + step, tokens)
-        places = np.arange(start, stop)
-        if "_windows.npz" in manifest.files:
-            places = places[counts[start:stop] > 0]
-        labels = read_stream(data, start, stop)[places - start].astype(np.int64)
-        for text, right in _checks(stored, places, labels):
+        held = np.arange(start, min(start + step, tokens))
+        places = stored.places_of(held)
+        runs = np.split(places, np.flatnonzero(np.diff(places) != 1) + 1)
+        labels = np.concatenate([read_stream(data, run[0], run[-1] + 1) for run in runs])
+        for text, right in _checks(stored, places, labels.astype(np.int64)):
             if len(wrong := np.flatnonzero(~right)):
                 place = places[wrong[0]]
                 raise ValueError(f"{logits}: at place {place} {text}; {LOGITS_AGAIN}")

@@ -121,4 +121,5 @@ class StudentLogits:
 
 
 def _partial(prefix: str) -> Path:
-    return Path(f"{prefix}.logits.partial")
+    # Not the folder of `cache-logits`, which removes its own when it is done.
+    return Path(f"{prefix}.logits.log")

@@ -14,6 +14,7 @@ from tiny import LLAMA, make_config, make_deepspeed, metrics_of, run_and_kill, r
 
 from megatron_salt.config.fields import RunConfig
 from megatron_salt.data.logits import StoredLogits, verify_logits
+from megatron_salt.scoring.logits_view import verify_stored_logits
 
 pytestmark = pytest.mark.distributed
 
@@ -62,6 +63,20 @@ def test_losses_are_those_of_the_steps(one_rank: tuple[Path, str], dataset: Path
     total = found["logits_logp"].exp().sum(dim=1) + found["logits_rest"].exp()
     assert torch.allclose(total, torch.ones_like(total), atol=1e-2)
     assert found["logits_ids"].shape[1] == TOP_K
+    lines = list(verify_stored_logits(str(dataset), one_rank[1]))
+    assert lines[-1].startswith(
+        f"    {len(total) * TOP_K} entries of {len(total)} tokens, distinct"
+    )
+    with open(f"{one_rank[1]}_loss.bin", "r+b") as file:  # of one token, in the second window
+        file.seek(2 * (WINDOW + 3))
+        before = file.read(2)
+        file.seek(2 * (WINDOW + 3))
+        file.write(b"\xff\xff")
+    with pytest.raises(ValueError, match=r"own_loss\.bin is not the file"):
+        list(verify_stored_logits(str(dataset), one_rank[1]))
+    with open(f"{one_rank[1]}_loss.bin", "r+b") as file:
+        file.seek(2 * (WINDOW + 3))
+        file.write(before)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +100,7 @@ def test_other_layouts_and_a_resume_store_the_same(
     if not layout:
         with pytest.raises(RankError):
             run_ranks(ranks, run_and_kill, config, deepspeed, 3)
-        assert Path(f"{own}.logits.partial/rank_00001/index.bin").stat().st_size == 3 * 2 * 24
+        assert Path(f"{own}.logits.log/rank_00001/index.bin").stat().st_size == 3 * 2 * 24
     run_ranks(ranks, _train, config, deepspeed)
     if not layout:
         other = dataclasses.replace(config.train, output_dir=str(tmp_path / "other"))
