@@ -200,9 +200,13 @@ class LossFunction:
         hidden_TD = tokens.hidden_TD.detach()
         if self.chunking.sequence_parallel:
             hidden_TD = all_gathered(hidden_TD, self.chunking.tp_group)
+        # In fp32 whatever the loss has: sums of 16-bit exponentials would be 1 % off.
+        chunking = dataclasses.replace(
+            self.chunking, sequence_parallel=False, logits_dtype=torch.float32
+        )
         return distributions(
             hidden_TD, tokens.head_WD.detach(), tokens.labels_T, vocab=self.vocab, top_k=top_k,
-            chunking=dataclasses.replace(self.chunking, sequence_parallel=False),
+            chunking=chunking,
         )  # fmt: skip
 
     def take_captured(self) -> list[Distributions]:

@@ -128,3 +128,21 @@ def test_a_student_learns_from_them(
     assert all(record["kl_nats"] > 0 for record in records[1:7])
     assert records[7]["kl_nats"] is None
     assert "step 0 of 4: those of an early teacher" in capfd.readouterr().err
+
+
+def test_16_bits_store_what_fp32_logits_say(dataset: Path, tmp_path: Path) -> None:
+    """At tp 2, also where the loss has its logits in bf16: a distribution is not made of those."""
+    own = str(tmp_path / "own")
+    config = make_config(
+        dataset, tmp_path / "run", train__cache_logits=[own], salt__logits_dtype="model",
+        parallel__tensor_model_parallel_size=2, **SETTINGS,
+    )  # fmt: skip
+    bf16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    run_ranks(2, _train, config, make_deepspeed(tmp_path, **DEEPSPEED, **bf16))
+    windows, steps, found = read(own, dataset)
+    total = found["logits_logp"].double().exp().sum(dim=1) + found["logits_rest"].double().exp()
+    assert (total - 1).abs().max() < 2e-3  # of fp16; sums of bf16 are 1e-2 off
+    losses = found["logits_loss"].view(len(windows), WINDOW).double().mean(dim=1).numpy()
+    for record in metrics_of(tmp_path / "run")[1:]:
+        mine = losses[steps == record["step"] - 1].mean()
+        assert mine == pytest.approx(record["ce_nats"], rel=5e-3)
