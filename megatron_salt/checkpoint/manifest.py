@@ -87,7 +87,7 @@ class RunRecord:
     teacher_valid_ce_nats: float | None
     """The teacher's CE on the same held-out samples, as measured when it was loaded."""
     teacher_fingerprint: str | None
-    """Identity of the teacher's weights, if there has been one."""
+    """Identity of the teacher's weights, or of its stored logits, if there has been one."""
     tags: list[str]
     """Fingerprint of the tags of every training dataset, if the run reads tags."""
     selection: list[str]

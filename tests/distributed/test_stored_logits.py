@@ -39,6 +39,7 @@ from megatron_salt.data.tags import open_indexed, read_stream, sequence_lengths
 from megatron_salt.kernels import VocabShard
 from megatron_salt.model.weights import DTYPES
 from megatron_salt.parallel.groups import initialize
+from megatron_salt.planner.dry_run import describe_run
 from megatron_salt.scoring.capture import LogitsRequest, cache_logits
 from megatron_salt.training.run import prepare
 
@@ -379,5 +380,6 @@ def test_the_adaptive_switch_goes_by_stored_losses(
             assert mine[key] == near, (key, mine["step"])
     without = cache.write("no_held_out", top_k=9)
     refused = make_config(dataset, tmp_path / "refused", teacher__logits=[without], **settings)
+    assert "teacher: its stored logits; no model is loaded" in describe_run(offline, deepspeed)
     with pytest.raises(RankError, match="adaptive goes by the teacher's losses; .*--held-out"):
         run_ranks(1, _weights, refused, deepspeed)
