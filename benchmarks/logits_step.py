@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from real_text import make_data
-from step_memory import PRECISIONS, REPO, status_bytes
+from step_memory import PRECISIONS, REPO, status_bytes, write_files
 
 VOCAB_SIZE, SEQ_LENGTH, STEPS, WARM_UP = 16384, 512, 8, 3
 STUDENT = {"num_layers": 4, "hidden_size": 512, "num_attention_heads": 8}
@@ -107,7 +107,6 @@ def write_run(
     precision: str, prefix: Path, output: Path, model: dict[str, Any], teacher: dict[str, Any]
 ) -> tuple[str, str]:
     """The YAML and the DeepSpeed JSON of a run."""
-    output.parent.mkdir(parents=True, exist_ok=True)
     values = {
         "model": model,
         "data": {"train_data_path": [str(prefix)], "seq_length": SEQ_LENGTH, "windows": True,
@@ -117,15 +116,7 @@ def write_run(
         "train": {"steps": STEPS, "output_dir": str(output), "tensorboard": False,
                   "eval_samples": 4},
     }  # fmt: skip
-    deepspeed = {
-        "train_batch_size": 4,
-        "train_micro_batch_size_per_gpu": 4,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
-        **PRECISIONS[precision],
-    }
-    yaml_file, json_file = output.with_suffix(".yaml"), output.with_suffix(".json")
-    yaml_file.write_text(json.dumps(values), encoding="utf-8")
-    json_file.write_text(json.dumps(deepspeed), encoding="utf-8")
+    yaml_file, json_file = write_files(output, values, precision)
     return str(yaml_file), str(json_file)
 
 

@@ -79,7 +79,6 @@ def write_run(
     teacher: Path | None = None,
 ) -> tuple[Path, Path]:
     """The YAML and the DeepSpeed JSON of a run of three steps."""
-    output.parent.mkdir(parents=True, exist_ok=True)
     values = {
         "model": MODEL,
         "data": {"train_data_path": [str(prefix)], "seq_length": 512},
@@ -87,6 +86,12 @@ def write_run(
         "salt": salt,
         "train": {"steps": 3, "output_dir": str(output), "tensorboard": False, "eval_samples": 4},
     }
+    return write_files(output, values, precision)
+
+
+def write_files(output: Path, values: dict[str, Any], precision: str) -> tuple[Path, Path]:
+    """The YAML of these values, and a DeepSpeed JSON of 4 rows a step, beside output."""
+    output.parent.mkdir(parents=True, exist_ok=True)
     deepspeed = {
         "train_batch_size": 4,
         "train_micro_batch_size_per_gpu": 4,
