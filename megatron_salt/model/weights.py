@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,6 +113,47 @@ def shard_shape(spec: WeightSpec, tp_size: int, padded_vocab: int) -> tuple[int,
             return (padded_vocab // tp_size, *spec.shape[1:])
 
 
+class Run(NamedTuple):
+    """Rows that lie together in a shard and in the whole weight."""
+
+    start: int
+    """First of them in the shard."""
+    whole_start: int
+    """The same row in the whole weight."""
+    count: int
+
+
+def shard_runs(spec: WeightSpec, tp_rank: int, tp_size: int, padded_vocab: int) -> list[Run]:
+    """Which rows of the whole weight a rank's shard holds, and where; padding is in none."""
+    rows = spec.shape[0]
+    match spec.sharding:
+        case "replicated" | "columns":
+            return [Run(0, 0, rows)]
+        case "rows":
+            part = rows // tp_size
+            return [Run(0, tp_rank * part, part)]
+        case "gated_rows":
+            # Each rank holds its part of the gate above its part of the up projection.
+            part, up = rows // 2 // tp_size, rows // 2
+            return [Run(0, tp_rank * part, part), Run(part, up + tp_rank * part, part)]
+        case "vocab_rows":
+            part = padded_vocab // tp_size
+            return [Run(0, tp_rank * part, max(0, min(part, rows - tp_rank * part)))]
+
+
+def shard_columns(spec: WeightSpec, tp_rank: int, tp_size: int) -> slice:
+    """Which columns of the whole weight a rank's shard holds; a vector has one."""
+    width = math.prod(spec.shape[1:])
+    if spec.sharding != "columns":
+        return slice(0, width)
+    return slice(tp_rank * (width // tp_size), (tp_rank + 1) * (width // tp_size))
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """The weight itself, a vector as one column."""
+    return weight if weight.dim() > 1 else weight[:, None]
+
+
 def shard(full: Tensor, spec: WeightSpec, tp_rank: int, tp_size: int, padded_vocab: int) -> Tensor:
     """This rank's part of a whole weight; vocabulary padding is zero rows.
 
@@ -120,42 +161,40 @@ def shard(full: Tensor, spec: WeightSpec, tp_rank: int, tp_size: int, padded_voc
     """
     if tuple(full.shape) != spec.shape:
         raise ValueError(f"{spec.name}: shape {tuple(full.shape)}, the config says {spec.shape}")
-    match spec.sharding:
-        case "replicated":
-            return full
-        case "rows":
-            return full.chunk(tp_size, dim=0)[tp_rank]
-        case "columns":
-            return full.chunk(tp_size, dim=1)[tp_rank].contiguous()
-        case "gated_rows":
-            # Each rank holds its part of the gate above its part of the up projection.
-            gate, up = full.chunk(2, dim=0)
-            return torch.cat([gate.chunk(tp_size)[tp_rank], up.chunk(tp_size)[tp_rank]])
-        case "vocab_rows":
-            width = padded_vocab // tp_size
-            part = full.new_zeros((width, *full.shape[1:]))
-            real = full[tp_rank * width : (tp_rank + 1) * width]
-            part[: real.shape[0]] = real
-            return part
+    part = full.new_zeros(shard_shape(spec, tp_size, padded_vocab))
+    columns = shard_columns(spec, tp_rank, tp_size)
+    for start, whole_start, count in shard_runs(spec, tp_rank, tp_size, padded_vocab):
+        rows = as_matrix(full)[whole_start : whole_start + count, columns]
+        as_matrix(part)[start : start + count] = rows
+    return part
 
 
 def merge(parts: Sequence[Tensor], spec: WeightSpec) -> Tensor:
-    """The whole weight from the parts of all tensor-parallel ranks in order; inverse of `shard`."""
-    match spec.sharding:
-        case "replicated":
-            full = parts[0]
-        case "rows":
-            full = torch.cat(list(parts))
-        case "columns":
-            full = torch.cat(list(parts), dim=1)
-        case "gated_rows":
-            halves = [part.chunk(2, dim=0) for part in parts]
-            full = torch.cat([half[0] for half in halves] + [half[1] for half in halves])
-        case "vocab_rows":
-            full = torch.cat(list(parts))[: spec.shape[0]]
-    if tuple(full.shape) != spec.shape:
-        raise ValueError(f"{spec.name}: shape {tuple(full.shape)}, the config says {spec.shape}")
+    """The whole weight from the parts of all tensor-parallel ranks in order; inverse of `shard`.
+
+    Raises: ValueError if a part does not have the shape that the table gives it.
+    """
+    tp_size, full = len(parts), parts[0].new_empty(spec.shape)
+    padded = parts[0].shape[0] * tp_size  # of a vocabulary; of others it is not read
+    for tp_rank, part in enumerate(parts):
+        check_shard_shape(tuple(part.shape), spec, tp_size, padded)
+        columns = shard_columns(spec, tp_rank, tp_size)
+        for start, whole_start, count in shard_runs(spec, tp_rank, tp_size, padded):
+            rows = as_matrix(part)[start : start + count]
+            as_matrix(full)[whole_start : whole_start + count, columns] = rows
     return full
+
+
+def check_shard_shape(
+    shape: tuple[int, ...], spec: WeightSpec, tp_size: int, padded_vocab: int
+) -> None:
+    """Raise ValueError if a shard of this shape is not one of the weight's."""
+    expected = shard_shape(spec, tp_size, padded_vocab)
+    if shape != expected or (spec.sharding == "vocab_rows" and padded_vocab < spec.shape[0]):
+        raise ValueError(
+            f"{spec.name}: shape {shape} over {tp_size} tensor-parallel ranks, the config says "
+            f"{expected} of {spec.shape}"
+        )
 
 
 def initial_weight(spec: WeightSpec, model: ModelConfig, seed: int) -> Tensor:
