@@ -4,7 +4,8 @@
         manifest.json        written last: step, phase, config, versions, size and hash of all files
         weights/             safetensors, one file per pipeline stage and tensor-parallel rank,
                              under the names of model/weights.py: what a teacher is built from
-        deepspeed/           DeepSpeed's own files: weights, optimiser, loss scale; for resuming
+        optimizer/           the fragments of the optimizer's state that each rank held, and their
+                             index: checkpoint/optimizer.py; for resuming at any layout
         tokenizer/           a copy
         deepspeed.json       the DeepSpeed config of the run
         held_out/            the teacher's loss on every held-out token, where there was a teacher
@@ -17,9 +18,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from megatron_salt.checkpoint.manifest import (
@@ -97,9 +99,8 @@ def hash_files(partial: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]
 
 def publish(partial: Path, manifest: CheckpointManifest, output_dir: str | Path) -> Path:
     """Write the manifest, then give the checkpoint its final name in one rename."""
-    for required in ("weights", "deepspeed", "tokenizer"):
-        if not any((partial / required).iterdir()):
-            raise RuntimeError(f"{partial}: {required}/ is empty; not published")
+    if not any((partial / "tokenizer").iterdir()):
+        raise RuntimeError(f"{partial}: tokenizer/ is empty; not published")
     for pp_rank in range(manifest.model.pp_size):
         for tp_rank in range(manifest.model.tp_size):
             if weights_file(pp_rank, tp_rank) not in manifest.files:
@@ -153,23 +154,32 @@ def remove_old(output_dir: str | Path, keep: int) -> list[str]:
     return problems
 
 
-def find_resume(output_dir: str, resume: str) -> tuple[Path | None, list[str]]:
+def find_resume(
+    output_dir: str, resume: str, damaged: Mapping[str, str] = MappingProxyType({})
+) -> tuple[Path | None, list[str]]:
     """Which checkpoint to resume from, and a warning for each damaged one that was passed over.
 
     `none`: nothing. `auto`: the newest complete one of this run, if any. Else: a path, which must
     be good.
+
+    Args: damaged: what has been found wrong with the contents, by the names of checkpoints.
+    Raises: ValueError for a damaged path, and for `auto` if all are damaged.
     """
     if resume == "none":
         return None, []
     if resume != "auto":
         path = resolve(resume, what="train.resume")
+        if path.name in damaged:
+            raise ValueError(damaged[path.name])
         read_checkpoint_manifest(path)
         return path, []
     warnings = []
     for path in reversed(list_checkpoints(output_dir)):
         try:
+            if path.name in damaged:
+                raise ValueError(damaged[path.name])
             read_checkpoint_manifest(path)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             warnings.append(f"passing over {path}: {error}")
             continue
         return path, warnings

@@ -15,7 +15,7 @@ from megatron_salt.files.disk import sha256_of
 from megatron_salt.method.switch import SwitchState
 from megatron_salt.model.weights import num_parameters
 
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 MANIFEST = "manifest.json"
 VERSIONED_PACKAGES = ("torch", "megatron-core", "deepspeed", "safetensors", "megatron_salt")
 
@@ -94,6 +94,10 @@ class RunRecord:
     """Fingerprint of the selected sequences of every training dataset, if the run selects."""
     switch: SwitchState
     """What the adaptive switch has seen and decided; with a fixed one nothing."""
+    loss_scaler: dict[str, float]
+    """What fp16's dynamic loss scale remembers; empty without one."""
+    skipped_steps: int
+    """Steps without an update, of which DeepSpeed counts: fp16's overflows."""
     init_fingerprint: str | None = None
     """Identity of the weights that the run started from (train.init_from)."""
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_salt.checkpoint.manifest import CheckpointManifest, verify_hashes
+from megatron_salt.checkpoint.shards import WHOLE, Cut, naming, open_tensors, read_range
+from megatron_salt.files.disk import save_tensors
 from megatron_salt.kernels import VocabShard
 from megatron_salt.model.frozen import FrozenModel, broadcast_weights
-from megatron_salt.model.weights import merge, weight_table
+from megatron_salt.model.weights import as_matrix, check_shard_shape, weight_table
 from megatron_salt.parallel.groups import Groups
 
 TEACHER_SCORES = "held_out/teacher.safetensors"
@@ -30,38 +31,77 @@ def write_weights(
     """Write one rank's part of the weights, by canonical name."""
     target = directory / weights_file(pp_rank, tp_rank)
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_file(dict(weights), target)
+    save_tensors(target, weights)
+
+
+class StoredWeights:
+    """The weights of a checkpoint, to be read whole or in parts, at any layout."""
+
+    def __init__(self, folder: Path, manifest: CheckpointManifest) -> None:
+        """Look at all files' headers.
+
+        Raises: ValueError naming checkpoint and weight, if one is missing, twice there, unknown or
+            of another shape than the config says.
+        """
+        self.model = model = manifest.model
+        self.table = weight_table(model.config, model.vocab_size, model.num_positions)
+        shards: dict[str, dict[int, tuple[Path, Any]]] = {name: {} for name in self.table}
+        for pp_rank in range(model.pp_size):
+            for tp_rank in range(model.tp_size):
+                path = folder / weights_file(pp_rank, tp_rank)
+                if weights_file(pp_rank, tp_rank) not in manifest.files:
+                    raise ValueError(f"{path} is missing from the manifest")
+                stored = open_tensors(path)
+                for name in stored.keys():  # noqa: SIM118  not a dict
+                    if name not in shards:
+                        raise ValueError(f"{path}: unknown weight {name}")
+                    if tp_rank in shards[name]:
+                        raise ValueError(f"{path}: weight {name} is also in {shards[name][0][0]}")
+                    shards[name][tp_rank] = path, stored.get_slice(name)
+        self._padded: dict[str, int] = {}
+        for name, parts in shards.items():
+            if len(parts) != model.tp_size:
+                raise ValueError(
+                    f"{folder}: weight {name} has {len(parts)} of {model.tp_size} parts"
+                )
+            for path, stored in parts.values():
+                shape = tuple(stored.get_shape())
+                self._padded[name] = shape[0] * model.tp_size if shape else 0
+                try:
+                    check_shard_shape(shape, self.table[name], model.tp_size, self._padded[name])
+                except ValueError as error:
+                    raise ValueError(f"{path}: {error}") from error
+        self._shards = shards
+
+    def read(self, name: str, cut: Cut, part: range) -> Tensor:
+        """Elements of a weight's flattened shard that `cut` makes, in the dtype that was saved.
+
+        Raises: ValueError naming the file that is damaged.
+        """
+
+        def read_rows(tp_rank: int, first: int, last: int) -> Tensor:
+            path, stored = self._shards[name][tp_rank]
+            with naming(path):
+                return as_matrix(stored[first:last])
+
+        spec, tp_size = self.table[name], self.model.tp_size
+        return read_range(spec, cut, part, tp_size, self._padded[name], read_rows)
+
+    def whole(self, name: str) -> Tensor:
+        """A weight as a whole, real rows of the vocabulary only."""
+        spec = self.table[name]
+        return self.read(name, WHOLE, range(spec.numel)).view(spec.shape)
 
 
 def read_weights(path: Path, manifest: CheckpointManifest) -> dict[str, Tensor]:
     """The whole model's weights on the CPU, merged from the parts of any tp and pp.
 
-    Raises: ValueError naming checkpoint and weight, if one is missing, twice there, unknown or of
-        another shape than the config says, or if a file's content does not match its hash.
+    Raises: ValueError as `StoredWeights`, or if a file's content does not match its hash.
     """
-    model = manifest.model
-    table = weight_table(model.config, model.vocab_size, model.num_positions)
-    parts: dict[str, list[Tensor]] = {name: [] for name in table}
     names = sorted(name for name in manifest.files if name.startswith("weights/"))
     verify_hashes(path, manifest, names)
-    for pp_rank in range(model.pp_size):
-        for tp_rank in range(model.tp_size):
-            name = weights_file(pp_rank, tp_rank)
-            if name not in names:
-                raise ValueError(f"{path}: {name} is missing from the manifest")
-            with safe_open(path / name, framework="pt") as stored:
-                for key in stored.keys():  # noqa: SIM118  not a dict
-                    if key not in parts:
-                        raise ValueError(f"{path / name}: unknown weight {key}")
-                    parts[key].append(stored.get_tensor(key))
-    full = {}
-    for name, spec in table.items():
-        if len(parts[name]) != model.tp_size:
-            raise ValueError(
-                f"{path}: weight {name} has {len(parts[name])} of {model.tp_size} parts"
-            )
-        full[name] = merge(parts.pop(name), spec)
-    return full
+    stored = StoredWeights(path, manifest)
+    return {name: stored.whole(name) for name in stored.table}
 
 
 def load_frozen(
@@ -106,14 +146,14 @@ def write_teacher_scores(directory: Path, tensors: Mapping[str, Tensor], samples
 
 
 def save_teacher_scores(path: Path, tensors: Mapping[str, Tensor], samples: str) -> None:
-    save_file(dict(tensors), path, metadata={"samples": samples})
+    save_tensors(path, tensors, {"samples": samples})
 
 
 def load_teacher_scores(path: Path) -> tuple[dict[str, Tensor], str]:
     """The tensors and the fingerprint of the samples."""
-    with safe_open(path, framework="pt") as stored:
-        tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-        return tensors, stored.metadata()["samples"]
+    stored = open_tensors(path)
+    tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+    return tensors, stored.metadata()["samples"]
 
 
 def read_teacher_scores(

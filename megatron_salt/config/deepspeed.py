@@ -83,6 +83,8 @@ OLD_ZERO_KEYS = {
     "cpu_offload_use_pin_memory": "pin_memory in offload_optimizer",
 }
 PRECISIONS = ("fp32", "bf16", "fp16")
+# Element by element: their state can be cut anywhere, and so resumed at another layout.
+OPTIMIZERS = ("adam", "adamw", "adagrad", "lion", "sgd")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,6 +323,18 @@ def check_against_run(settings: DeepSpeedSettings, config: RunConfig) -> None:
             f"{path}: zero_optimization.round_robin_gradients: DeepSpeed then finds no gradient of "
             "a weight, which train.check_gradients asks for; switch one of them off"
         )
+    kind = str(values["optimizer"]["type"])
+    if kind.lower() not in OPTIMIZERS:
+        raise ValueError(
+            f"{path}: optimizer.type = {kind!r}: checkpoints hold optimizers that treat every "
+            f"number by itself, at any layout: use one of {', '.join(OPTIMIZERS)}"
+        )
+    for section in ("offload_optimizer", "offload_param"):
+        if (zero.get(section) or {}).get("device") == "nvme":
+            raise ValueError(
+                f'{path}: zero_optimization.{section}.device = "nvme": checkpoints hold what is in '
+                'memory; use "cpu" or "none"'
+            )
     pipeline = values.get("pipeline", {})
     for key in ("pipe_partitioned", "grad_partitioned"):
         if parallel.sequence_parallel and pipeline.get(key):

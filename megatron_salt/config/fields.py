@@ -290,6 +290,9 @@ class TrainConfig:
     """Steps between checkpoints; 0: only after the last step."""
     keep_checkpoints: int = 3
     """How many of the newest checkpoints to keep; 0: all."""
+    async_save: bool = True
+    """Write checkpoints behind the next steps, from a copy in host memory: 12 bytes per parameter
+    over all ranks, and one copy of the weights. false: training waits for the disk."""
     init_from: str | None = None
     """Start from the weights of this checkpoint or run (a converted one too), at any layout, with a
     fresh optimizer; null: from random weights. A resumed run has its own."""

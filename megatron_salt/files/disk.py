@@ -10,11 +10,15 @@ import hashlib
 import logging
 import os
 import shutil
+import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def fsync_path(path: str | Path) -> None:
@@ -68,6 +72,18 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         fsync_path(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file that whoever may read the folder's other files may read too."""
+    from safetensors.torch import save_file  # slow to import
+
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)  # by the umask; safetensors itself gives 0600
+    save_file(dict(tensors), path, metadata=metadata)
+    path.chmod(mode)
 
 
 def sha256_of(path: str | Path) -> str:

@@ -120,7 +120,7 @@ class Run(NamedTuple):
     """First of them in the shard."""
     whole_start: int
     """The same row in the whole weight."""
-    count: int
+    num_rows: int
 
 
 def shard_runs(spec: WeightSpec, tp_rank: int, tp_size: int, padded_vocab: int) -> list[Run]:

@@ -80,7 +80,7 @@ def describe_run(config: RunConfig, deepspeed_config: str) -> str:
     if config.teacher.logits and not kd_phase_is_over(config, resumed):
         tag_inputs = with_logits(tag_inputs, config, tokenizer)
         warnings = [*warnings, *logits_warnings(config, tag_inputs.logits)]
-    check_start(config, layout, settings, fingerprint, resume, resumed)
+    check_start(config, settings, fingerprint, resume, resumed)
     if resumed is not None:
         if resumed.run.step < config.train.steps:
             check_same_tag_inputs(config, resumed, tag_inputs)

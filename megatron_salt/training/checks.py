@@ -13,6 +13,10 @@ from megatron_salt.training.engine import StudentEngine
 MAX_SKIPPED_FP16_STEPS = 64
 
 
+class Diverged(RuntimeError):
+    """Seen by all ranks after the same step."""
+
+
 class StepChecks:
     """Looks at every step's loss and gradient norm, before anything of it is saved."""
 
@@ -34,7 +38,7 @@ class StepChecks:
         allowed = MAX_SKIPPED_FP16_STEPS if self.is_fp16 else 0
         if math.isfinite(loss) and self.skipped_steps <= allowed:
             return
-        raise RuntimeError(
+        raise Diverged(
             f"step {done}: the loss is {loss}, the gradient norm {grad_norm}, "
             f"{self.skipped_steps} steps in a row without an update; stopping instead of training "
             f"on. The last checkpoint is the newest in {checkpoints_dir(self.output_dir)}"

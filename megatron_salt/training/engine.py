@@ -11,10 +11,9 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -27,7 +26,6 @@ from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor
 
-from megatron_salt.checkpoint.weights import write_weights
 from megatron_salt.config.deepspeed import DeepSpeedSettings, engine_config
 from megatron_salt.config.fields import RunConfig
 from megatron_salt.data.dataset import Batch
@@ -36,7 +34,7 @@ from megatron_salt.method.salt import Phase
 from megatron_salt.method.token_weights import route_by_tags, token_weights
 from megatron_salt.model import student
 from megatron_salt.model.costs import balanced_stages, layer_costs
-from megatron_salt.model.layers import ModelParts, canonical_parameters
+from megatron_salt.model.layers import ModelParts
 from megatron_salt.model.loss import LossFunction, LossSums, Targets
 from megatron_salt.model.weights import DTYPES
 from megatron_salt.parallel.groups import Groups
@@ -129,6 +127,8 @@ class StudentEngine:
         assert isinstance(self.engine.optimizer, BF16_Optimizer) == settings.uses_bf16_optimizer
         self.fused = gradients.FusedAccumulation(module, self.engine.optimizer)
         self.engine.clip_fp32_gradients = partial(gradients.clip_fp32, self.engine, groups)
+        self.before_update: Callable[[], None] = lambda: None
+        """Holds the update back for whoever still reads the weights: a checkpoint's copies."""
         self._update = self.engine._take_model_step
         self.engine._take_model_step = self._take_model_step
         checks = config.train.check_gradients
@@ -241,6 +241,7 @@ class StudentEngine:
             gradients.sum_partial(self.module, self.engine.optimizer, self.groups.tp)
         if self.gradient_check is not None:
             self.gradient_check.look()
+        self.before_update()
         self._update(lr_kwargs)
 
     def start_trace(self) -> None:
@@ -288,46 +289,23 @@ class StudentEngine:
             self.loss_function.scored = None
         return scored
 
-    def reduce_sums(self) -> LossSums:
-        """Take the loss function's sums, added over dp, known on every rank.
+    def reduce_sums(self, *flags: float) -> tuple[LossSums, list[float]]:
+        """Take the loss function's sums, added over dp, known on every rank; and `flags`, what else
+        the ranks have to tell each other once per step, added over all ranks.
 
-        Collectives: one all-reduce of 6 numbers over all ranks. Host sync: one.
+        Collectives: one all-reduce of 6 numbers and the flags over all ranks. Host sync: one.
         """
         sums = self.loss_function.take_sums()
         # Only the last stage has seen losses, and its tp ranks hold the same numbers.
         if self.groups.tp_rank != 0:
             sums.zero_()
+        sums = torch.cat([sums, sums.new_tensor(flags)])
         dist.all_reduce(sums)
-        found = LossSums(*sums.tolist())
+        values = sums.tolist()
+        found, summed = LossSums(*values[: -len(flags) or None]), values[len(values) - len(flags) :]
         # The weights carried M * dp to undo DeepSpeed's means.
         num_means = self.groups.layout.dp_size * self.settings.num_micro_batches
-        return replace(found, loss=found.loss / num_means)
-
-    def save(self, directory: Path) -> None:
-        """Write DeepSpeed's state and this rank's part of the weights into an existing directory.
-
-        Collectives: DeepSpeed's, over all ranks.
-        """
-        self.engine.save_checkpoint(str(directory), tag="deepspeed", save_latest=False)
-        weights = {}
-        for name, parameter in canonical_parameters(self.module).items():
-            # A tied embedding lives on the first and the last stage; the first one writes it.
-            if getattr(parameter, "ds_pipe_replicated", False):
-                continue
-            with student.gathered(parameter):  # a collective over dp under ZeRO 3: on every rank
-                if self.groups.dp_rank == 0:
-                    weights[name] = parameter.detach().clone().cpu().contiguous()
-        if self.groups.dp_rank == 0:
-            write_weights(directory, self.groups.pp_rank, self.groups.tp_rank, weights)
-
-    def load(self, checkpoint: Path) -> None:
-        """Restore weights, optimiser and loss scale from a checkpoint of the same layout.
-
-        Raises: RuntimeError if DeepSpeed does not find its files.
-        """
-        loaded, _ = self.engine.load_checkpoint(str(checkpoint), tag="deepspeed")
-        if loaded is None:
-            raise RuntimeError(f"{checkpoint}/deepspeed: DeepSpeed could not load its state")
+        return replace(found, loss=found.loss / num_means), summed
 
     def grad_norm(self) -> float | None:
         """Norm of the last step's gradient before clipping; None where DeepSpeed has none.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -14,7 +15,6 @@ from megatron_salt.config.values import effective_split, parse_blend, parse_obje
 from megatron_salt.data.tag_inputs import TagInputs
 from megatron_salt.files.disk import lock_file
 from megatron_salt.method.switch import carried_over, effective
-from megatron_salt.parallel.layout import Layout
 from megatron_salt.training.learning_rate import learning_rate
 
 LOCK_WAIT_S = 120.0
@@ -53,35 +53,55 @@ def lock_output_dir(output_dir: str, say: Callable[[str], None]) -> IO[str]:
     )
 
 
-def decide_start(
-    config: RunConfig, layout: Layout, settings: DeepSpeedSettings, tokenizer_fingerprint: str
-) -> tuple[Path | None, CheckpointManifest | None, list[str]]:
-    """What the run starts from, checked; with warnings about checkpoints that were passed over.
+def check_still_there(output_dir: Path, lock: IO[str] | None) -> None:
+    """Raise FileNotFoundError if output_dir is not the folder any more that the run has claimed.
 
-    For rank 0 alone, which tells the others. Damaged checkpoints are set aside.
+    Else a run whose folder was moved away would write checkpoints beside another one's.
+    """
+    try:
+        same = lock is None or os.path.samestat(
+            os.fstat(lock.fileno()), (output_dir / ".lock").stat()
+        )
+    except FileNotFoundError:
+        same = False
+    if not same:
+        raise FileNotFoundError(
+            f"train.output_dir = {output_dir} has been deleted, moved or replaced while the run "
+            "wrote to it: nothing more is written; move it back and start again"
+        )
+
+
+def decide_start(
+    config: RunConfig,
+    settings: DeepSpeedSettings,
+    tokenizer_fingerprint: str,
+    damaged: Mapping[str, str],
+) -> tuple[Path | None, CheckpointManifest | None, list[str]]:
+    """What the run starts from, with warnings about checkpoints that were passed over.
+
+    For rank 0 alone, which tells the others.
+    Args: damaged: as `folder.find_resume`.
     Raises: ValueError naming the file or setting that is wrong.
     """
-    resume_from, warnings = folder.find_resume(config.train.output_dir, config.train.resume)
+    resume_from, warnings = folder.find_resume(
+        config.train.output_dir, config.train.resume, damaged
+    )
     resumed = read_checkpoint_manifest(resume_from) if resume_from else None
-    check_start(config, layout, settings, tokenizer_fingerprint, resume_from, resumed)
-    if warnings and resume_from:
-        folder.set_aside_damaged(config.train.output_dir, resume_from)
+    check_start(config, settings, tokenizer_fingerprint, resume_from, resumed)
     return resume_from, resumed, warnings
 
 
 def check_start(
     config: RunConfig,
-    layout: Layout,
     settings: DeepSpeedSettings,
     tokenizer_fingerprint: str,
     resume_from: Path | None,
     resumed: CheckpointManifest | None,
 ) -> None:
-    """Raise ValueError where starting would overwrite a run or a resume would not continue exactly.
+    """Raise ValueError where starting would overwrite a run or a resume would not continue it.
 
-    Layout, ZeRO stage, precision, tokenizer, model, batch size, seed and what decides the order of
-    the data must be the checkpoint's. Method and learning rate may change, and it is said
-    (`changed_settings`).
+    Precision, tokenizer, model, batch size, seed and what decides the order of the data must be the
+    checkpoint's. Layout, method and learning rate may change, and it is said (`changed_settings`).
     """
     output_dir = Path(config.train.output_dir)
     existing = folder.list_checkpoints(output_dir)
@@ -104,7 +124,7 @@ def check_start(
         )
     assert resume_from is not None
     try:
-        _check_same_run(config, layout, settings, tokenizer_fingerprint, resumed)
+        _check_same_run(config, settings, tokenizer_fingerprint, resumed)
         _check_same_order(config, settings, resumed)
     except ValueError as error:
         raise ValueError(f"{resume_from}: {error}") from None
@@ -158,20 +178,12 @@ def _check_schedule(
 
 def _check_same_run(
     config: RunConfig,
-    layout: Layout,
     settings: DeepSpeedSettings,
     tokenizer_fingerprint: str,
     resumed: CheckpointManifest,
 ) -> None:
-    """Raise ValueError if layout, precision, tokenizer or model are not the checkpoint's."""
+    """Raise ValueError if precision, tokenizer or model are not the checkpoint's."""
     model, run = resumed.model, resumed.run
-    saved = (model.tp_size, model.pp_size, run.dp_size, run.zero_stage)
-    now = (layout.tp_size, layout.pp_size, layout.dp_size, settings.zero_stage)
-    if saved != now:
-        raise ValueError(
-            f"the checkpoint was saved with (tp, pp, dp, ZeRO stage) = {saved}, this run has "
-            f"{now}: resume with the same layout, or choose another train.output_dir"
-        )
     if model.tokenizer_fingerprint != tokenizer_fingerprint:
         raise ValueError(
             "the checkpoint was trained with another tokenizer than data.tokenizer: give its own "
@@ -280,28 +292,18 @@ def check_same_tag_inputs(
 
 
 def _check_deepspeed(before: Mapping[str, Any], settings: DeepSpeedSettings) -> None:
-    """Raise ValueError for a change in the DeepSpeed JSON that loading the checkpoint would undo.
+    """Raise ValueError for another optimizer, which would have no use for the state of this one."""
 
-    The optimiser's state brings its own betas, eps, weight decay and clipping limit; a new number
-    in the file would be shown and not used. The learning rate is set anew at every step.
-    """
-
-    def restored(values: Mapping[str, Any]) -> dict[str, Any]:
+    def kind(values: Mapping[str, Any]) -> tuple[str, Any]:
         optimizer = values.get("optimizer", {})
-        return {
-            "optimizer.type": optimizer.get("type"),
-            "optimizer.params": {k: v for k, v in optimizer.get("params", {}).items() if k != "lr"},
-            "gradient_clipping": values.get("gradient_clipping", 1.0),
-            "data_types": values.get("data_types", {}),
-        }
+        return str(optimizer.get("type")).lower(), optimizer.get("params", {}).get("amsgrad", False)
 
-    now = restored(settings.values)
-    for key, value in restored(before).items():
-        if now[key] != value:
-            raise ValueError(
-                f"{settings.path}: {key} = {now[key]}, the checkpoint was trained with {value}, "
-                "which DeepSpeed restores with the optimizer: keep it, or start a new run"
-            )
+    was, now = kind(before), kind(settings.values)
+    if was != now:
+        raise ValueError(
+            f"{settings.path}: optimizer (type, amsgrad) = {now}, the checkpoint was trained with "
+            f"{was}: keep it, or start a new run from its weights (train.init_from)"
+        )
 
 
 def changed_deepspeed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -27,7 +27,7 @@ from megatron_salt.parallel.watchdog import StepWatchdog
 from megatron_salt.teacher.schedule import measured_times, times_table
 from megatron_salt.teacher.teacher import Teacher
 from megatron_salt.training import start
-from megatron_salt.training.checks import StepChecks
+from megatron_salt.training.checks import Diverged, StepChecks
 from megatron_salt.training.console import Console
 from megatron_salt.training.engine import StudentEngine
 from megatron_salt.training.initial import export_last, initial_weights
@@ -76,7 +76,7 @@ def prepare(
         teaching.bring(agreed, held_out)
     elif config.teacher.kind and agreed.resume_from and agreed.resumed:
         console.warn(held_out.resume(agreed.resume_from, agreed.resumed))
-    saver = Saver(config, student, held_out, kd, agreed.init_fingerprint, log, console)
+    saver = Saver(config, student, held_out, kd, agreed.init_fingerprint, log, console, agreed.lock)
     captured = None
     if config.train.cache_logits:
         captured = StudentLogits(config, data, student, agreed.step)
@@ -93,8 +93,12 @@ def prepare(
 def train(run: Run) -> None:
     """Train from the checkpoint that train.resume names, or from the start, to train.steps."""
     with run.student.watchdog.watched():
-        for step in run.console.progress(run.first_step):
-            run.step(step)
+        try:
+            for step in run.console.progress(run.first_step):
+                run.step(step)
+        except Diverged:
+            run.saver.drain()
+            raise
         run.finish()
 
 
@@ -164,12 +168,13 @@ class Run:
                 self.captured.write(step, batch)
             del hidden_RSE, micro_batches
             self.student.watchdog.enter("the sums of the step")
-            sums = self.student.reduce_sums()
+            sums, saved = self.student.reduce_sums(*self.saver.flags())
             self.clock.stop()
             if traced:
                 self._use_trace(step)
             record = self._record(step, sums, weight, lr)
             self.tokens = record["tokens"]
+            self.saver.look(*saved)
             self.checks.look(step + 1, sums.loss, record["grad_norm"])
             self.done = step + 1
             self._after_step(step + 1, record)
@@ -253,25 +258,27 @@ class Run:
             tokens=int(values["valid_tokens"]), data=self.held_out.fingerprint,
         )  # fmt: skip
         if not math.isfinite(values["valid_ce_nats"]):
-            raise RuntimeError(f"step {done}: the held-out CE is {values['valid_ce_nats']}")
+            raise Diverged(f"step {done}: the held-out CE is {values['valid_ce_nats']}")
         if self.config.salt.switch == "adaptive":
             teaches = self.teaching.teaches(done - 1)
             decided = self.kd.update(done, values) if teaches else None
             if decided:
                 # What was read ahead went by another end of the KD phase.
                 self.batches.restart(done)
+                self.saver.drain()
                 self.console.say(decided)
             values["switch_streak"] = self.kd.state.streak
             values["kd_end_step"] = self.kd.salt.kd_steps
         return values
 
-    def save(self, done: int) -> Path:
-        """Write a checkpoint after `done` steps; see `Saver.save`."""
-        return self.saver.save(done, self.tokens, self.evaluation, self.teaching.fingerprint)
+    def save(self, done: int) -> None:
+        """Begin a checkpoint after `done` steps; see `Saver.save`."""
+        self.saver.save(done, self.tokens, self.evaluation, self.teaching.fingerprint)
 
     def finish(self) -> None:
         """Close files and threads; what was trained lies in the last checkpoint."""
         self.batches.close()
+        self.saver.close()
         if self.settings.values.get("comms_logger", {}).get("enabled"):
             comm.log_summary()
         if self.captured:

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+import torch.distributed as dist
+
+from megatron_salt.checkpoint.folder import set_aside_damaged
 from megatron_salt.checkpoint.manifest import (
     CheckpointManifest,
     verify_hashes,
@@ -42,6 +45,7 @@ from megatron_salt.training.console import Console
 from megatron_salt.training.engine import StudentEngine
 from megatron_salt.training.initial import Initial, check_export, find_initial
 from megatron_salt.training.metrics import MetricsLog
+from megatron_salt.training.state import restore
 from megatron_salt.training.student_logits import check_not_there
 
 
@@ -105,41 +109,74 @@ def agree_on_start(
     Raises: ValueError or FileNotFoundError on all ranks, naming the file or setting; NothingToDo.
     """
     lock: IO[str] | None = None
-    with same_error_everywhere("checking data and checkpoint"):
+    with same_error_everywhere("checking data and output_dir"):
         tokenizer = dataset.find_tokenizer(config.data)
-        found = inputs = initial = None
+        inputs = initial = None
         if groups.rank == 0:
             dataset.verify_datasets(config.data, tokenizer)
             check_sentinels(config.data, tokenizer)
             inputs = tag_inputs.load_tag_inputs(config, tokenizer)
             lock = resume.lock_output_dir(config.train.output_dir, console.say)
-            found = resume.decide_start(config, groups.layout, settings, tokenizer.fingerprint)
-            if config.teacher.logits and not resume.kd_phase_is_over(config, found[1]):
+    resume_from, resumed, warnings = _find_intact(config, settings, groups, tokenizer.fingerprint)
+    done = resumed is not None and resumed.run.step >= config.train.steps
+    with same_error_everywhere("checking what the run starts from"):
+        if inputs is not None:
+            if config.teacher.logits and not resume.kd_phase_is_over(config, resumed):
                 inputs = tag_inputs.with_logits(inputs, config, tokenizer)
-            if found[1] is not None and found[1].run.step < config.train.steps:
-                resume.check_same_tag_inputs(config, found[1], inputs)
-            if found[1] is None:
+            if resumed is None:
                 initial = find_initial(config, tokenizer)
-            if found[1] is None or found[1].run.step < config.train.steps:
+            elif not done:
+                resume.check_same_tag_inputs(config, resumed, inputs)
+            if not done:
                 check_export(config, tokenizer)
                 check_not_there(config)
-    # One rank looks and decides: shared file systems show different ranks different folders.
-    resume_from, resumed, warnings = from_rank_0(found)
     inputs, initial = from_rank_0((inputs, initial))
     console.warn([*warnings, *tag_inputs.logits_warnings(config, inputs.logits)])
-    if resumed and resumed.run.step >= config.train.steps:
+    if resumed and done:
         raise NothingToDo(
             f"nothing to do: {resume_from} has done {resumed.run.step} of {config.train.steps} "
             "steps; a larger train.steps goes on"
         )
     switch = SwitchState()
-    with same_error_everywhere("verifying the checkpoint to resume from"):
-        if resumed:
-            share = sorted(resumed.files)[groups.rank :: groups.layout.world_size]
-            verify_hashes(resume_from, resumed, share)
     if resumed:
         switch = carried_over(resumed.run.switch, resumed.run.config.salt, config.salt)
     return Start(tokenizer, inputs, resume_from, resumed, initial, switch, lock)
+
+
+def _find_intact(
+    config: RunConfig, settings: DeepSpeedSettings, groups: Groups, tokenizer_fingerprint: str
+) -> tuple[Path | None, CheckpointManifest | None, list[str]]:
+    """The checkpoint to resume from, every byte of which is as it was written; with warnings about
+    damaged ones, which are set aside.
+
+    One rank looks and decides: shared file systems show different ranks different folders. Each
+    reads a share of the files.
+    Raises: ValueError on all ranks if the one that was named, or every one, is damaged.
+    """
+    damaged: dict[str, str] = {}
+    while True:
+        found = None
+        with same_error_everywhere("looking for a checkpoint"):
+            if groups.rank == 0:
+                found = resume.decide_start(config, settings, tokenizer_fingerprint, damaged)
+        resume_from, resumed, warnings = from_rank_0(found)
+        if resumed is None or resumed.run.step >= config.train.steps:
+            break
+        problems: list[str | None] = [None] * groups.layout.world_size
+        problem = None
+        try:
+            share = sorted(resumed.files)[groups.rank :: groups.layout.world_size]
+            verify_hashes(resume_from, resumed, share)
+        except (OSError, ValueError) as error:
+            problem = str(error)
+        dist.all_gather_object(problems, problem)
+        if not any(problems):
+            break
+        damaged[resume_from.name] = next(each for each in problems if each)
+    with same_error_everywhere("setting damaged checkpoints aside"):
+        if groups.rank == 0 and warnings and resume_from:
+            set_aside_damaged(config.train.output_dir, resume_from)
+    return resume_from, resumed, warnings
 
 
 def build_data(
@@ -216,8 +253,13 @@ def resume_student(
     """Load weights and optimizer of the checkpoint, if there is one; say what has changed since."""
     if start.resumed is None or start.resume_from is None:
         return
-    student.load(start.resume_from)
+    restore(student, start.resume_from, start.resumed)
     console.say(f"resumed from {start.resume_from} at step {start.step}")
+    model, run, layout = start.resumed.model, start.resumed.run, student.groups.layout
+    was = model.tp_size, model.pp_size, run.dp_size, run.zero_stage
+    now = layout.tp_size, layout.pp_size, layout.dp_size, student.settings.zero_stage
+    if was != now:
+        console.say(f"  (tp, pp, dp, ZeRO stage) {was} -> {now}: sums are rounded in another order")
     before = read_json(str(start.resume_from / "deepspeed.json"))
     changes = resume.changed_settings(start.resumed.run.config, config)
     for change in [*changes, *resume.changed_deepspeed(before, student.settings.values)]:
