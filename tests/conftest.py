@@ -77,16 +77,16 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def teacher(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """output_dir of a small model trained for a few steps on one rank."""
-    return _train_teacher(dataset, tmp_path_factory.mktemp("teacher"))
+    return train_teacher(dataset, tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture(scope="session")
 def even_teacher(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `teacher`; two ranks can share its heads and their groups."""
-    return _train_teacher(dataset, tmp_path_factory.mktemp("even"), num_query_groups=2)
+    return train_teacher(dataset, tmp_path_factory.mktemp("even"), num_query_groups=2)
 
 
-def _train_teacher(dataset: Path, folder: Path, **changes: int) -> Path:
+def train_teacher(dataset: Path, folder: Path, **changes: int) -> Path:
     import torch
     from commands import run_command
     from ranks import run_ranks
