@@ -134,6 +134,7 @@ class Saver:
             return
         groups = self.student.groups
         with same_error_everywhere("writing a checkpoint"):
+            check_still_there(self.output_dir, self.lock)  # else errors of files would say it
             records = save.records.result()
         parts: list[Any] | None = None
         if groups.rank == 0:
@@ -182,7 +183,6 @@ class Saver:
 
     def _publish(self, save: _Save, parts: list[Any]) -> None:
         """On rank 0: index, manifest and name; then older ones go."""
-        check_still_there(self.output_dir, self.lock)
         records, written, states, scalars = zip(*parts, strict=True)
         model = save.about.model
         write_optimizer_index(save.partial, model, written, states, scalars)
@@ -224,5 +224,7 @@ class Saver:
         return manifest.CheckpointManifest(model=model, training=run, versions=versions, files={})
 
 
-def _room(path: Path) -> str:
-    return f"its disk has {shutil.disk_usage(path.parent).free:,} bytes free"
+def _room(partial: Path) -> str:
+    if not partial.exists():
+        return "the folder is gone"
+    return f"its disk has {shutil.disk_usage(partial).free:,} bytes free"
