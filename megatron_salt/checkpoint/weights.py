@@ -34,7 +34,7 @@ def write_weights(
     save_tensors(target, weights)
 
 
-class StoredWeights:
+class WeightFiles:
     """The weights of a checkpoint, to be read whole or in parts, at any layout."""
 
     def __init__(self, folder: Path, manifest: CheckpointManifest) -> None:
@@ -96,11 +96,11 @@ class StoredWeights:
 def read_weights(path: Path, manifest: CheckpointManifest) -> dict[str, Tensor]:
     """The whole model's weights on the CPU, merged from the parts of any tp and pp.
 
-    Raises: ValueError as `StoredWeights`, or if a file's content does not match its hash.
+    Raises: ValueError as `WeightFiles`, or if a file's content does not match its hash.
     """
     names = sorted(name for name in manifest.files if name.startswith("weights/"))
     verify_hashes(path, manifest, names)
-    stored = StoredWeights(path, manifest)
+    stored = WeightFiles(path, manifest)
     return {name: stored.whole(name) for name in stored.table}
 
 

@@ -352,8 +352,8 @@ def _check_bf16(settings: DeepSpeedSettings, pp: int) -> None:
     """bf16 only where DeepSpeed can add up the gradients of micro-batches in fp32."""
     if settings.zero_stage == 0:
         raise ValueError(
-            f"{settings.path}: bf16 with ZeRO 0 adds up gradients in bf16, and with pipeline "
-            'parallelism cannot be resumed; use "zero_optimization": {"stage": 1} and '
+            f"{settings.path}: bf16 with ZeRO 0 adds up gradients in bf16; "
+            'use "zero_optimization": {"stage": 1} and '
             '"data_types": {"grad_accum_dtype": "fp32"}'
         )
     accumulate = settings.values.get("data_types", {}).get("grad_accum_dtype")

@@ -113,7 +113,7 @@ def shard_shape(spec: WeightSpec, tp_size: int, padded_vocab: int) -> tuple[int,
             return (padded_vocab // tp_size, *spec.shape[1:])
 
 
-class Run(NamedTuple):
+class RowRun(NamedTuple):
     """Rows that lie together in a shard and in the whole weight."""
 
     start: int
@@ -123,22 +123,22 @@ class Run(NamedTuple):
     num_rows: int
 
 
-def shard_runs(spec: WeightSpec, tp_rank: int, tp_size: int, padded_vocab: int) -> list[Run]:
+def shard_runs(spec: WeightSpec, tp_rank: int, tp_size: int, padded_vocab: int) -> list[RowRun]:
     """Which rows of the whole weight a rank's shard holds, and where; padding is in none."""
     rows = spec.shape[0]
     match spec.sharding:
         case "replicated" | "columns":
-            return [Run(0, 0, rows)]
+            return [RowRun(0, 0, rows)]
         case "rows":
             part = rows // tp_size
-            return [Run(0, tp_rank * part, part)]
+            return [RowRun(0, tp_rank * part, part)]
         case "gated_rows":
             # Each rank holds its part of the gate above its part of the up projection.
             part, up = rows // 2 // tp_size, rows // 2
-            return [Run(0, tp_rank * part, part), Run(part, up + tp_rank * part, part)]
+            return [RowRun(0, tp_rank * part, part), RowRun(part, up + tp_rank * part, part)]
         case "vocab_rows":
             part = padded_vocab // tp_size
-            return [Run(0, tp_rank * part, max(0, min(part, rows - tp_rank * part)))]
+            return [RowRun(0, tp_rank * part, max(0, min(part, rows - tp_rank * part)))]
 
 
 def shard_columns(spec: WeightSpec, tp_rank: int, tp_size: int) -> slice:

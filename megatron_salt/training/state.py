@@ -23,7 +23,7 @@ from megatron_salt.checkpoint.optimizer import (
     optimizer_file,
 )
 from megatron_salt.checkpoint.shards import Cut
-from megatron_salt.checkpoint.weights import StoredWeights, weights_file
+from megatron_salt.checkpoint.weights import WeightFiles, weights_file
 from megatron_salt.model import student as student_module
 from megatron_salt.model.layers import canonical_parameters
 from megatron_salt.parallel.groups import same_error_everywhere
@@ -234,7 +234,7 @@ def restore(student: StudentEngine, folder: Path, manifest: CheckpointManifest) 
     """
     groups, parts, optimizer = student.groups, student.parts, OptimizerState(student)
     with same_error_everywhere(f"reading {folder}"):
-        weights, stored = StoredWeights(folder, manifest), StoredOptimizer(folder, manifest)
+        weights, stored = WeightFiles(folder, manifest), StoredOptimizer(folder, manifest)
     states, cut = stored.index.states, Cut(parts.tp_rank, parts.tp_size, parts.padded_vocab)
     for owner in optimizer.owners():
         optimizer.fill(owner, states, stored.index.scalars)

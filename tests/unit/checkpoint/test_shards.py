@@ -22,7 +22,7 @@ from megatron_salt.checkpoint.optimizer import (
     write_optimizer_index,
 )
 from megatron_salt.checkpoint.shards import WHOLE, Cut, read_range
-from megatron_salt.checkpoint.weights import StoredWeights, write_weights
+from megatron_salt.checkpoint.weights import WeightFiles, write_weights
 from megatron_salt.config.fields import ModelConfig
 from megatron_salt.files.disk import save_tensors
 from megatron_salt.model.weights import as_matrix, padded_vocab, shard, weight_table
@@ -210,7 +210,7 @@ def test_weights_at_any_layout(tmp_path: Path, saved_tp: int) -> None:
                 tensors = {name: numbered(name) for name in own}
             write_weights(tmp_path, pp_rank, cut.tp_rank, tensors)
     manifest = manifest_of(tmp_path, record(saved_tp, 2))
-    stored = StoredWeights(tmp_path, manifest)
+    stored = WeightFiles(tmp_path, manifest)
     for name, spec in TABLE.items():
         assert torch.equal(stored.whole(name), numbered(name))
         for cut in cuts(4):
@@ -219,4 +219,4 @@ def test_weights_at_any_layout(tmp_path: Path, saved_tp: int) -> None:
             assert torch.equal(got.double(), expected[1:])
     write_weights(tmp_path, 1, 0, {names[0]: numbered(names[0])})
     with pytest.raises(ValueError, match=f"{names[0]} is also in|{names[0]}: shape"):
-        StoredWeights(tmp_path, manifest)
+        WeightFiles(tmp_path, manifest)

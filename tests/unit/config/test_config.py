@@ -686,7 +686,7 @@ def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None
     assert all(sections.count(f"--{key} (") == 1 for key in KEYS)
     assert "--salt.kd_steps (whole number; default: 0):\n  Length n_KD of the KD" in sections
     assert shown("--help", "train.steps").startswith("--train.steps (whole number; required):")
-    assert len(KEYS) <= 93
+    assert len(KEYS) <= 94
 
 
 def test_data_prefixes_and_weights_on_the_command_line(files: list[str]) -> None:
