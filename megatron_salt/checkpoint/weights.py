@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_salt.checkpoint.manifest import CheckpointManifest, verify_hashes
+from megatron_salt.files.disk import save_tensors
 from megatron_salt.kernels import VocabShard
 from megatron_salt.model.frozen import FrozenModel, broadcast_weights
 from megatron_salt.model.weights import merge, weight_table
@@ -30,7 +30,7 @@ def write_weights(
     """Write one rank's part of the weights, by canonical name."""
     target = directory / weights_file(pp_rank, tp_rank)
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_file(dict(weights), target)
+    save_tensors(target, weights)
 
 
 def read_weights(path: Path, manifest: CheckpointManifest) -> dict[str, Tensor]:
@@ -106,7 +106,7 @@ def write_teacher_scores(directory: Path, tensors: Mapping[str, Tensor], samples
 
 
 def save_teacher_scores(path: Path, tensors: Mapping[str, Tensor], samples: str) -> None:
-    save_file(dict(tensors), path, metadata={"samples": samples})
+    save_tensors(path, tensors, {"samples": samples})
 
 
 def load_teacher_scores(path: Path) -> tuple[dict[str, Tensor], str]:

@@ -7,11 +7,10 @@ import dataclasses
 import json
 import re
 import sys
-import types
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import NoReturn, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -19,7 +18,9 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from megatron_salt.config.deepspeed import KNOWN_KEYS, read_json
 from megatron_salt.config.fields import KEYS, SECTIONS, RunConfig
 from megatron_salt.config.problems import check_config
+from megatron_salt.config.records import type_text
 from megatron_salt.config.values import nearest
+from megatron_salt.files.disk import atomic_path
 from megatron_salt.parallel import endings
 
 OPTIONS = [*SECTIONS, "config", "deepspeed_config", "dry_run", "local_rank", "local-rank", "help",
@@ -30,8 +31,6 @@ REQUIRED = [f"{name}.{item.name}" for name, kind in SECTIONS.items()
             if item.default is item.default_factory is dataclasses.MISSING]  # fmt: skip
 LISTS = [f"{name}.{item.name}" for name, kind in SECTIONS.items()
          for item in dataclasses.fields(kind) if item.type.startswith("list")]  # fmt: skip
-WORDS_OF_TYPES = {int: "whole number", float: "number", bool: "true | false", list: "list",
-                  dict: "numbers by name", type(None): "null"}  # fmt: skip
 
 # What people look for here and DeepSpeed's JSON owns; and Megatron's words for what is called
 # otherwise here.
@@ -174,16 +173,6 @@ def check_words(argv: Sequence[str]) -> None:
         seen.add(key)
 
 
-def type_text(kind: Any) -> str:
-    """A type in the words of a YAML file."""
-    parts = get_args(kind)
-    if get_origin(kind) is Literal:
-        return " | ".join(parts)
-    if isinstance(kind, types.UnionType):
-        return " | ".join(map(type_text, parts))
-    return WORDS_OF_TYPES.get(get_origin(kind) or kind, "text")
-
-
 def print_help(parser: ArgumentParser, topic: str | None) -> None:
     """Without a topic what there is; with one, the settings of that section or a single one.
 
@@ -259,4 +248,5 @@ def parse_command_line(argv: Sequence[str] | None = None, prog: str = "pretrain"
 
 def write_config(config: RunConfig, path: Path) -> None:
     """Write the resolved config as JSON, which `--config` reads too (YAML is a superset)."""
-    path.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")

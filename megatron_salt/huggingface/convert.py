@@ -17,15 +17,18 @@ from typing import Any
 import torch
 import yaml
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_salt.checkpoint.folder import resolve, write_model_manifest
-from megatron_salt.checkpoint.manifest import ModelRecord, read_checkpoint_manifest
+from megatron_salt.checkpoint.manifest import (
+    ModelRecord,
+    read_checkpoint_manifest,
+    tokenizer_folder,
+)
 from megatron_salt.checkpoint.weights import read_weights, write_weights
 from megatron_salt.config.fields import ModelConfig
 from megatron_salt.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_salt.files.disk import atomic_folder, check_new_folder
+from megatron_salt.files.disk import atomic_folder, check_new_folder, save_tensors
 from megatron_salt.huggingface.families import (
     Family,
     family_of,
@@ -193,7 +196,7 @@ def export_checkpoint(path: str, target: Path, tokenizer_as_is: bool = False) ->
     manifest = read_checkpoint_manifest(source)
     about, model = manifest.model, manifest.model.config
     kind, family = check_exportable(model, target)
-    tokenizer = load_tokenizer(source / "tokenizer")
+    tokenizer = load_tokenizer(tokenizer_folder(source, manifest))
     with atomic_folder(target) as partial:
         if tokenizer_as_is:
             tokenizer.save(partial)
@@ -206,7 +209,7 @@ def export_checkpoint(path: str, target: Path, tokenizer_as_is: bool = False) ->
             name = SINGLE
             if len(files) > 1:
                 name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-            save_file(part, partial / name, metadata={"format": "pt"})
+            save_tensors(partial / name, part, {"format": "pt"})
             index |= dict.fromkeys(part, name)
         if len(files) > 1:
             size = sum(weight.nbytes for part in files for weight in part.values())

@@ -15,6 +15,7 @@ from megatron_salt.checkpoint.folder import resolve
 from megatron_salt.checkpoint.manifest import (
     CheckpointManifest,
     read_checkpoint_manifest,
+    tokenizer_folder,
     weights_fingerprint,
 )
 from megatron_salt.data import tags
@@ -173,7 +174,7 @@ def find_model(request: ScoringRequest, hf: str | None = None) -> FoundModel:
     """
     folder = Path(hf) if hf is not None else resolve(str(request.teacher), what="--teacher")
     manifest = None if hf is not None else read_checkpoint_manifest(folder)
-    reader = load_tokenizer(folder / "tokenizer" if hf is None else folder)
+    reader = load_tokenizer(tokenizer_folder(folder, manifest) if manifest else folder)
     tokenizer = data_tokenizer(request.data, reader)
     verify_dataset(request.data, tokenizer)
     window = request.window

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import shutil
 import signal
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from edited import edit_manifest
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from ranks import RankError, run_ranks, run_ranks_to_the_end
 from safetensors.torch import load_file, save_file
@@ -25,7 +25,6 @@ from megatron_salt.corpus.train_tokenizer import train_tokenizer
 from megatron_salt.data.dataset import DataSource, find_tokenizer
 from megatron_salt.data.tokenizer import load_tokenizer
 from megatron_salt.evaluation.checkpoint_score import ScoreRequest, score_checkpoint
-from megatron_salt.files.disk import sha256_of
 from megatron_salt.parallel.groups import initialize
 from megatron_salt.training.resume import lock_output_dir
 from megatron_salt.training.run import prepare
@@ -73,13 +72,7 @@ def rewrite_weights(
     """Change the weights of a one-rank checkpoint and make its manifest agree again."""
     file = next((checkpoint / "weights").iterdir())
     save_file(change(load_file(file)), file)
-    manifest_file = checkpoint / "manifest.json"
-    manifest = json.loads(manifest_file.read_text())
-    manifest["files"][f"weights/{file.name}"] = {
-        "bytes": file.stat().st_size,
-        "sha256": sha256_of(file),
-    }
-    manifest_file.write_text(json.dumps(manifest))
+    edit_manifest(checkpoint)
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
@@ -145,8 +138,7 @@ def test_model_without_its_run_teaches_and_is_scored_but_not_resumed(
     """What a converted model is: weights, tokenizer and what the model says about itself."""
     checkpoint = copy_checkpoint(teacher, tmp_path)
     whole = run_ranks(1, _score, str(checkpoint), [str(dataset)])[0]
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    (checkpoint / "manifest.json").write_text(json.dumps({**manifest, "training": None}))
+    edit_manifest(checkpoint, lambda values: values.update(training=None))
     assert run_ranks(1, _score, str(checkpoint), [str(dataset)])[0] == whole
     with pytest.raises(RankError, match="holds a model without its run: .* on data that is named"):
         run_ranks(1, _score, str(checkpoint), None)
@@ -187,11 +179,7 @@ def test_teacher_of_another_vocabulary(
     checkpoint = copy_checkpoint(teacher, tmp_path)
     texts = [f"entirely different words, number {n}, said {n * n} times" for n in range(300)]
     train_tokenizer(texts, checkpoint / "tokenizer" / "tokenizer.model", vocab_size=330)
-    manifest_file = checkpoint / "manifest.json"
-    manifest = json.loads(manifest_file.read_text())
-    size = (checkpoint / "tokenizer" / "tokenizer.model").stat().st_size
-    manifest["files"]["tokenizer/tokenizer.model"]["bytes"] = size
-    manifest_file.write_text(json.dumps(manifest))
+    edit_manifest(checkpoint)
     message = fails(1, dataset, teacher__checkpoint=str(checkpoint), salt__kd_steps=2)
     assert "teacher" in message and "330" in message and "509" in message
 
@@ -460,6 +448,7 @@ def test_id_beyond_the_vocabulary_ends_all_ranks(
 ) -> None:
     """Met by the last replica in step 3; a collective would wait 30 minutes for it."""
     prefix = copy_dataset(dataset, tmp_path)
+    Path(f"{prefix}.manifest.json").unlink()  # or its hash of samples would find it at the start
     config = make_config(
         prefix, tmp_path / "run", parallel__tensor_model_parallel_size=tp,
         parallel__pipeline_model_parallel_size=pp,
