@@ -126,7 +126,9 @@ def build_parser(prog: str) -> ArgumentParser:
 def check_yaml_keys(path: str) -> None:
     """Raise ValueError for a key of the YAML file that is not a setting, naming file and key."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        # By libyaml where it is there, as jsonargparse reads it.
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), loader)
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror or error}") from error
     except yaml.YAMLError as error:
@@ -134,6 +136,9 @@ def check_yaml_keys(path: str) -> None:
         place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else path
         what = getattr(error, "problem", None) or error
         raise ValueError(f"--config {place}: not valid YAML: {what}") from error
+    # Not UTF-8, a date that there is not, thousands of digits; or as many brackets.
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"--config {path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config {path}: expected sections {list(SECTIONS)}, found {values!r}")
     known = [*SECTIONS, "deepspeed_config", "dry_run"]
@@ -228,8 +233,8 @@ def parse_command_line(argv: Sequence[str] | None = None, prog: str = "pretrain"
                 check_yaml_keys(word.split("=", 1)[1])
         check_words(argv)
         namespace = parser.parse_args(argv)
-        sections = {name: kind(**vars(namespace[name])) for name, kind in SECTIONS.items()}
-        config = RunConfig(**sections)
+        sections = {name: vars(namespace[name]) for name in SECTIONS}
+        config = RunConfig.from_dict(sections, "--config and options")
         check_config(config)
         if print_it:
             values = {**config.to_dict(), "deepspeed_config": namespace.deepspeed_config}

@@ -256,6 +256,8 @@ def verify_tags(
     manifest.verify(path, prefix, data_prefix, tokenizer_fingerprint, "tag", hashes=hashes)
     lengths = sequence_lengths(data_prefix)
     for kind in manifest.stored:
+        if not {f"_{kind}.bin", f"_{kind}.idx"} <= set(manifest.files):
+            raise ValueError(f"{path}: it lists no files of {kind!r}; {TAG_AGAIN}")
         if not np.array_equal(sequence_lengths(tag_prefix(prefix, kind)), lengths):
             raise ValueError(
                 f"{idx_path(tag_prefix(prefix, kind))} and {idx_path(data_prefix)} have sequences "

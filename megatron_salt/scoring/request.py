@@ -129,8 +129,10 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     found = []
     for section, value in now.items():
         for name in value if isinstance(value, dict) else [None]:
-            mine = value if name is None else value[name]
-            theirs = before.get(section) if name is None else before.get(section, {}).get(name)
+            mine, theirs = value, before.get(section)
+            if name is not None:
+                mine = value[name]
+                theirs = theirs.get(name) if isinstance(theirs, dict) else None
             if mine != theirs and name != "name":
                 found.append(section if name is None else f"{section}.{name}")
     return found
