@@ -2,16 +2,16 @@
 
     python benchmarks/checkpoints.py
 
-On two CPU processes, one thread each: a student of 8 layers, width 512, a vocabulary of 4096 learnt
-from the standard library of the running Python; 28 M parameters, a hundredth of 2.8 B, in bf16 with ZeRO 1.
+On two CPU processes: a student of 8 layers, width 512, a vocabulary of 4096 learnt from the standard
+library of the running Python; 28 M parameters, a hundredth of 2.8 B, in bf16 with ZeRO 1.
 
 Steps: a run at dp 2 saves in turn behind the next steps and while training waits. Seconds are of
-the whole step with what follows it; the figures are the medians over the saves of the step that
-saves and of the five after it, each over the median of steps without a save nearby.
+the whole step with what follows it. The figures are of the step that saves and of the five after
+it: medians over the saves, over the median of steps without a save nearby.
 
-Restoring: its last checkpoint (tp 1, pp 1, dp 2) goes on at tp 2, pp 2 and ZeRO 3. Per rank: bytes of
-hashes verified, bytes of tensors read, the peak of memory that is not of mapped files above what was there
-before, and seconds, of `restore`.
+Restoring: its last checkpoint (dp 2) goes on at four layouts. Per rank: bytes of files verified,
+bytes of tensors read, the peak of memory that is not of mapped files above what was there before,
+what of it stays, and seconds, of `restore`.
 Writes results/checkpoints.json with machine and versions.
 """
 
@@ -82,10 +82,10 @@ def write_run(output: Path, prefix: Path, steps: int, layout: tuple[int, int, in
     }  # fmt: skip
     _, json_file = write_files(output, values, "bf16")
     content = json.loads(Path(json_file).read_text(encoding="utf-8"))
-    content["zero_optimization"] = {"stage": stage}
-    content["data_types"] = {"grad_accum_dtype": "fp32"}
-    content["train_batch_size"] = 8
-    content["train_micro_batch_size_per_gpu"] = 4
+    content |= {
+        "zero_optimization": {"stage": stage}, "data_types": {"grad_accum_dtype": "fp32"},
+        "train_batch_size": 8, "train_micro_batch_size_per_gpu": 4,
+    }  # fmt: skip
     Path(json_file).write_text(json.dumps(content), encoding="utf-8")
 
 

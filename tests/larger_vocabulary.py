@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
 
 import torch
+from edited import edit_manifest
 from safetensors.torch import load_file, save_file
 from sentencepiece import sentencepiece_model_pb2
 
@@ -29,8 +29,8 @@ def enlarged(
     """A checkpoint without a run: `run`'s newest, with so many tokens and random rows more. What
     the rows make of a hidden state outweighs all else. `tied`: without its output layer."""
     shutil.copytree(list_checkpoints(run)[-1], folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    model, (weights,) = manifest["model"], folder.glob("weights/*")
+    model = json.loads((folder / "manifest.json").read_text())["model"]
+    (weights,) = folder.glob("weights/*")
     add_tokens(folder / "tokenizer" / "tokenizer.model", tokens)
     content, size = load_file(weights), model["vocab_size"]
     more = torch.randn((rows, model["config"]["hidden_size"]), generator=torch.Generator())
@@ -41,14 +41,6 @@ def enlarged(
     save_file(content, weights)
     model["vocab_size"] = size + rows
     model["config"]["untie_embeddings_and_output_weights"] = not tied
-    model["evaluation"] = manifest["training"] = None
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"]
-    manifest["files"] = {
-        str(path.relative_to(folder)): {
-            "bytes": path.stat().st_size,
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        }
-        for path in files
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    model["evaluation"] = None
+    edit_manifest(folder, lambda values: values.update(model=model, training=None))
     return folder

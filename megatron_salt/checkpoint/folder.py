@@ -16,10 +16,8 @@ after every file has been flushed, read back and hashed.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -29,6 +27,7 @@ from megatron_salt.checkpoint.manifest import (
     CheckpointManifest,
     ModelRecord,
     installed_versions,
+    manifest_text,
     read_checkpoint_manifest,
 )
 from megatron_salt.checkpoint.weights import weights_file
@@ -78,7 +77,10 @@ def start_partial(output_dir: str | Path, step: int) -> None:
     checkpoints_dir(output_dir).mkdir(parents=True, exist_ok=True)
     for pattern in (".step_*.partial", ".step_*.replaced", ".step_*.deleted"):
         for leftover in checkpoints_dir(output_dir).glob(pattern):
-            shutil.rmtree(leftover, ignore_errors=pattern.endswith("deleted"))
+            if leftover.is_symlink():  # of somebody else's making
+                leftover.unlink()
+            else:
+                shutil.rmtree(leftover, ignore_errors=pattern.endswith("deleted"))
     partial_dir(output_dir, step).mkdir()
 
 
@@ -134,7 +136,7 @@ def write_model_manifest(partial: Path, model: ModelRecord) -> None:
 
 def _write_manifest(partial: Path, manifest: CheckpointManifest) -> None:
     with atomic_path(partial / MANIFEST) as temporary:
-        temporary.write_text(json.dumps(asdict(manifest), indent=1), encoding="utf-8")
+        temporary.write_text(manifest_text(manifest), encoding="utf-8")
 
 
 def remove_old(output_dir: str | Path, keep: int) -> list[str]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from megatron_salt.config.fields import ModelConfig, RunConfig
+from megatron_salt.config.problems import check_config, check_model
+from megatron_salt.config.records import record_of
 from megatron_salt.files.disk import sha256_of
+from megatron_salt.files.json_files import read_object, with_own_hash, without_own_hash
 from megatron_salt.method.switch import SwitchState
 from megatron_salt.model.weights import num_parameters
 
@@ -135,39 +138,59 @@ def read_checkpoint_manifest(path: Path) -> CheckpointManifest:
     Raises: ValueError naming the file and what is wrong with it.
     """
     source = path / MANIFEST
-    try:
-        values = json.loads(source.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{source}: cannot be read: {error}") from error
+    values = read_object(source)
     if values.get("format_version") != CHECKPOINT_FORMAT:
         raise ValueError(
             f"{source}: format {values.get('format_version')!r}, this version reads "
             f"{CHECKPOINT_FORMAT}"
         )
-    for name, record in values.get("files", {}).items():
-        file = path / name
-        if not file.is_file():
-            raise ValueError(f"{file}: missing; the checkpoint is damaged, use another one")
-        if file.stat().st_size != record["bytes"]:
-            raise ValueError(
-                f"{file}: {file.stat().st_size} bytes, the manifest says {record['bytes']}; the "
-                "checkpoint is damaged, use another one"
-            )
+    manifest = record_of(CheckpointManifest, without_own_hash(values, source), str(source))
     try:
-        model, training = values["model"], values["training"]
-        if model["evaluation"] is not None:
-            model["evaluation"] = Evaluation(**model["evaluation"])
-        model["config"] = ModelConfig(**model["config"])
-        values["model"] = ModelRecord(**model)
-        if training is not None:
-            training["config"] = RunConfig.from_dict(training["config"], source=str(source))
-            training["switch"] = SwitchState(**training["switch"])
-            values["training"] = RunRecord(**training)
-        return CheckpointManifest(**values)
-    except (TypeError, KeyError) as error:
-        raise ValueError(
-            f"{source}: not a manifest of format {CHECKPOINT_FORMAT}: {error}"
-        ) from error
+        if manifest.training is not None:
+            check_config(manifest.training.config)
+        check_model(manifest.model.config, manifest.model.seq_length)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    for name, record in manifest.files.items():
+        _check_file(path, name, record, source)
+    return manifest
+
+
+def manifest_text(manifest: CheckpointManifest) -> str:
+    """The file's content, which vouches for itself."""
+    return json.dumps(with_own_hash(asdict(manifest)), indent=1)
+
+
+def _check_file(path: Path, name: str, record: dict[str, Any], source: Path) -> None:
+    """Raise ValueError unless a file of this record is there, in this folder and of this size."""
+    if set(map(type, record.values())) != {int, str} or set(record) != {"bytes", "sha256"}:
+        raise ValueError(f"{source}: files.{name} = {record}: expected its bytes and sha256")
+    file, damaged = path / name, "the checkpoint is damaged, use another one"
+    try:
+        there, size = file.is_file(), file.stat().st_size if file.is_file() else 0
+        within = file.resolve().is_relative_to(path.resolve()) and ".." not in Path(name).parts
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise ValueError(f"{file}: {error}; {damaged}") from error
+    if not within or Path(name).is_absolute():
+        raise ValueError(f"{file}: listed in {source}, and leads out of its folder: do not use it")
+    if not there:
+        raise ValueError(f"{file}: missing; {damaged}")
+    if size != record["bytes"]:
+        raise ValueError(f"{file}: {size} bytes, the manifest says {record['bytes']}; {damaged}")
+
+
+def tokenizer_folder(path: Path, manifest: CheckpointManifest) -> Path:
+    """Where the tokenizer of a checkpoint lies, as it was written.
+
+    Raises: ValueError naming a file that has changed, or that was not written with it.
+    """
+    folder = path / "tokenizer"
+    # Hidden ones are a file system's; nothing reads them.
+    names = [f"tokenizer/{each.name}" for each in folder.glob("[!.]*")]
+    if extra := [name for name in names if name not in manifest.files]:
+        raise ValueError(f"{path / extra[0]}: not listed in {path / MANIFEST}: remove it")
+    verify_hashes(path, manifest, names)
+    return folder
 
 
 def verify_hashes(path: Path, manifest: CheckpointManifest, names: Sequence[str]) -> None:

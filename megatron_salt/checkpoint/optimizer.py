@@ -22,6 +22,8 @@ from torch import Tensor
 
 from megatron_salt.checkpoint.manifest import CheckpointManifest, ModelRecord
 from megatron_salt.checkpoint.shards import Cut, naming, open_tensors, read_range, shard_numel
+from megatron_salt.config.records import record_of
+from megatron_salt.files.json_files import read_object
 from megatron_salt.model.weights import padded_vocab, weight_table
 
 OPTIMIZER_INDEX = "optimizer/index.json"
@@ -72,7 +74,12 @@ def _fragments(index: OptimizerIndex, model: ModelRecord, source: Path | str) ->
         for tp_rank in range(1 if spec.sharding == "replicated" else model.tp_size)
     }
     for part in index.parts:
-        for name, (start, numel) in part.fragments.items():
+        for name, fragment in part.fragments.items():
+            if len(fragment) != 2:
+                raise ValueError(
+                    f"{source}: {part.file}: {name} = {fragment}: expected two numbers"
+                )
+            start, numel = fragment
             if (name, part.tp_rank) not in found:
                 raise ValueError(f"{source}: {part.file}: {name} is not a weight of this model")
             found[name, part.tp_rank].append(_Fragment(start, numel, part.file))
@@ -125,26 +132,9 @@ class StoredOptimizer:
                 f"{folder} has no optimizer state (stripped?): it cannot be resumed; "
                 "train.init_from starts a new run from its weights"
             )
-        try:
-            values = json.loads(source.read_text(encoding="utf-8"))
-            parts = [
-                OptimizerPart(
-                    file=str(part["file"]), tp_rank=int(part["tp_rank"]),
-                    fragments={
-                        name: (int(start), int(numel))
-                        for name, (start, numel) in part["fragments"].items()
-                    },
-                )
-                for part in values["parts"]
-            ]  # fmt: skip
-            scalars = {name: float(value) for name, value in values["scalars"].items()}
-            self.index = OptimizerIndex(
-                states=list(map(str, values["states"])), scalars=scalars, parts=parts
-            )
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{source}: cannot be read: {error!r}") from error
+        self.index = record_of(OptimizerIndex, read_object(source), str(source))
         self._fragments = _fragments(self.index, self.model, source)
-        for part in parts:
+        for part in self.index.parts:
             if part.file not in manifest.files:
                 raise ValueError(f"{source}: {part.file} is not in the manifest")
         self._table = weight_table(

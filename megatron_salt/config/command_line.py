@@ -7,11 +7,10 @@ import dataclasses
 import json
 import re
 import sys
-import types
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import NoReturn, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -19,7 +18,9 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from megatron_salt.config.deepspeed import KNOWN_KEYS, read_json
 from megatron_salt.config.fields import KEYS, SECTIONS, RunConfig
 from megatron_salt.config.problems import check_config
+from megatron_salt.config.records import type_text
 from megatron_salt.config.values import nearest
+from megatron_salt.files.disk import atomic_path
 from megatron_salt.parallel import endings
 
 OPTIONS = [*SECTIONS, "config", "deepspeed_config", "dry_run", "local_rank", "local-rank", "help",
@@ -30,8 +31,6 @@ REQUIRED = [f"{name}.{item.name}" for name, kind in SECTIONS.items()
             if item.default is item.default_factory is dataclasses.MISSING]  # fmt: skip
 LISTS = [f"{name}.{item.name}" for name, kind in SECTIONS.items()
          for item in dataclasses.fields(kind) if item.type.startswith("list")]  # fmt: skip
-WORDS_OF_TYPES = {int: "whole number", float: "number", bool: "true | false", list: "list",
-                  dict: "numbers by name", type(None): "null"}  # fmt: skip
 
 # What people look for here and DeepSpeed's JSON owns; and Megatron's words for what is called
 # otherwise here.
@@ -127,7 +126,9 @@ def build_parser(prog: str) -> ArgumentParser:
 def check_yaml_keys(path: str) -> None:
     """Raise ValueError for a key of the YAML file that is not a setting, naming file and key."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        # By libyaml where it is there, as jsonargparse reads it.
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), loader)
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror or error}") from error
     except yaml.YAMLError as error:
@@ -135,6 +136,9 @@ def check_yaml_keys(path: str) -> None:
         place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else path
         what = getattr(error, "problem", None) or error
         raise ValueError(f"--config {place}: not valid YAML: {what}") from error
+    # Not UTF-8, a date that there is not, thousands of digits; or as many brackets.
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"--config {path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config {path}: expected sections {list(SECTIONS)}, found {values!r}")
     known = [*SECTIONS, "deepspeed_config", "dry_run"]
@@ -172,16 +176,6 @@ def check_words(argv: Sequence[str]) -> None:
                 f'as --{key} "[a, b]", or --{key}+ to append'
             )
         seen.add(key)
-
-
-def type_text(kind: Any) -> str:
-    """A type in the words of a YAML file."""
-    parts = get_args(kind)
-    if get_origin(kind) is Literal:
-        return " | ".join(parts)
-    if isinstance(kind, types.UnionType):
-        return " | ".join(map(type_text, parts))
-    return WORDS_OF_TYPES.get(get_origin(kind) or kind, "text")
 
 
 def print_help(parser: ArgumentParser, topic: str | None) -> None:
@@ -239,8 +233,8 @@ def parse_command_line(argv: Sequence[str] | None = None, prog: str = "pretrain"
                 check_yaml_keys(word.split("=", 1)[1])
         check_words(argv)
         namespace = parser.parse_args(argv)
-        sections = {name: kind(**vars(namespace[name])) for name, kind in SECTIONS.items()}
-        config = RunConfig(**sections)
+        sections = {name: vars(namespace[name]) for name in SECTIONS}
+        config = RunConfig.from_dict(sections, "--config and options")
         check_config(config)
         if print_it:
             values = {**config.to_dict(), "deepspeed_config": namespace.deepspeed_config}
@@ -259,4 +253,5 @@ def parse_command_line(argv: Sequence[str] | None = None, prog: str = "pretrain"
 
 def write_config(config: RunConfig, path: Path) -> None:
     """Write the resolved config as JSON, which `--config` reads too (YAML is a superset)."""
-    path.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 from jsonargparse.typing import register_type
 
+from megatron_salt.config.records import record_of
+
 Transition = Literal["constant", "step", "linear_decay", "linear_ratio_decay",
                      "knowledge_inheritance", "wsd"]  # fmt: skip
 
@@ -346,21 +348,12 @@ class RunConfig:
     def from_dict(cls, values: dict[str, Any], source: str) -> RunConfig:
         """Rebuild a config that `to_dict` wrote.
 
-        Raises: ValueError naming `source`, for a section or field that this version lacks.
+        A section that is not there has its defaults.
+        Raises: ValueError naming `source`, as `record_of`.
         """
-        if not set(values) <= set(SECTIONS):
-            raise ValueError(f"{source}: unknown sections {sorted(set(values) - set(SECTIONS))}")
-        sections = {}
-        for section, kind in SECTIONS.items():
-            given = values.get(section, {})
-            unknown = set(given) - {item.name for item in dataclasses.fields(kind)}
-            if unknown:
-                raise ValueError(f"{source}: unknown fields {sorted(unknown)} in {section}")
-            try:
-                sections[section] = kind(**given)
-            except TypeError as error:  # a field without default is missing
-                raise ValueError(f"{source}: section {section}: {error}") from error
-        return cls(**sections)
+        if isinstance(values, dict):
+            values = {**{section: {} for section in SECTIONS}, **values}
+        return record_of(cls, values, source)
 
 
 SECTIONS: dict[str, Any] = {

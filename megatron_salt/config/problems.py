@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_salt.config.fields import SECTIONS, ModelConfig, ParallelConfig, RunConfig, SaltConfig
 from megatron_salt.config.values import (
@@ -30,7 +30,16 @@ LONGEST_WAIT_MINUTES = 365 * 24 * 60  # clocks overflow at 292 years, in 64 bits
 
 def check_config(config: RunConfig) -> None:
     """Raise ValueError if settings contradict each other: a line for each, with the remedy."""
-    found = list(problems(config))
+    _refuse(list(problems(config)))
+
+
+def check_model(model: ModelConfig, seq_length: int) -> None:
+    """As `check_config`, of a model by itself."""
+    numbers = list(_number_problems("model", model))
+    _refuse(numbers or list(model_problems(model, seq_length, ParallelConfig())))
+
+
+def _refuse(found: list[str]) -> None:
     if len(found) == 1:
         raise ValueError(found[0])
     if found:
@@ -55,16 +64,20 @@ def problems(config: RunConfig) -> Iterator[str]:
 
 def number_problems(config: RunConfig) -> Iterator[str]:
     """What concerns each number by itself."""
-    for name, kind in SECTIONS.items():
-        for item in dataclasses.fields(kind):
-            key, value = f"{name}.{item.name}", getattr(getattr(config, name), item.name)
-            numeric = item.type.startswith(("int", "float"))  # annotations are text here
-            if numeric and value is not None and not is_number(value):
-                yield f"{key} = {value}: must be a finite number"
-            elif key in ABOVE_0 and value <= 0:
-                yield f"{key} = {value}: must be above 0"
-            elif item.name == "timeout_minutes" and not 0.01 <= value <= LONGEST_WAIT_MINUTES:
-                yield f"{key} = {value}: must lie between 0.01 and {LONGEST_WAIT_MINUTES}"
+    for name in SECTIONS:
+        yield from _number_problems(name, getattr(config, name))
+
+
+def _number_problems(name: str, section: Any) -> Iterator[str]:
+    for item in dataclasses.fields(section):
+        key, value = f"{name}.{item.name}", getattr(section, item.name)
+        numeric = item.type.startswith(("int", "float"))  # annotations are text here
+        if numeric and value is not None and not is_number(value):
+            yield f"{key} = {value}: must be a finite number"
+        elif key in ABOVE_0 and value <= 0:
+            yield f"{key} = {value}: must be above 0"
+        elif item.name == "timeout_minutes" and not 0.01 <= value <= LONGEST_WAIT_MINUTES:
+            yield f"{key} = {value}: must lie between 0.01 and {LONGEST_WAIT_MINUTES}"
 
 
 def _below(least: Literal[0, 1], config: RunConfig, section: str, *names: str) -> Iterator[str]:

@@ -405,6 +405,7 @@ def publish_dataset(
         versions={"python": platform.python_version(), **versions},
         bin_bytes=bin_path.stat().st_size, bin_sha256=bin_sha256 or sha256_of(bin_path),
         idx_bytes=idx_path.stat().st_size, idx_sha256=sha256_of(idx_path),
+        bin_sampled_sha256=manifest.sampled_sha256(bin_path),
     )  # fmt: skip
     tokenizer.save(manifest.tokenizer_directory(prefix))
     manifest.dataset_manifest_path(prefix).write_text(made.to_json(), encoding="utf-8")

@@ -20,9 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 from numpy.typing import NDArray
 from torch import Tensor
@@ -38,6 +37,7 @@ from megatron_salt.data.epochs import (
     Tags,
     WindowDataset,
 )
+from megatron_salt.data.index_cache import CheckedBlend, CheckedDataset
 from megatron_salt.data.logits import StoredLogits
 from megatron_salt.data.manifest import (
     check_exists,
@@ -161,7 +161,7 @@ class DataSource:
         self.tag_inputs = tag_inputs or TagInputs()
         self.selections = self.tag_inputs.selections
         self.logits = list(logits)
-        self._documents_of: dict[int, GPTDataset] = {}
+        self._documents_of: dict[int, CheckedDataset] = {}
         self.tags: list[Tags | None] = [None] * len(prefixes)
         self.parts: list[EpochedDataset] = []
         self.selected_parts: list[EpochedDataset] = []
@@ -180,7 +180,7 @@ class DataSource:
     def _order(
         self, num_samples: int, parts: list[EpochedDataset],
         build_epoch: Callable[[int, int], Epoch],
-    ) -> EpochedDataset | BlendedDataset:  # fmt: skip
+    ) -> EpochedDataset | CheckedBlend:  # fmt: skip
         """An endless order long enough for so many rows. Mutates: parts, its datasets."""
         # Greedy blending never strays from the share by more than one sample per dataset.
         needed = [int(np.ceil(share * num_samples)) + len(self.prefixes) for share in self.shares]
@@ -199,7 +199,8 @@ class DataSource:
         first = not dist.is_initialized() or dist.get_rank() == 0
         if not first:
             dist.barrier()
-        blended = BlendedDataset(parts, self.shares, num_samples, config)
+        with self._naming_the_cache():
+            blended = CheckedBlend(parts, self.shares, num_samples, config)
         if first and dist.is_initialized():
             dist.barrier()
         return blended
@@ -227,9 +228,9 @@ class DataSource:
         check_split(self.data.split)
         return f"{self.data.split},0"
 
-    def _build(self, config: GPTDatasetConfig) -> list[GPTDataset | None]:
+    def _build(self, config: GPTDatasetConfig) -> list[CheckedDataset | None]:
         """One epoch of the part asked for; collective (rank 0 writes the index files first)."""
-        builder = BlendedMegatronDatasetBuilder(GPTDataset, [None] * 3, lambda: True, config)
+        builder = BlendedMegatronDatasetBuilder(CheckedDataset, [None] * 3, lambda: True, config)
         with self._naming_the_cache():
             return builder.build()
 
@@ -240,10 +241,10 @@ class DataSource:
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(
                 f"data.cache_path {self.cache_path}: an index file cannot be built or read "
-                f"({error}); if an earlier start was killed while writing it, delete the folder"
+                f"({error}); delete the folder: nothing is in it that is not made again"
             ) from error
 
-    def _gpt_epoch(self, which: int, seed: int) -> GPTDataset:
+    def _gpt_epoch(self, which: int, seed: int) -> CheckedDataset:
         """All training documents of a dataset, once."""
         prefix = self.prefixes[which]
         train = self._build(self._config(prefix, seed, held_out=False))[0]
@@ -261,11 +262,11 @@ class DataSource:
         self._documents_of.setdefault(which, epoch)
         return self._with_places(epoch if tags is None else TaggedDataset(epoch, tags), epoch)
 
-    def _with_places(self, epoch: Epoch, gpt: GPTDataset) -> Epoch:
+    def _with_places(self, epoch: Epoch, gpt: CheckedDataset) -> Epoch:
         """Samples that say where their labels lie, if stored logits are looked up by that."""
         return PlacedDataset(epoch, gpt) if self.logits else epoch
 
-    def _documents(self, which: int) -> GPTDataset:
+    def _documents(self, which: int) -> CheckedDataset:
         """The training documents of a dataset; their order does not matter here."""
         found = self._documents_of.get(which) or self._gpt_epoch(which, epoch_seed(self.seed, 0))
         return self._documents_of.setdefault(which, found)
@@ -308,8 +309,8 @@ class DataSource:
         config.path_to_cache = f"{config.path_to_cache}-{selection.fingerprint}"
         with self._naming_the_cache():
             epoch = BlendedMegatronDatasetBuilder.build_generic_dataset(
-                GPTDataset, lambda: True, True, gpt.dataset, self.prefixes[which], documents, None,
-                Split.train, config,
+                CheckedDataset, lambda: True, True, gpt.dataset, self.prefixes[which], documents,
+                None, Split.train, config,
             )  # fmt: skip
         tags = self.tags[which]
         return self._with_places(epoch if tags is None else TaggedDataset(epoch, tags), epoch)
@@ -321,7 +322,7 @@ class DataSource:
                 f"fill one sample of data.seq_length = {self.data.seq_length} tokens; select more"
             )
 
-    def _held_out(self, train_prefixes: Sequence[str]) -> list[GPTDataset]:
+    def _held_out(self, train_prefixes: Sequence[str]) -> list[CheckedDataset]:
         found = []
         for prefix in self.data.valid_data_path or train_prefixes:
             valid = self._build(self._config(prefix, EVALUATION_SEED, held_out=True))[1]

@@ -93,18 +93,6 @@ class LogitsOrigin:
     """train.steps of the model's own run, if it is known."""
     settings: LogitsSettings
 
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> LogitsOrigin:
-        """Raises: KeyError or TypeError for fields that are missing or unknown."""
-        return cls(
-            **{
-                **fields,
-                "data": tags.DataIdentity(**fields["data"]),
-                "model": tags.ModelIdentity(**fields["model"]),
-                "settings": LogitsSettings(**fields["settings"]),
-            }
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class LogitsManifest(tags.FilesManifest):
@@ -140,7 +128,7 @@ def read_logits_manifest(prefix: str | Path) -> LogitsManifest:
             f"{prefix} is a file of logits: give {stem}, the --output-prefix of `cache-logits`"
         )
     path = logits_manifest_path(prefix)
-    return LogitsManifest.read(path, LogitsOrigin, LOGITS_FORMAT, "cache-logits")
+    return LogitsManifest.read(path, LOGITS_FORMAT, "cache-logits")
 
 
 def verify_logits(

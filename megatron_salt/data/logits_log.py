@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from megatron_salt.data import logits
 from megatron_salt.data.tags import FileRecord
 from megatron_salt.files.disk import atomic_path, fsync_path
+from megatron_salt.files.json_files import read_object
 
 # What the index says of a window.
 STEP, WINDOW, ENTRIES = range(3)
@@ -40,7 +41,7 @@ class LogitsLog:
         self.settings = settings
         path, about = folder / "index.bin", folder / "about.json"
         identity = {"run": run, **asdict(settings)}
-        if about.is_file() and json.loads(about.read_text(encoding="utf-8")) != identity:
+        if about.is_file() and read_object(about) != identity:
             raise ValueError(
                 f"{folder} holds logits of another run, or of other settings (train.cache_logits, "
                 "train.cache_logits_top_k): name another prefix, or delete the folder"
@@ -88,6 +89,9 @@ def _read_index(folder: Path) -> NDArray[np.int64]:
     """[windows, 3], without a last line that is not whole."""
     path = folder / "index.bin"
     words = np.fromfile(path, "<i8") if path.is_file() else np.zeros(0, "<i8")
+    # No count is near 2^40: sums and sizes that are made of them stay whole numbers.
+    if ((words < 0) | (words >= 1 << 40)).any():
+        raise ValueError(f"{path} is damaged; begin the run anew, or leave train.cache_logits out")
     return words[: len(words) // 3 * 3].reshape(-1, 3)
 
 

@@ -8,6 +8,7 @@ a copy of that tokenizer in `<prefix>.tokenizer/`.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from megatron_salt.config.records import record_of
 from megatron_salt.config.values import nearest
 from megatron_salt.data.tokenizer import (
     Tokenizer,
@@ -26,11 +28,16 @@ from megatron_salt.data.tokenizer import (
     load_tokenizer,
 )
 from megatron_salt.files.disk import sha256_of
+from megatron_salt.files.json_files import read_object
 
 logger = logging.getLogger(__name__)
 
 DATASET_FORMAT = 1
 PREPROCESS_AGAIN = "run `megatron-salt preprocess` again"
+
+# Of a file too large to be read at every start: this many blocks, evenly spread.
+SAMPLED_BLOCKS = 1024
+SAMPLED_BLOCK_BYTES = 4096
 
 # The header of a Megatron .idx: magic, version, dtype code, numbers of sequences and documents.
 # Read here because megatron-core checks it with assertions and only up to the version.
@@ -68,6 +75,8 @@ class DatasetManifest:
     bin_sha256: str
     idx_bytes: int
     idx_sha256: str
+    bin_sampled_sha256: str | None = None
+    """See `sampled_sha256`; None: of a dataset made before this was written."""
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
@@ -108,14 +117,13 @@ def read_dataset_manifest(prefix: str | Path) -> DatasetManifest | None:
     if not path.exists():
         return None
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        version = fields["format_version"]
+        fields = read_object(path)
+        version = fields.get("format_version")
         if version == DATASET_FORMAT:
-            inputs = tuple(InputRecord(**record) for record in fields.pop("inputs"))
-            return DatasetManifest(inputs=inputs, **fields)
-    except (ValueError, TypeError, KeyError) as error:
+            return record_of(DatasetManifest, fields, "it")
+    except ValueError as error:
         raise ValueError(
-            f"{path} is not a dataset manifest ({error!r}); {PREPROCESS_AGAIN}"
+            f"{path} is not a dataset manifest ({error}); {PREPROCESS_AGAIN}"
         ) from error
     raise ValueError(
         f"{path} has format version {version}, this release reads {DATASET_FORMAT}; "
@@ -151,9 +159,10 @@ def verify_dataset(
 ) -> DatasetManifest | None:
     """Checks a dataset before training on it, and returns its manifest.
 
-    Sizes always: `.idx` against itself, `.bin` against the `.idx`, both against the manifest. With
-    `tokenizer`, that the ids mean its tokens. With `hashes`, every byte (reads the whole dataset).
-    A dataset without a manifest, as Megatron-LM writes them, is accepted with a warning.
+    Always the sizes, every byte of the `.idx` and samples of the `.bin`. With `tokenizer`, that the
+    ids mean its tokens. With `hashes`, every byte (reads the whole dataset). A dataset without a
+    manifest, as Megatron-LM writes them, is accepted with a warning if its `.idx` agrees with
+    itself; one whose manifest has no hash of samples, of earlier versions, too.
 
     Raises: FileNotFoundError or ValueError naming the file, what is wrong and what to do.
     """
@@ -170,6 +179,7 @@ def verify_dataset(
         return None
     _check_size(bin_path(prefix), manifest.bin_bytes, "its manifest")
     _check_size(idx_path(prefix), manifest.idx_bytes, "its manifest")
+    check_hash(idx_path(prefix), manifest.idx_sha256)
     if (index.tokens, index.documents) != (manifest.tokens, manifest.documents):
         raise ValueError(
             f"{idx_path(prefix)} counts {index.tokens} tokens in {index.documents} documents, its"
@@ -177,9 +187,19 @@ def verify_dataset(
         )
     if hashes:
         check_hash(bin_path(prefix), manifest.bin_sha256)
-        check_hash(idx_path(prefix), manifest.idx_sha256)
         if "sources_sha256" in manifest.settings or sources_path(prefix).exists():
             check_hash(sources_path(prefix), manifest.settings.get("sources_sha256"))
+    elif manifest.bin_sampled_sha256 is None:
+        logger.warning(
+            "%s has no hash of samples, so only the size of the .bin is checked; `megatron-salt "
+            "inspect --verify` reads all of it",
+            dataset_manifest_path(prefix),
+        )
+    elif sampled_sha256(bin_path(prefix)) != manifest.bin_sampled_sha256:
+        raise ValueError(
+            f"corrupt: {bin_path(prefix)} is not the file that its manifest was written with; "
+            f"{PREPROCESS_AGAIN}"
+        )
     if tokenizer is not None:
         _check_tokenizer(prefix, manifest, tokenizer)
     return manifest
@@ -217,14 +237,21 @@ def _check_index(path: Path) -> _IndexSummary:
         )
     offset = _IDX_HEADER.size
     lengths = np.fromfile(path, dtype="<i4", count=sequences, offset=offset)
-    offset += sequences * (4 + 8)
-    last_boundary = np.fromfile(path, dtype="<i8", offset=offset + max(boundaries - 1, 0) * 8)
-    if last_boundary.tolist() != [sequences] or (sequences and lengths.min() < 0):
+    pointers = np.fromfile(path, dtype="<i8", count=sequences, offset=offset + sequences * 4)
+    ends = np.fromfile(path, dtype="<i8", offset=offset + sequences * (4 + 8))
+    starts = np.zeros(sequences + 1, np.int64)
+    np.cumsum(lengths, out=starts[1:])
+    item_bytes = _IDX_ITEM_BYTES[dtype_code]
+    in_order = len(ends) and ends[0] == 0 and ends[-1] == sequences and (np.diff(ends) >= 0).all()
+    if not in_order or (lengths < 0).any():
         raise ValueError(
             f"{path} contradicts itself: documents do not end at its end; {PREPROCESS_AGAIN}"
         )
-    tokens = int(lengths.sum(dtype=np.int64))
-    return _IndexSummary(boundaries - 1, tokens, tokens * _IDX_ITEM_BYTES[dtype_code])
+    if not np.array_equal(pointers, starts[:-1] * item_bytes):
+        raise ValueError(
+            f"{path} contradicts itself: sequences do not lie end to end; {PREPROCESS_AGAIN}"
+        )
+    return _IndexSummary(boundaries - 1, int(starts[-1]), int(starts[-1]) * item_bytes)
 
 
 def _check_size(path: Path, expected_bytes: int, authority: str) -> None:
@@ -269,3 +296,17 @@ def _check_tokenizer(prefix: str | Path, manifest: DatasetManifest, tokenizer: T
         f" fingerprint {manifest.tokenizer_fingerprint}, {tokenizer.path} has"
         f" {tokenizer.vocab_size} and {tokenizer.fingerprint}; {remedy}"
     )
+
+
+def sampled_sha256(path: str | Path) -> str:
+    """sha256 of the size and of 1024 blocks of 4 KiB, evenly spread; of all up to 4 MiB."""
+    path = Path(path)
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    blocks = -(-size // SAMPLED_BLOCK_BYTES)
+    chosen = np.rint(np.linspace(0, max(blocks - 1, 0), min(blocks, SAMPLED_BLOCKS)))
+    with path.open("rb") as file:
+        for block in chosen.astype(np.int64).tolist():
+            file.seek(block * SAMPLED_BLOCK_BYTES)
+            digest.update(file.read(SAMPLED_BLOCK_BYTES))
+    return digest.hexdigest()

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_salt.config.records import record_of
 from megatron_salt.data.scores import column
 from megatron_salt.data.sequences import Sequences
 from megatron_salt.data.tags import TagOrigin, sequence_lengths
@@ -179,7 +180,7 @@ def read_table(path: str | Path) -> SequenceTable:
         metadata = json.loads((arrow.schema.metadata or {})[METADATA_KEY])
         if metadata["format_version"] != TABLE_FORMAT:
             raise ValueError(f"format {metadata['format_version']}, expected {TABLE_FORMAT}")
-        origin = TagOrigin.from_dict(metadata["origin"])
+        origin = record_of(TagOrigin, metadata["origin"], "origin")
         columns = {name: arrow[name].to_numpy() for name in arrow.column_names}
         rule = metadata["rule"]
         return SequenceTable(origin=origin, columns=columns, rule=rule, path=Path(path))

@@ -24,14 +24,18 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_salt.data.manifest import bin_path, idx_path, read_dataset_manifest
+from megatron_salt.config.records import record_of
+from megatron_salt.data.manifest import (
+    bin_path,
+    idx_path,
+    read_dataset_manifest,
+    sampled_sha256,
+)
 from megatron_salt.files.disk import sha256_of
+from megatron_salt.files.json_files import read_object
 
 TAG_FORMAT = 1
 TAG_AGAIN = "run `megatron-salt tag` again"
-# Of a file too large to be read at every start: this many blocks, evenly spread.
-SAMPLED_BLOCKS = 1024
-SAMPLED_BLOCK_BYTES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,17 +115,6 @@ class TagOrigin:
     model: ModelIdentity
     settings: TagSettings
 
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> TagOrigin:
-        """Raises: KeyError or TypeError for fields that are missing or unknown."""
-        settings = fields["settings"]
-        return cls(
-            data=DataIdentity(**fields["data"]),
-            tokenizer_fingerprint=fields["tokenizer_fingerprint"],
-            model=ModelIdentity(**fields["model"]),
-            settings=TagSettings(**{**settings, "store": tuple(settings["store"])}),
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class FileRecord:
@@ -159,30 +152,27 @@ class FilesManifest:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @classmethod
-    def read(cls, path: Path, origin: Any, format_version: int, maker: str) -> Self:
+    def read(cls, path: Path, format_version: int, maker: str) -> Self:
         """Args:
-            origin: class whose `from_dict` makes the origin.
             maker: the command that writes such files.
         Raises: ValueError if there is none or it cannot be read.
         """
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file; give the --output-prefix of `{maker}`")
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            if fields["format_version"] != format_version:
-                raise ValueError(f"format {fields['format_version']}, expected {format_version}")
-            return cls(
-                origin=origin.from_dict(fields.pop("origin")),
-                files={name: FileRecord(**each) for name, each in fields.pop("files").items()},
-                **fields,
-            )
-        except FileNotFoundError:
+            fields = read_object(path)
+            if fields.get("format_version") != format_version:
+                raise ValueError(
+                    f"format {fields.get('format_version')}, expected {format_version}"
+                )
+            made = record_of(cls, fields, "it")
+            if led_away := [name for name in made.files if "/" in name]:
+                raise ValueError(f"{led_away} are files of another folder")
+        except ValueError as error:
             raise ValueError(
-                f"{path}: no such file; give the --output-prefix of `{maker}`"
-            ) from None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"{path} is not a manifest of `megatron-salt {maker}` ({error!r}); "
-                f"{run_again(maker)}"
+                f"{path} is not a manifest of `megatron-salt {maker}` ({error}); {run_again(maker)}"
             ) from error
+        return made
 
     def verify(
         self, path: Path, prefix: str | Path, data_prefix: str | Path, tokenizer: str | None,
@@ -250,7 +240,7 @@ def check_tag_prefix(prefix: str | Path) -> None:
 def read_tag_manifest(prefix: str | Path) -> TagManifest:
     """Raises: ValueError if there is none or it cannot be read."""
     check_tag_prefix(prefix)
-    return TagManifest.read(tag_manifest_path(prefix), TagOrigin, TAG_FORMAT, "tag")
+    return TagManifest.read(tag_manifest_path(prefix), TAG_FORMAT, "tag")
 
 
 def verify_tags(
@@ -266,6 +256,8 @@ def verify_tags(
     manifest.verify(path, prefix, data_prefix, tokenizer_fingerprint, "tag", hashes=hashes)
     lengths = sequence_lengths(data_prefix)
     for kind in manifest.stored:
+        if not {f"_{kind}.bin", f"_{kind}.idx"} <= set(manifest.files):
+            raise ValueError(f"{path}: it lists no files of {kind!r}; {TAG_AGAIN}")
         if not np.array_equal(sequence_lengths(tag_prefix(prefix, kind)), lengths):
             raise ValueError(
                 f"{idx_path(tag_prefix(prefix, kind))} and {idx_path(data_prefix)} have sequences "
@@ -319,17 +311,3 @@ def read_stream(dataset: Any, start: int, stop: int) -> NDArray[Any]:
 def as_fp16(bits: NDArray[Any]) -> NDArray[np.float16]:
     """Losses or entropies from what an indexed dataset holds of them."""
     return bits.astype(np.uint16).view(np.float16)
-
-
-def sampled_sha256(path: str | Path) -> str:
-    """sha256 of the size and of 1024 blocks of 4 KiB, evenly spread; of all up to 4 MiB."""
-    path = Path(path)
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    blocks = -(-size // SAMPLED_BLOCK_BYTES)
-    chosen = np.rint(np.linspace(0, max(blocks - 1, 0), min(blocks, SAMPLED_BLOCKS)))
-    with path.open("rb") as file:
-        for block in chosen.astype(np.int64).tolist():
-            file.seek(block * SAMPLED_BLOCK_BYTES)
-            digest.update(file.read(SAMPLED_BLOCK_BYTES))
-    return digest.hexdigest()

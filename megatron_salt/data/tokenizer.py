@@ -22,6 +22,7 @@ HUGGING_FACE_NAME = "tokenizer.json"
 SENTINEL = "<extra_id_{}>"
 HUGGING_FACE_EOD_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
 SHOWN_DIFFERENCES = 5
+MOST_UNUSED_IDS = 1 << 16  # all tokens are listed by id, those that are none too
 
 
 class Tokenizer(ABC):
@@ -102,9 +103,10 @@ class SentencePieceTokenizer(Tokenizer):
         self.path = path
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
+            self.vocab_size = int(self._processor.vocab_size())
+            self.tokens()  # their bytes may be no text
+        except (RuntimeError, OSError, ValueError) as error:
             raise ValueError(f"{path} is not a sentencepiece model: {error}") from error
-        self.vocab_size = int(self._processor.vocab_size())
         self.eod = int(self._processor.eos_id())
         if self.eod < 0:
             raise ValueError(
@@ -155,6 +157,11 @@ class HuggingFaceTokenizer(Tokenizer):
         if not vocabulary:
             raise ValueError(f"{path} holds a tokenizer without any token")
         self.vocab_size = max(vocabulary.values()) + 1
+        if self.vocab_size > 2 * len(vocabulary) + MOST_UNUSED_IDS:
+            raise ValueError(
+                f"{path} has {len(vocabulary)} tokens with ids up to {self.vocab_size - 1}: an id "
+                "is damaged"
+            )
         present = [token for token in HUGGING_FACE_EOD_TOKENS if token in vocabulary]
         if not present:
             raise ValueError(

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_salt.checkpoint.folder import resolve
-from megatron_salt.checkpoint.manifest import read_checkpoint_manifest
+from megatron_salt.checkpoint.manifest import read_checkpoint_manifest, tokenizer_folder
 from megatron_salt.checkpoint.weights import load_frozen
 from megatron_salt.config.fields import DataConfig, TextOrNumber
 from megatron_salt.config.values import parse_blend
@@ -99,7 +99,7 @@ def score_checkpoint(path: str, request: ScoreRequest, groups: Groups) -> dict[s
         own = manifest.run.config.data
     data = held_out_data(own, request)
     first = [*data.valid_data_path, *parse_blend(data.train_data_path, "data.train_data_path")[0]]
-    tokenizer = data_tokenizer(first[0], load_tokenizer(folder / "tokenizer"))
+    tokenizer = data_tokenizer(first[0], load_tokenizer(tokenizer_folder(folder, manifest)))
     verify_datasets(data, tokenizer)
     vocab_size = tokenizer.vocab_size
     check_teacher_fits(folder, manifest, vocab_size, data.seq_length)

@@ -10,15 +10,11 @@ import hashlib
 import logging
 import os
 import shutil
-import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import IO, Any
 
 
 def fsync_path(path: str | Path) -> None:
@@ -40,6 +36,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial{path.suffix}")
+    temporary.unlink(missing_ok=True)  # a link would be followed
     try:
         yield temporary
         fsync_path(temporary)
@@ -74,22 +71,22 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
-) -> None:
-    """Write a safetensors file that whoever may read the folder's other files may read too."""
-    from safetensors.torch import save_file  # slow to import
-
-    path.touch()
-    mode = stat.S_IMODE(path.stat().st_mode)  # by the umask; safetensors itself gives 0600
-    save_file(dict(tensors), path, metadata=metadata)
-    path.chmod(mode)
-
-
 def sha256_of(path: str | Path) -> str:
     """The sha256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file that whoever may read the user's other files may read."""
+    from safetensors.torch import save_file  # imports torch
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata)
+    path.chmod(mode)  # safetensors makes it the user's alone, whatever the umask
 
 
 def lock_file(
@@ -105,7 +102,9 @@ def lock_file(
     deadline, waited = time.monotonic() + wait_s, False
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
-        stream = path.open("w", encoding="utf-8")
+        if path.is_symlink():  # no run makes one; what it leads to is not for us to touch
+            path.unlink()
+        stream = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "w")
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

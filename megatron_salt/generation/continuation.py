@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_salt.checkpoint.folder import resolve
-from megatron_salt.checkpoint.manifest import read_checkpoint_manifest
+from megatron_salt.checkpoint.manifest import read_checkpoint_manifest, tokenizer_folder
 from megatron_salt.checkpoint.weights import load_frozen
 from megatron_salt.corpus.text_files import iter_line_blocks, parse_documents
 from megatron_salt.data.tokenizer import load_tokenizer
@@ -43,7 +43,8 @@ def continuer(
     Raises: ValueError naming the checkpoint and what is wrong with it or does not fit.
     """
     folder = resolve(path, what="--checkpoint")
-    manifest, tokenizer = read_checkpoint_manifest(folder), load_tokenizer(folder / "tokenizer")
+    manifest = read_checkpoint_manifest(folder)
+    tokenizer = load_tokenizer(tokenizer_folder(folder, manifest))
     model, end, most = manifest.model, tokenizer.eod, asked.max_new_tokens
     prompts = [ids or [end] for ids in tokenizer.encode_batch(asked.prompts)]
     for text, ids in zip(asked.prompts, prompts, strict=True):

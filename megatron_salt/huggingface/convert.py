@@ -16,16 +16,20 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_salt.checkpoint.folder import resolve, write_model_manifest
-from megatron_salt.checkpoint.manifest import ModelRecord, read_checkpoint_manifest
+from megatron_salt.checkpoint.manifest import (
+    ModelRecord,
+    read_checkpoint_manifest,
+    tokenizer_folder,
+)
 from megatron_salt.checkpoint.weights import read_weights, write_weights
 from megatron_salt.config.fields import ModelConfig
 from megatron_salt.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_salt.files.disk import atomic_folder, check_new_folder
+from megatron_salt.files.disk import atomic_folder, check_new_folder, save_tensors
+from megatron_salt.files.json_files import read_object
 from megatron_salt.huggingface.families import (
     Family,
     family_of,
@@ -49,7 +53,12 @@ class StoredWeights:
         self.folder = folder
         files: dict[str, Any] = {}
         for file_name in weight_files(folder, "--from"):
-            file = stack.enter_context(safe_open(folder / file_name, framework="pt"))
+            try:
+                file = stack.enter_context(safe_open(folder / file_name, framework="pt"))
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{folder / file_name}: not a safetensors file: {error}"
+                ) from error
             files |= dict.fromkeys(file.keys(), file)
         prefix = family.optional_prefix
         bare = bool(prefix) and not any(name.startswith(prefix) for name in files)
@@ -98,7 +107,7 @@ def import_folder(source: Path, target: Path, ignored: Iterable[str] = ()) -> Mo
         whole or not at all.
     """
     check_new_folder(target)
-    values = _read_json(source / CONFIG)
+    values = read_object(source / CONFIG)
     family, model, rows, longest = read_config(values, str(source / CONFIG), ignored)
     tokenizer = load_tokenizer(source)
     if tokenizer.vocab_size > rows:
@@ -193,7 +202,7 @@ def export_checkpoint(path: str, target: Path, tokenizer_as_is: bool = False) ->
     manifest = read_checkpoint_manifest(source)
     about, model = manifest.model, manifest.model.config
     kind, family = check_exportable(model, target)
-    tokenizer = load_tokenizer(source / "tokenizer")
+    tokenizer = load_tokenizer(tokenizer_folder(source, manifest))
     with atomic_folder(target) as partial:
         if tokenizer_as_is:
             tokenizer.save(partial)
@@ -206,7 +215,7 @@ def export_checkpoint(path: str, target: Path, tokenizer_as_is: bool = False) ->
             name = SINGLE
             if len(files) > 1:
                 name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-            save_file(part, partial / name, metadata={"format": "pt"})
+            save_tensors(partial / name, part, {"format": "pt"})
             index |= dict.fromkeys(part, name)
         if len(files) > 1:
             size = sum(weight.nbytes for part in files for weight in part.values())
@@ -245,16 +254,6 @@ def _config(
         "pad_token_id": tokenizer.eod,
         "use_cache": True,
     }
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return values
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

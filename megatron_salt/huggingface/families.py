@@ -9,6 +9,7 @@ tests/unit/huggingface compares logits bit for bit.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor
 
 from megatron_salt.config.fields import ModelConfig
-from megatron_salt.config.problems import ROPE_FACTORS
+from megatron_salt.config.problems import ROPE_FACTORS, check_model
+from megatron_salt.config.records import record_of
 
 # Fields that say nothing about what the model computes from tokens, or only while it trains there.
 HARMLESS = frozenset({
@@ -88,6 +90,13 @@ class Fields:
             )
 
 
+def _object(fields: Fields, name: str) -> dict[str, Any]:
+    found = fields.take_or_none(name) or {}
+    if not isinstance(found, dict):
+        fields.refuse(name, found, "an object is expected")
+    return dict(found)
+
+
 def read_rope(fields: Fields, share: float) -> dict[str, Any]:
     """Rotary settings of a ModelConfig, from the fields of transformers 4 or 5.
 
@@ -95,7 +104,7 @@ def read_rope(fields: Fields, share: float) -> dict[str, Any]:
         share: of the channels that turn, where the file does not say.
     Raises: ValueError for a rule that is not here, or two that contradict each other.
     """
-    old = dict(fields.take_or_none("rope_scaling") or {})
+    old = _object(fields, "rope_scaling")
     for name, before in (
         ("rope_theta", "rotary_emb_base"),
         ("partial_rotary_factor", "rotary_pct"),
@@ -104,7 +113,7 @@ def read_rope(fields: Fields, share: float) -> dict[str, Any]:
         if len(set(values)) > 1:
             fields.refuse(before, values[1], f"{name} is {values[0]!r}")
         old |= {name: each for each in values}  # noqa: B035  one, or none
-    new = dict(fields.take_or_none("rope_parameters") or {})
+    new = _object(fields, "rope_parameters")
     for rope in (old, new):
         if (kind := rope.pop("type", None)) is not None:
             rope["rope_type"] = kind
@@ -406,7 +415,18 @@ def read_config(
     for name in ("quantization_config", "auto_map"):
         if (found := fields.take_or_none(name)) is not None:
             fields.refuse(name, found, "quantised weights and code of their own are not here")
-    return family, *family.read(fields)
+    try:
+        model, rows, longest = family.read(fields)
+    except (TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{source}: a field has another type than it should: {error}") from error
+    if type(rows) is not int or type(longest) is not int or min(rows, longest) < 1:
+        raise ValueError(f"{source}: {rows} rows of the vocabulary, sequences of {longest} tokens")
+    record_of(ModelConfig, dataclasses.asdict(model), source)
+    try:
+        check_model(model, longest)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    return family, model, rows, longest
 
 
 def family_of(model: ModelConfig) -> tuple[str, Family]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from megatron_salt.checkpoint.manifest import CheckpointManifest, ModelRecord, i
 from megatron_salt.config.fields import ModelConfig, RunConfig
 from megatron_salt.data.tokenizer import Tokenizer, check_reads, load_tokenizer
 from megatron_salt.files.disk import sha256_of
+from megatron_salt.files.json_files import read_object
 from megatron_salt.teacher.find import check_same_teacher, check_teacher_fits, find_teacher
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -83,8 +83,10 @@ def weight_files(folder: Path, what: str = "teacher.hf") -> list[str]:
     Raises: ValueError if there are none, or one is missing.
     """
     if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        names = sorted(set(index["weight_map"].values()))
+        places = read_object(folder / INDEX).get("weight_map")
+        if not isinstance(places, dict) or any("/" in str(name) for name in places.values()):
+            raise ValueError(f"{folder / INDEX}: weight_map must say for each weight which file")
+        names = sorted(set(map(str, places.values())))
     else:
         names = [SINGLE]
     missing = [name for name in names if not (folder / name).is_file()]

@@ -165,7 +165,7 @@ def build(
     Raises: BuildError with the compiler's words.
     """
     target = folder / library_name(kind, architectures)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as scratch:
         output = Path(scratch) / target.name
         command = compile_command(kind, output, architectures)
@@ -175,6 +175,7 @@ def build(
             raise BuildError(f"{shlex.join(command)}\nfailed ({done.returncode}):\n{words}")
         log = output.with_suffix(".log")
         log.write_text(done.stdout + done.stderr, encoding="utf-8")
+        output.chmod(output.stat().st_mode & ~0o022)  # or it would not be loaded, see `distrust`
         # Never in place of a file that is there: on a network file system another node may have it
         # loaded. Whoever comes second has built the same.
         for made in (log, output):
@@ -199,13 +200,48 @@ def find_or_build(kind: LibraryKind, architectures: Sequence[int] = CUDA_ARCHITE
     for path in installed:
         if path.exists():
             return path
-    cache = cache_folder()
+    cache = _own_folder(cache_folder())
     if (cache / name).exists():
-        return cache / name
+        return _trusted(cache / name)
     with _locked(cache, f"{kind}.lock"):
         if (cache / name).exists():
-            return cache / name
+            return _trusted(cache / name)
         return build(kind, cache, architectures)
+
+
+def distrust(path: Path) -> str | None:
+    """Why code that lies there is not loaded, if it may be another user's.
+
+    Not asked of what was installed: who can change that can change this file too.
+    """
+    found = path.stat()
+    if found.st_uid not in (0, os.getuid()):
+        return f"{path} belongs to the user of number {found.st_uid}"
+    if found.st_mode & 0o022:
+        return f"{path} can be changed by others (mode {found.st_mode & 0o7777:o})"
+    return None
+
+
+def _own_folder(folder: Path) -> Path:
+    """The folder, or one of this user's in it if others can write there."""
+    if not folder.exists() or not (why := distrust(folder)):
+        return folder
+    if folder.stat().st_uid not in (0, os.getuid()):  # its owner can exchange what is in it
+        return _trusted(folder)
+    own = folder / f"user-{os.getuid()}"
+    _logger.warning("%s: compiled kernels are kept in %s", why, own)
+    with contextlib.suppress(OSError):  # said by `_locked`
+        own.mkdir(mode=0o700, exist_ok=True)
+    return _trusted(own) if own.exists() else own
+
+
+def _trusted(path: Path) -> Path:
+    """The path. Raises: BuildError if another user could have put code there."""
+    if why := distrust(path):
+        raise BuildError(
+            f"{why}, and is not used: set MEGATRON_SALT_CACHE to a folder of your own, of mode 700"
+        )
+    return path
 
 
 def cache_folder() -> Path:
@@ -226,7 +262,7 @@ def cache_folder() -> Path:
 @contextlib.contextmanager
 def _locked(folder: Path, name: str) -> Iterator[None]:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = open(folder / name, "w")  # noqa: SIM115  closed below
     except OSError as error:
         raise BuildError(

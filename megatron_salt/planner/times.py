@@ -212,7 +212,7 @@ def read_measured(path: str) -> MeasuredTimes:
     """Raises: ValueError naming file and key for anything that is not `Measured`'s."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"--measured {path}: {error}") from error
     known = [field.name for field in fields(MeasuredTimes)]
     if not isinstance(values, dict):

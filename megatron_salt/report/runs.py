@@ -188,6 +188,8 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
                 else "Restore the line from a copy or run again; the steps around it are in doubt"
             )
             raise ValueError(f"{path}:{number}: not JSON ({error}). {remedy}.") from None
+        except (ValueError, RecursionError) as error:  # digits or brackets without end
+            raise ValueError(f"{path}:{number}: not JSON ({error}).") from None
         if not isinstance(row, dict):
             raise ValueError(
                 f"{path}:{number}: expected one JSON object per line, got {line[:60]!r}."
@@ -278,6 +280,8 @@ def _read_settings(path: Path, prefix: str = "") -> dict[str, Any]:
     except json.JSONDecodeError as error:
         message = f"{path}:{error.lineno}: not JSON ({error}). Restore or delete it."
         raise ValueError(message) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error}). Restore or delete it.") from None
     return dict(_flattened(values, prefix)) if isinstance(values, dict) else {}
 
 

@@ -15,6 +15,7 @@ from megatron_salt.checkpoint.folder import resolve
 from megatron_salt.checkpoint.manifest import (
     CheckpointManifest,
     read_checkpoint_manifest,
+    tokenizer_folder,
     weights_fingerprint,
 )
 from megatron_salt.data import tags
@@ -128,8 +129,10 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     found = []
     for section, value in now.items():
         for name in value if isinstance(value, dict) else [None]:
-            mine = value if name is None else value[name]
-            theirs = before.get(section) if name is None else before.get(section, {}).get(name)
+            mine, theirs = value, before.get(section)
+            if name is not None:
+                mine = value[name]
+                theirs = theirs.get(name) if isinstance(theirs, dict) else None
             if mine != theirs and name != "name":
                 found.append(section if name is None else f"{section}.{name}")
     return found
@@ -173,7 +176,7 @@ def find_model(request: ScoringRequest, hf: str | None = None) -> FoundModel:
     """
     folder = Path(hf) if hf is not None else resolve(str(request.teacher), what="--teacher")
     manifest = None if hf is not None else read_checkpoint_manifest(folder)
-    reader = load_tokenizer(folder / "tokenizer" if hf is None else folder)
+    reader = load_tokenizer(tokenizer_folder(folder, manifest) if manifest else folder)
     tokenizer = data_tokenizer(request.data, reader)
     verify_dataset(request.data, tokenizer)
     window = request.window

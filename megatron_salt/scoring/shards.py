@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from megatron_salt.data.scores import column, sequence_scores
 from megatron_salt.data.selection import SequenceTable, select, write_table
 from megatron_salt.data.sequences import Sequences
 from megatron_salt.files.disk import atomic_path, fsync_path, lock_file
+from megatron_salt.files.json_files import read_object
 from megatron_salt.parallel.groups import Groups, same_error_everywhere
 from megatron_salt.scoring.request import ScoringRequest, TagRequest, differences
 from megatron_salt.scoring.scorer import ShardScores
@@ -91,7 +91,7 @@ def read_shards(
                 np.array_equal(shard["table_tokens"], expected)
             ):
                 raise ValueError("it is of other sequences")
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # those of zipfile and NumPy's headers have no common base
             raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error
         yield shard
 
@@ -136,7 +136,7 @@ def remove_folder(folder: Path) -> None:
 def _check_identity(path: Path, identity: dict[str, Any]) -> None:
     """Raises: ValueError if the folder's shards are of something else, or of nobody knows what."""
     if path.is_file():
-        differing = differences(json.loads(path.read_text(encoding="utf-8")), identity)
+        differing = differences(read_object(path), identity)
         if differing:
             raise ValueError(
                 f"{path.parent} holds shards of a run that differs in {', '.join(differing)}: "

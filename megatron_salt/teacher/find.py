@@ -8,6 +8,7 @@ from megatron_salt.checkpoint.folder import resolve
 from megatron_salt.checkpoint.manifest import (
     CheckpointManifest,
     read_checkpoint_manifest,
+    tokenizer_folder,
     weights_fingerprint,
 )
 from megatron_salt.config.fields import RunConfig
@@ -31,7 +32,7 @@ def find_teacher(
     folder = resolve(path, what="teacher.checkpoint")
     manifest = read_checkpoint_manifest(folder)
     try:
-        theirs = load_tokenizer(folder / "tokenizer")
+        theirs = load_tokenizer(tokenizer_folder(folder, manifest))
         check_reads(f"teacher {folder}", theirs, "the student's data", tokenizer)
     except ValueError as error:
         raise ValueError(f"{error}\ntake another teacher, or its tokenizer for the data") from None

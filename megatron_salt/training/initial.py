@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 
 from megatron_salt.checkpoint.folder import list_checkpoints, resolve
-from megatron_salt.checkpoint.manifest import CheckpointManifest, read_checkpoint_manifest
+from megatron_salt.checkpoint.manifest import (
+    CheckpointManifest,
+    read_checkpoint_manifest,
+    tokenizer_folder,
+)
 from megatron_salt.checkpoint.weights import read_weights
 from megatron_salt.config.fields import RunConfig
 from megatron_salt.data.tokenizer import Tokenizer, check_reads, load_tokenizer
@@ -48,7 +52,8 @@ def find_initial(config: RunConfig, tokenizer: Tokenizer) -> Initial | None:
     folder = resolve(config.train.init_from, what="train.init_from")
     manifest = read_checkpoint_manifest(folder)
     own, name = manifest.model, f"train.init_from = {folder}"
-    check_reads(name, load_tokenizer(folder / "tokenizer"), "the run's data", tokenizer)
+    theirs = load_tokenizer(tokenizer_folder(folder, manifest))
+    check_reads(name, theirs, "the run's data", tokenizer)
     before, now = own.config.sizes(), config.model.sizes()
     before["positions"] = now["positions"] = None
     if own.config.position_embedding_type == "learned_absolute":

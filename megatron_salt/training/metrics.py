@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_salt.files.disk import atomic_path
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -18,11 +20,14 @@ def read_metrics(path: Path, up_to_step: int) -> list[str]:
     Raises: ValueError naming file and line for a broken line before the last.
     """
     kept = []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    # A byte that is not UTF-8 makes its line no JSON, instead of ending this without a name.
+    lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         try:
-            step = int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError) as error:
+            step = json.loads(line.encode())["step"]
+            if type(step) is not int:
+                raise TypeError(step)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             if number == len(lines):
                 break
             raise ValueError(
@@ -57,9 +62,8 @@ class MetricsLog:
         self.path = output_dir / METRICS_FILE
         # A new run keeps nothing: not the step 0 of one that ended before its first checkpoint.
         kept = read_metrics(self.path, resumed_step) if resumed_step and self.path.exists() else []
-        rewritten = self.path.with_suffix(".partial")
-        rewritten.write_text("".join(kept), encoding="utf-8")
-        os.replace(rewritten, self.path)
+        with atomic_path(self.path) as rewritten:
+            rewritten.write_text("".join(kept), encoding="utf-8")
         self._stream = self.path.open("a", encoding="utf-8")
         self._board: Any = None
         if tensorboard:

@@ -28,6 +28,7 @@ from megatron_salt.data import dataset, tag_inputs
 from megatron_salt.data.logits import StoredLogits
 from megatron_salt.data.objective import check_sentinels
 from megatron_salt.data.tokenizer import Tokenizer
+from megatron_salt.files.disk import atomic_path
 from megatron_salt.method.switch import SwitchState, carried_over
 from megatron_salt.model.attention import device_attention_backends
 from megatron_salt.model.loss import loss_backend
@@ -273,7 +274,8 @@ def open_log(config: RunConfig, student: StudentEngine, first_step: int) -> Metr
     output_dir = Path(config.train.output_dir)
     write_config(config, output_dir / "config.json")
     text = json.dumps(dict(student.settings.values), indent=2) + "\n"
-    (output_dir / "deepspeed.json").write_text(text, encoding="utf-8")
+    with atomic_path(output_dir / "deepspeed.json") as temporary:
+        temporary.write_text(text, encoding="utf-8")
     plain = (str, int, float, bool)
     shown = {
         f"{section}.{key}": value if isinstance(value, plain) else json.dumps(value)

@@ -17,6 +17,8 @@ from megatron_salt.config.fields import RunConfig
 from megatron_salt.data.dataset import Batch
 from megatron_salt.data.tag_inputs import TagInputs
 from megatron_salt.evaluation.held_out import HeldOut
+from megatron_salt.files.disk import atomic_path
+from megatron_salt.files.json_files import read_object
 from megatron_salt.huggingface.teacher_folder import find_teacher_of
 from megatron_salt.huggingface.teacher_model import load_hf_model
 from megatron_salt.model.weights import DTYPES
@@ -196,7 +198,7 @@ class Teaching:
         left one: with them the planner compares the two phases."""
         with same_error_everywhere("writing measured_times.json"):
             if self.groups.rank == 0 and self.measured_path.exists():
-                values = json.loads(self.measured_path.read_text(encoding="utf-8"))
+                values = read_object(self.measured_path)
                 values["forward_s"] = list(self.measure(traces, [], []).forward)
                 self._write_measured(values)
 
@@ -205,7 +207,8 @@ class Teaching:
         return Path(self.config.train.output_dir) / "measured_times.json"
 
     def _write_measured(self, values: dict[str, Any]) -> None:
-        self.measured_path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        with atomic_path(self.measured_path) as temporary:
+            temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     def take_time_s(self) -> float:
         """Seconds of the teacher's forward passes on this rank since the last call."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import shutil
 import signal
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from edited import edit_manifest
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from ranks import RankError, run_ranks, run_ranks_to_the_end
 from safetensors.torch import load_file, save_file
@@ -25,7 +25,6 @@ from megatron_salt.corpus.train_tokenizer import train_tokenizer
 from megatron_salt.data.dataset import DataSource, find_tokenizer
 from megatron_salt.data.tokenizer import load_tokenizer
 from megatron_salt.evaluation.checkpoint_score import ScoreRequest, score_checkpoint
-from megatron_salt.files.disk import sha256_of
 from megatron_salt.parallel.groups import initialize
 from megatron_salt.training.resume import lock_output_dir
 from megatron_salt.training.run import prepare
@@ -73,13 +72,7 @@ def rewrite_weights(
     """Change the weights of a one-rank checkpoint and make its manifest agree again."""
     file = next((checkpoint / "weights").iterdir())
     save_file(change(load_file(file)), file)
-    manifest_file = checkpoint / "manifest.json"
-    manifest = json.loads(manifest_file.read_text())
-    manifest["files"][f"weights/{file.name}"] = {
-        "bytes": file.stat().st_size,
-        "sha256": sha256_of(file),
-    }
-    manifest_file.write_text(json.dumps(manifest))
+    edit_manifest(checkpoint)
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
@@ -145,8 +138,7 @@ def test_model_without_its_run_teaches_and_is_scored_but_not_resumed(
     """What a converted model is: weights, tokenizer and what the model says about itself."""
     checkpoint = copy_checkpoint(teacher, tmp_path)
     whole = run_ranks(1, _score, str(checkpoint), [str(dataset)])[0]
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    (checkpoint / "manifest.json").write_text(json.dumps({**manifest, "training": None}))
+    edit_manifest(checkpoint, lambda values: values.update(training=None))
     assert run_ranks(1, _score, str(checkpoint), [str(dataset)])[0] == whole
     with pytest.raises(RankError, match="holds a model without its run: .* on data that is named"):
         run_ranks(1, _score, str(checkpoint), None)
@@ -187,11 +179,7 @@ def test_teacher_of_another_vocabulary(
     checkpoint = copy_checkpoint(teacher, tmp_path)
     texts = [f"entirely different words, number {n}, said {n * n} times" for n in range(300)]
     train_tokenizer(texts, checkpoint / "tokenizer" / "tokenizer.model", vocab_size=330)
-    manifest_file = checkpoint / "manifest.json"
-    manifest = json.loads(manifest_file.read_text())
-    size = (checkpoint / "tokenizer" / "tokenizer.model").stat().st_size
-    manifest["files"]["tokenizer/tokenizer.model"]["bytes"] = size
-    manifest_file.write_text(json.dumps(manifest))
+    edit_manifest(checkpoint)
     message = fails(1, dataset, teacher__checkpoint=str(checkpoint), salt__kd_steps=2)
     assert "teacher" in message and "330" in message and "509" in message
 
@@ -288,17 +276,17 @@ def test_resume_in_another_precision(
     assert "precision" in fails(1, dataset, deepspeed={**zero_1, "fp16": {"enabled": True}})
 
 
-def test_resume_at_another_layout_or_batch_or_data(
+def test_resume_with_another_batch_optimizer_or_data(
     dataset: Path, tmp_path: Path, fails: Callable[..., str]
 ) -> None:
     config = make_config(dataset, tmp_path / "run", train__steps=2)
     run_ranks(1, _train, config, make_deepspeed(tmp_path))
-    assert "same layout" in fails(2, dataset, parallel__tensor_model_parallel_size=2)
     assert "train_batch_size = 16" in fails(1, dataset, deepspeed={"train_batch_size": 16})
     assert "train.seed" in fails(1, dataset, train__seed=7)
     assert "data.split" in fails(1, dataset, data__split="80,20")
     assert "training documents" in fails(1, dataset, data__valid_data_path=[str(dataset)])
-    assert "gradient_clipping" in fails(1, dataset, deepspeed={"gradient_clipping": 0.5})
+    other = {"type": "SGD", "params": {"lr": 0.1}}
+    assert "optimizer (type, amsgrad) = ('sgd'" in fails(1, dataset, deepspeed={"optimizer": other})
     assert "blend weights" in fails(
         1, dataset, data__train_data_path=["0.5", str(dataset), "0.5", str(dataset)]
     )
@@ -342,19 +330,21 @@ def _train_with_small_files(config: Any, deepspeed_config: str, limit_bytes: int
     """No file can grow beyond the limit: writing fails as it does on a full disk."""
     run = prepare(config, deepspeed_config)
     run.step(run.first_step)
+    run.saver.drain()
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
     run.step(run.first_step + 1)
+    run.saver.drain()
 
 
-@pytest.mark.parametrize("limit_bytes", [60_000, 300_000])  # fails in weights, in DeepSpeed's state
+@pytest.mark.parametrize("limit_bytes", [60_000, 200_000])  # in weights, in the optimizer's state
 def test_failed_save_leaves_the_last_checkpoint(
     dataset: Path, tmp_path: Path, limit_bytes: int
 ) -> None:
     settings = {"train__checkpoint_interval": 1, "train__steps": 2, "train__keep_checkpoints": 1}
     config = make_config(dataset, tmp_path / "run", **settings)
     deepspeed_config = make_deepspeed(tmp_path)
-    with pytest.raises(RankError):
+    with pytest.raises(RankError, match=r"step_00000002.partial cannot be written: .*bytes free"):
         run_ranks(1, _train_with_small_files, config, deepspeed_config, limit_bytes)
     left = list_checkpoints(tmp_path / "run")
     assert [path.name for path in left] == ["step_00000001"]
@@ -460,6 +450,7 @@ def test_id_beyond_the_vocabulary_ends_all_ranks(
 ) -> None:
     """Met by the last replica in step 3; a collective would wait 30 minutes for it."""
     prefix = copy_dataset(dataset, tmp_path)
+    Path(f"{prefix}.manifest.json").unlink()  # or its hash of samples would find it at the start
     config = make_config(
         prefix, tmp_path / "run", parallel__tensor_model_parallel_size=tp,
         parallel__pipeline_model_parallel_size=pp,

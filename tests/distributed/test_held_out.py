@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from edited import edit_manifest
 from evaluation_keys import STUDENT_KEYS, TEACHER_KEYS
 from ranks import run_ranks
 from tiny import make_config, make_deepspeed, metrics_of, run_to_end
@@ -163,11 +163,12 @@ def test_teacher_without_a_stored_score(
     the one that ends documents."""
     checkpoint = tmp_path / "model"
     shutil.copytree(resolve(str(teacher), what="test"), checkpoint)
-    path = checkpoint / "manifest.json"
-    values = json.loads(path.read_text())
-    values["training"] = values["model"]["evaluation"] = None
-    values["model"]["bos"] = bos
-    path.write_text(json.dumps(values))
+
+    def without_a_run(values: dict[str, Any]) -> None:
+        values["training"] = values["model"]["evaluation"] = None
+        values["model"]["bos"] = bos
+
+    edit_manifest(checkpoint, without_a_run)
     config = make_config(dataset, tmp_path / "run", teacher__checkpoint=str(checkpoint), **SETTINGS)
     line, warnings = run_ranks(1, _bring, config, make_deepspeed(tmp_path))[0]
     token = find_tokenizer(config.data).eod if bos is None else bos

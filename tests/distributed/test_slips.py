@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from commands import run_forked
+from edited import edit_manifest
 from small_datasets import write_dataset
 from tiny import make_deepspeed
 from tiny_tags import write_scores, write_tags
@@ -211,21 +212,21 @@ def place(dataset: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory
     write_scores(place / "foreign", range(10))
     write_dataset(place / "short", Path(f"{dataset}.tokenizer"), [[7] * 40] * 30)
     write_tags(place / "short", place / "short")
-    move_run(teacher, place / "moved", dataset)
+    move_run(teacher, place / "moved")
     other_words = [f"other words, number {n}, said {n * n} times" for n in range(300)]
     of_another = list_checkpoints(Path(shutil.copytree(teacher, place / "other")))[-1]
     train_tokenizer(other_words, of_another / "tokenizer" / "tokenizer.model", vocab_size=330)
-    manifest = json.loads((of_another / "manifest.json").read_text())
-    size = (of_another / "tokenizer" / "tokenizer.model").stat().st_size
-    manifest["files"]["tokenizer/tokenizer.model"]["bytes"] = size
-    (of_another / "manifest.json").write_text(json.dumps(manifest))
+    edit_manifest(of_another)
     return place
 
 
-def move_run(run: Path, to: Path, dataset: Path) -> None:
+def move_run(run: Path, to: Path) -> None:
     """A run that was made in another folder, from which its data was named."""
-    manifest = list_checkpoints(Path(shutil.copytree(run, to)))[-1] / "manifest.json"
-    manifest.write_text(manifest.read_text().replace(str(dataset), "data/tiny_text_document"))
+    data = {"train_data_path": ["data/tiny_text_document"]}
+    edit_manifest(
+        list_checkpoints(Path(shutil.copytree(run, to)))[-1],
+        lambda values: values["training"]["config"]["data"].update(data),
+    )
 
 
 @pytest.mark.parametrize("slip", SLIPS, ids=[str(number) for number in range(len(SLIPS))])

@@ -32,7 +32,7 @@ ALLOWED = {
     "method": "config",
     "parallel": "",
     "kernels": "",
-    "config": "parallel",
+    "config": "files parallel",
     "files": "",
 }
 # Names that every module may have.

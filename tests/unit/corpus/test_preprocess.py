@@ -28,7 +28,12 @@ from small_datasets import documents_of as documents
 from megatron_salt.corpus import preprocess as library
 from megatron_salt.corpus.preprocess import PreprocessSettings, preprocess
 from megatron_salt.corpus.text_files import LineBlock, iter_line_blocks, parse_documents
-from megatron_salt.data.manifest import read_dataset_manifest, verify_dataset
+from megatron_salt.data.manifest import (
+    dataset_manifest_path,
+    idx_path,
+    read_dataset_manifest,
+    verify_dataset,
+)
 from megatron_salt.data.sources import load_sources
 from megatron_salt.data.tags import open_indexed
 from megatron_salt.data.tokenizer import load_tokenizer
@@ -575,12 +580,64 @@ def test_truncated_or_missing_files_are_named(copied: Path) -> None:
         verify_dataset(copied)
 
 
-def test_changed_token_is_found_by_hashes_only(copied: Path) -> None:
+def test_changed_token_is_found_by_samples_or_by_hashes(
+    copied: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A dataset of a version that took no samples is accepted, and it is said."""
     with open(f"{copied}.bin", "r+b") as file:
         file.write(b"\7")
-    verify_dataset(copied)
+    with pytest.raises(ValueError, match=r"corrupt: .*\.bin is not the file that its manifest"):
+        verify_dataset(copied)
+    path = dataset_manifest_path(copied)
+    content = json.loads(path.read_text())
+    del content["bin_sampled_sha256"]
+    path.write_text(json.dumps(content))
+    assert verify_dataset(copied) is not None
+    assert f"{path} has no hash of samples, so only the size" in caplog.text
     with pytest.raises(ValueError, match=r"corrupt: .*\.bin has sha256"):
         verify_dataset(copied, hashes=True)
+
+
+def test_index_is_hashed_at_every_start(copied: Path) -> None:
+    """Documents that are cut elsewhere agree with all sizes."""
+    content = bytearray(idx_path(copied).read_bytes())
+    sequences = int.from_bytes(content[18:26], "little")
+    lengths = np.frombuffer(content, "<i4", sequences, 34).copy()
+    assert lengths[0] > 1
+    lengths[:2] += [-1, 1]
+    pointers = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)[:-1]]) * 2
+    content[34 : 34 + 12 * sequences] = lengths.tobytes() + pointers.tobytes()
+    idx_path(copied).write_bytes(content)
+    with pytest.raises(ValueError, match=r"corrupt: .*\.idx has sha256"):
+        verify_dataset(copied)
+    dataset_manifest_path(copied).unlink()
+    assert verify_dataset(copied) is None  # another dataset, as far as anyone can tell
+
+
+@pytest.mark.parametrize(
+    ("table", "place", "value", "problem"),
+    [
+        ("pointers", 1, 3, "sequences do not lie end to end"),
+        ("pointers", 0, 2, "sequences do not lie end to end"),
+        ("pointers", 2, -2, "sequences do not lie end to end"),
+        ("documents", 0, 1, "documents do not end at its end"),
+        ("documents", 1, 3, "documents do not end at its end"),
+        ("documents", 2, -1, "documents do not end at its end"),
+    ],
+)
+def test_index_without_manifest_must_agree_with_itself(
+    table: str, place: int, value: int, problem: str, tmp_path: Path
+) -> None:
+    builder = IndexedDatasetBuilder(str(tmp_path / "plain.bin"), dtype=np.uint16)
+    for length in (3, 1, 2):
+        builder.add_document(np.arange(length), [length])
+    builder.finalize(str(tmp_path / "plain.idx"))
+    content = bytearray((tmp_path / "plain.idx").read_bytes())
+    offset = 34 + 3 * 4 + (3 * 8 if table == "documents" else 0)
+    content[offset + 8 * place : offset + 8 * place + 8] = value.to_bytes(8, "little", signed=True)
+    (tmp_path / "plain.idx").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"plain\.idx contradicts itself: {problem}"):
+        verify_dataset(tmp_path / "plain")
 
 
 def test_files_of_another_run_do_not_match_the_manifest(
@@ -628,8 +685,9 @@ def test_a_plain_dataset_is_one_of_older_releases(copied: Path) -> None:
     assert list(content) == [
         "format_version", "tokenizer_fingerprint", "vocab_size", "eod", "documents", "tokens",
         "bad_lines", "empty_documents", "input_bytes", "inputs", "settings", "versions",
-        "bin_bytes", "bin_sha256", "idx_bytes", "idx_sha256",
+        "bin_bytes", "bin_sha256", "idx_bytes", "idx_sha256", "bin_sampled_sha256",
     ]  # fmt: skip
+    del content["bin_sampled_sha256"]
     content["settings"] = {"json_key": "text", "append_eod": True, "strict": False}
     path.write_text(json.dumps(content))
     assert verify_dataset(copied, hashes=True) is not None and load_sources(copied) is None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
+from edited import edit_manifest
 from larger_vocabulary import add_tokens, enlarged
 from sentencepiece import sentencepiece_model_pb2
 
@@ -23,9 +23,7 @@ def tokenizer(dataset: Path) -> Tokenizer:
 def rewrite(path: Path, model: sentencepiece_model_pb2.ModelProto) -> None:
     """Make it the checkpoint's tokenizer."""
     (path / "tokenizer" / "tokenizer.model").write_bytes(model.SerializeToString())
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"]["tokenizer/tokenizer.model"]["bytes"] = model.ByteSize()
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    edit_manifest(path)
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(0, 0), (0, 3), (8, 8), (8, 11)])
@@ -74,7 +72,6 @@ def test_fewer_rows_than_tokens_are_refused(
     teacher: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     path = enlarged(teacher, tmp_path / "larger")
-    file = path / "manifest.json"
-    file.write_text(file.read_text().replace('"vocab_size": 509', '"vocab_size": 508'))
+    edit_manifest(path, lambda values: values["model"].update(vocab_size=508))
     with pytest.raises(ValueError, match="has 508 rows in its vocabulary for a tokenizer of 509"):
         find_teacher(str(path), tokenizer, LENGTH, None)

@@ -194,7 +194,7 @@ def make_run(case: dict[str, Any], folder: Path) -> tuple[Any, Any, Any, Any, An
         "data", folder, model={**getattr(tiny, case["model"]), "num_layers": 1},
         parallel__tensor_model_parallel_size=case["tp"],
         parallel__sequence_parallel=case["sequence_parallel"],
-        parallel__recompute_granularity="full" if case["recompute"] else None,
+        parallel__recompute_granularity="full" if case["recompute"] else "none",
     )  # fmt: skip
     values: dict[str, Any] = {
         "zero_optimization": {"stage": 1},

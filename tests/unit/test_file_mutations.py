@@ -1,0 +1,26 @@
+"""A short run of `tests/file_mutations.py`: every file that is read, damaged or a pickle."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from file_mutations import make_kinds, run_mutations, run_pickles, table
+
+pytestmark = pytest.mark.processes
+
+
+def test_damaged_files_are_refused_by_name_and_pickles_are_not_run(tmp_path: Path) -> None:
+    here = Path.cwd()
+    try:
+        kinds = make_kinds(tmp_path)
+        totals = run_mutations(kinds, count=20 * len(kinds), seed=1)
+        assert sum(counts["finding"] for counts in totals.values()) == 0, table(totals)
+        for kind in kinds:
+            counts = totals[kind.name]
+            assert counts["refused"] >= 2, kind.name
+            assert counts["read as other"] == 0 or not kind.hashed
+        assert run_pickles(kinds, tmp_path) == []
+    finally:
+        os.chdir(here)
