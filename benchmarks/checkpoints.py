@@ -2,8 +2,8 @@
 
     python benchmarks/checkpoints.py
 
-On two CPU processes: a student of 8 layers, width 512, a vocabulary of 4096 learnt from the standard
-library of the running Python; 28 M parameters, a hundredth of 2.8 B, in bf16 with ZeRO 1.
+On two CPU processes: a student of 8 layers, width 512, a vocabulary of 4096 learnt from the
+standard library of the running Python; 28 M parameters, a hundredth of 2.8 B, in bf16 with ZeRO 1.
 
 Steps: a run at dp 2 saves in turn behind the next steps and while training waits. Seconds are of
 the whole step with what follows it. The figures are of the step that saves and of the five after
@@ -93,7 +93,8 @@ def ranks(output: Path, what: str) -> Any:
     """What the two ranks print."""
     files = str(output.with_suffix(".yaml")), str(output.with_suffix(".json"))
     printed = run(
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, what, *files,
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, what,
+        *files,
     )  # fmt: skip
     found = [json.loads(line.split("measured ")[1]) for line in printed.splitlines()
              if "measured " in line]  # fmt: skip

@@ -29,6 +29,7 @@ from megatron_salt.checkpoint.manifest import (
     installed_versions,
     manifest_text,
     read_checkpoint_manifest,
+    verify_hashes,
 )
 from megatron_salt.checkpoint.weights import weights_file
 from megatron_salt.files.disk import atomic_path, fsync_path, sha256_of
@@ -171,16 +172,12 @@ def find_resume(
         return None, []
     if resume != "auto":
         path = resolve(resume, what="train.resume")
-        if path.name in damaged:
-            raise ValueError(damaged[path.name])
-        read_checkpoint_manifest(path)
+        _check_intact(path, damaged)
         return path, []
     warnings = []
-    for path in reversed(list_checkpoints(output_dir)):
+    for path in reversed(_named_checkpoints(output_dir)):
         try:
-            if path.name in damaged:
-                raise ValueError(damaged[path.name])
-            read_checkpoint_manifest(path)
+            _check_intact(path, damaged)
         except (OSError, ValueError) as error:
             warnings.append(f"passing over {path}: {error}")
             continue
@@ -190,12 +187,26 @@ def find_resume(
     return None, []
 
 
+def _named_checkpoints(output_dir: str | Path) -> list[Path]:
+    """All that have a checkpoint's name, oldest first; also one that has lost its manifest."""
+    return sorted(path for path in checkpoints_dir(output_dir).glob("step_*") if path.is_dir())
+
+
+def _check_intact(path: Path, damaged: Mapping[str, str]) -> None:
+    """Raise ValueError for a checkpoint of which that is known, or which one rank sees at once:
+    by manifest and sizes, and by the hash of the settings that are compared before all else."""
+    if path.name in damaged:
+        raise ValueError(damaged[path.name])
+    manifest = read_checkpoint_manifest(path)
+    verify_hashes(path, manifest, [name for name in manifest.files if name == "deepspeed.json"])
+
+
 def set_aside_damaged(output_dir: str, resumed_from: Path) -> None:
     """Rename damaged checkpoints newer than the one resumed from to `damaged_step_…`.
 
     They are kept, but neither a later resume nor `remove_old` takes them for this run's newest.
     """
-    for path in list_checkpoints(output_dir):
+    for path in _named_checkpoints(output_dir):
         if path.parent == resumed_from.parent and path.name > resumed_from.name:
             number = len(list(path.parent.glob(f"damaged_{path.name}*")))
             path.rename(path.with_name(f"damaged_{path.name}" + (f".{number}" if number else "")))

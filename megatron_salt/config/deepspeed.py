@@ -25,13 +25,13 @@ KNOWN_KEYS = (
     "zero_force_ds_cpu_optimizer", "gradient_clipping", "prescale_gradients",
     "gradient_predivide_factor", "communication_data_type", "data_types", "steps_per_print",
     "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "flops_profiler",
-    "pipeline", "checkpoint", "aio", "timers", "log_level", "disable_allgather",
+    "pipeline", "aio", "timers", "log_level", "disable_allgather",
     "disable_python_gc", "compile",
 )  # fmt: skip
 
 # Those of them that are read here and hold keys of their own.
 SECTION_KEYS = ("optimizer", "fp16", "bf16", "zero_optimization", "data_types", "pipeline",
-                "checkpoint", "timers")  # fmt: skip
+                "timers")  # fmt: skip
 
 # The least and the most that a key may be, where DeepSpeed or PyTorch take anything in silence,
 # read true as 1, or refuse without naming the file. Whole numbers where the least is an integer.
@@ -56,8 +56,10 @@ NUMBERS: dict[str, tuple[float, float]] = {
 
 # Keys that DeepSpeed knows but that would fight with this trainer, with what to do instead.
 REFUSED_KEYS = {
-    "nebula": "it writes in the background, while a checkpoint is verified and renamed",
-    "datastates_ckpt": "it writes in the background, while a checkpoint is verified and renamed",
+    **dict.fromkeys(
+        ("checkpoint", "nebula", "datastates_ckpt"),
+        "checkpoints are not DeepSpeed's: see train.checkpoint_interval and train.async_save",
+    ),
     "scheduler": "the learning rate is train.lr_schedule of the run's config; remove the section",
     "activation_checkpointing": "use parallel.recompute_granularity of the run's config",
     "curriculum_learning": "the order of the data is a pure function of seed and step",
@@ -167,14 +169,6 @@ def read_json(path: str) -> dict[str, Any]:
             raise ValueError(f"{path}: unknown key {key!r}.{nearest(key, KNOWN_KEYS)}")
         if key in SECTION_KEYS and not isinstance(values[key], Mapping):
             raise ValueError(f"{path}: {key} = {values[key]!r}: expected an object, as {{…}}")
-    # Everything else in the section makes DeepSpeed write elsewhere, or in the background while the
-    # checkpoint is being verified and renamed.
-    for key in values.get("checkpoint", {}):
-        if key not in ("tag_validation", "parallel_write"):
-            raise ValueError(
-                f"{path}: 'checkpoint.{key}' would bypass megatron_salt's verified checkpoints; "
-                "remove it"
-            )
     for key, value in _dotted(values):
         if value == "auto":
             raise ValueError(f"{path}: '{key}' is \"auto\", which only Hugging Face's "

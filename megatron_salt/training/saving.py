@@ -90,6 +90,7 @@ class Saver:
                 )
         with same_error_everywhere("starting a checkpoint"):
             if groups.rank == 0:
+                self._end_removal()
                 check_still_there(self.output_dir, self.lock)
                 folder.start_partial(self.output_dir, done)
                 self.held_out.data.tokenizer.save(partial / "tokenizer")
@@ -106,6 +107,7 @@ class Saver:
         self._save = _Save(partial, about, state, records)
         if not self.config.train.async_save:
             self.drain()
+            self._copies.free()
 
     def flags(self) -> tuple[float, float]:
         """(my part is durable, my part failed), to be added up over all ranks in a step's sums."""
@@ -147,9 +149,14 @@ class Saver:
     def close(self) -> None:
         """After the last step: the last checkpoint is there, and what it replaces is gone."""
         self.drain()
+        self._end_removal()
         self._writer.shutdown()
+
+    def _end_removal(self) -> None:
+        """Wait until older checkpoints are gone, and say which could not be deleted."""
         if self._removal is not None:
             self.console.warn(self._removal.result())
+            self._removal = None
 
     def _write(
         self, partial: Path, state: RankState, written: list[str]
@@ -190,8 +197,6 @@ class Saver:
         files |= folder.hash_files(save.partial, [OPTIMIZER_INDEX])
         about = replace(save.about, files=dict(sorted(files.items())))
         self.console.say(f"saved {folder.publish(save.partial, about, self.output_dir)}")
-        if self._removal is not None:
-            self.console.warn(self._removal.result())
         keep = self.config.train.keep_checkpoints
         self._removal = self._writer.submit(folder.remove_old, self.output_dir, keep)
 

@@ -77,6 +77,9 @@ class HostCopies:
         if self._copied is not None:
             torch.cuda.current_stream().wait_event(self._copied)
 
+    def free(self) -> None:
+        self._buffers.clear()
+
     def finish(self) -> None:
         """The host waits for the copies."""
         if self._copied is not None:

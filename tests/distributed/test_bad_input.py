@@ -296,16 +296,38 @@ def test_resume_with_another_batch_optimizer_or_data(
     assert "other data" in fails(1, moved)
 
 
-def test_damaged_checkpoint_is_passed_over_or_refused(dataset: Path, tmp_path: Path) -> None:
+def _truncated(checkpoint: Path) -> None:
+    file = next((checkpoint / "weights").iterdir())
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _flipped(name: str) -> Callable[[Path], None]:
+    def flip(checkpoint: Path) -> None:
+        content = bytearray((checkpoint / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (checkpoint / name).write_bytes(content)
+
+    return flip
+
+
+# What headers and sizes show, what only hashes show, and the manifest itself.
+@pytest.mark.parametrize(
+    "damage",
+    [_truncated, lambda checkpoint: (checkpoint / "manifest.json").unlink(), *map(_flipped, ["optimizer/rank_00000.safetensors", "deepspeed.json",
+                                 "manifest.json"])],
+    ids=["truncated", "no manifest", "state", "settings", "manifest"],
+)  # fmt: skip
+def test_damaged_checkpoint_is_passed_over_or_refused(
+    dataset: Path, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
     deepspeed_config = make_deepspeed(tmp_path)
     settings = {"train__checkpoint_interval": 1, "train__steps": 2}
     config = make_config(dataset, tmp_path / "run", **settings)
     run_ranks(1, _train, config, deepspeed_config)
     newest = list_checkpoints(tmp_path / "run")[-1]
-    file = next((newest / "weights").iterdir())
-    file.write_bytes(file.read_bytes()[:-1])
+    damage(newest)
     named = make_config(dataset, tmp_path / "run", train__resume=str(newest), train__steps=3)
-    with pytest.raises(RankError, match="damaged"):
+    with pytest.raises(RankError, match="damaged|holds no complete checkpoint"):
         run_ranks(1, _prepare, named, deepspeed_config)
     auto = make_config(dataset, tmp_path / "run", train__steps=3, train__keep_checkpoints=1)
     run_ranks(1, _train, auto, deepspeed_config)

@@ -122,7 +122,7 @@ def test_parameters_of_the_optimizer_are_an_object(params: Any, load: Load) -> N
         load("optimizer.params", params)
 
 
-@pytest.mark.parametrize("key", ["checkpoint", "timers"])
+@pytest.mark.parametrize("key", ["pipeline", "timers"])
 def test_section_that_is_no_object_is_refused(key: str, load: Load) -> None:
     with pytest.raises(ValueError, match=rf"ds.json: {key} = 5: expected an object"):
         load(key, 5)
