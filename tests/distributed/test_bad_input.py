@@ -310,11 +310,15 @@ def _flipped(name: str) -> Callable[[Path], None]:
     return flip
 
 
+def _without_manifest(checkpoint: Path) -> None:
+    (checkpoint / "manifest.json").unlink()
+
+
 # What headers and sizes show, what only hashes show, and the manifest itself.
 @pytest.mark.parametrize(
     "damage",
-    [_truncated, lambda checkpoint: (checkpoint / "manifest.json").unlink(), *map(_flipped, ["optimizer/rank_00000.safetensors", "deepspeed.json",
-                                 "manifest.json"])],
+    [_truncated, _without_manifest, _flipped("optimizer/rank_00000.safetensors"),
+     _flipped("deepspeed.json"), _flipped("manifest.json")],
     ids=["truncated", "no manifest", "state", "settings", "manifest"],
 )  # fmt: skip
 def test_damaged_checkpoint_is_passed_over_or_refused(
