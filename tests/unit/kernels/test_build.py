@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import re
 import subprocess
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import run_forked
@@ -291,3 +293,91 @@ def test_command_says_what_is_used_and_why(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert re.search(r"cuda +not available: torch .* sees no CUDA device", done.stdout)
     assert "required but not available: cuda" in done.stderr
+
+
+def write_fake_library(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Path:
+    """A library of the right name, and a builder that only notes where it is asked to build."""
+    monkeypatch.setenv("MEGATRON_SALT_CACHE", str(cache))
+    monkeypatch.setattr(build, "INSTALLED", cache / "none")
+    monkeypatch.setattr(build, "build", lambda kind, folder, architectures: folder / "built")
+    cache.mkdir(mode=0o700, exist_ok=True)
+    library = cache / build.library_name("native")
+    library.write_bytes(b"")
+    library.chmod(0o755)
+    return library
+
+
+def of_another_user(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """As the package sees it. (Only root could give a file away.)"""
+    stat = Path.stat
+
+    def seen(self: Path, **more: Any) -> Any:
+        found = stat(self, **more)
+        if self != path:
+            return found
+        return os.stat_result((*found[:4], os.getuid() + 7, *found[5:]))
+
+    monkeypatch.setattr(Path, "stat", seen)
+
+
+def test_own_library_of_own_folder_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = write_fake_library(monkeypatch, tmp_path / "cache")
+    assert build.find_or_build("native") == library
+
+
+@pytest.mark.parametrize("mode", [0o775, 0o757, 0o777])
+def test_library_that_others_can_change_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
+) -> None:
+    library = write_fake_library(monkeypatch, tmp_path / "cache")
+    library.chmod(mode)
+    with pytest.raises(build.BuildError, match=rf"can be changed by others \(mode {mode:o}"):
+        build.find_or_build("native")
+
+
+def test_library_of_another_user_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = write_fake_library(monkeypatch, tmp_path / "cache")
+    of_another_user(monkeypatch, library)
+    with pytest.raises(build.BuildError, match=f"{library} belongs to the user of number .*CACHE"):
+        build.find_or_build("native")
+
+
+def test_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_fake_library(monkeypatch, tmp_path / "cache")
+    of_another_user(monkeypatch, tmp_path / "cache")
+    with pytest.raises(build.BuildError, match="cache belongs to the user of number .*CACHE"):
+        build.find_or_build("native")
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o1777])
+def test_in_a_shared_folder_each_user_has_one_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, mode: int
+) -> None:
+    write_fake_library(monkeypatch, tmp_path / "cache")
+    (tmp_path / "cache").chmod(mode)
+    own = tmp_path / "cache" / f"user-{os.getuid()}"
+    assert build.find_or_build("native") == own / "built"
+    assert own.stat().st_mode & 0o777 == 0o700
+    assert "cache can be changed by others" in caplog.text and str(own) in caplog.text
+    own.chmod(0o777)
+    with pytest.raises(build.BuildError, match=f"{own} can be changed by others"):
+        build.find_or_build("native")
+
+
+def test_new_folder_is_the_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_nvcc(tmp_path, "80 90 100")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("MEGATRON_SALT_CACHE", str(tmp_path / "new"))
+    monkeypatch.setattr(build, "INSTALLED", tmp_path / "none")
+    before = os.umask(0o002)
+    try:
+        library = build.find_or_build("cuda")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+    assert not library.stat().st_mode & 0o022
+    assert build.find_or_build("cuda") == library
