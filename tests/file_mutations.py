@@ -20,7 +20,7 @@ import tempfile
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,15 @@ from megatron_salt.checkpoint.manifest import (
     manifest_text,
     read_checkpoint_manifest,
     tokenizer_folder,
+    verify_hashes,
 )
+from megatron_salt.checkpoint.optimizer import (
+    OptimizerPart,
+    StoredOptimizer,
+    optimizer_file,
+    write_optimizer_index,
+)
+from megatron_salt.checkpoint.shards import WHOLE
 from megatron_salt.checkpoint.weights import (
     read_teacher_scores,
     read_weights,
@@ -52,6 +60,7 @@ from megatron_salt.checkpoint.weights import (
 )
 from megatron_salt.config.command_line import parse_command_line, write_config
 from megatron_salt.config.deepspeed import load_deepspeed_config
+from megatron_salt.config.fields import ModelConfig
 from megatron_salt.corpus.python_sources import make_corpus
 from megatron_salt.corpus.train_tokenizer import train_tokenizer
 from megatron_salt.data.dataset import DataSource
@@ -63,9 +72,10 @@ from megatron_salt.data.sequences import Sequences
 from megatron_salt.data.sources import load_sources
 from megatron_salt.data.tags import open_indexed, read_stream, table_path, verify_tags
 from megatron_salt.data.tokenizer import load_tokenizer
+from megatron_salt.files.disk import save_tensors
 from megatron_salt.huggingface.convert import export_checkpoint, import_folder
 from megatron_salt.method.switch import SwitchState
-from megatron_salt.model.weights import weight_table
+from megatron_salt.model.weights import padded_vocab, shard, weight_table
 from megatron_salt.parallel import endings
 from megatron_salt.planner.times import read_measured
 from megatron_salt.report.runs import load_run
@@ -156,6 +166,42 @@ def _datasets(folder: Path) -> Iterator[Kind]:
     yield Kind("dataset without manifest", of("plain"), lambda: read("plain"), False)
 
 
+def write_optimizer(path: Path, model: ModelConfig, weights: dict[str, torch.Tensor]) -> None:
+    """In two files, each weight cut in the middle."""
+    table, padded = weight_table(model, VOCAB, 16), padded_vocab(model, VOCAB, 1)
+    weights = {name: shard(weight, table[name], 0, 1, padded) for name, weight in weights.items()}
+    parts = [OptimizerPart(file=optimizer_file(rank), tp_rank=0, fragments={}) for rank in (0, 1)]
+    for rank, part in enumerate(parts):
+        tensors = {}
+        for name, weight in weights.items():
+            cut = weight.numel() // 2
+            start, stop = ((0, cut), (cut, weight.numel()))[rank]
+            part.fragments[name] = start, stop - start
+            for state in ("fp32", "exp_avg"):
+                tensors[f"{name}/{state}"] = weight.flatten()[start:stop].clone()
+        (path / part.file).parent.mkdir(exist_ok=True)
+        save_tensors(path / part.file, tensors)
+    record = ModelRecord(
+        name="m", step=4, config=model, vocab_size=VOCAB, num_positions=16, seq_length=16,
+        objective=["causal"], tokenizer_fingerprint="", precision="fp32", tp_size=1, pp_size=1,
+        evaluation=None,
+    )  # fmt: skip
+    states, scalars = [["fp32", "exp_avg"]] * 2, [{"step": 4.0}] * 2
+    write_optimizer_index(path, record, parts, states, scalars)
+
+
+def read_optimizer(path: Path, manifest: CheckpointManifest, *, verify: bool = True) -> Any:
+    if verify:
+        verify_hashes(path, manifest, [name for name in manifest.files if "optimizer/" in name])
+    stored, model = StoredOptimizer(path, manifest), manifest.model
+    table = weight_table(model.config, model.vocab_size, model.num_positions)
+    return stored.index, [
+        stored.read(name, state, WHOLE, range(spec.numel))
+        for name, spec in table.items()
+        for state in stored.index.states
+    ]
+
+
 def _checkpoints(folder: Path) -> Iterator[Kind]:
     path, config = folder / "run/checkpoints/step_00000004", make_config("data", "run")
     path.mkdir(parents=True)
@@ -163,6 +209,7 @@ def _checkpoints(folder: Path) -> Iterator[Kind]:
     table = weight_table(config.model, VOCAB, 16)
     weights = {name: torch.rand(spec.shape) for name, spec in table.items()}
     write_weights(path, 0, 0, weights)
+    write_optimizer(path, config.model, weights)
     tokenizer.save(path / "tokenizer")
     scores = {"loss_NS": torch.rand(2, 16), "packed": torch.rand(9, dtype=torch.float64)}
     write_teacher_scores(path, scores, "samples")
@@ -176,7 +223,7 @@ def _checkpoints(folder: Path) -> Iterator[Kind]:
         training=RunRecord(
             config=config, step=4, phase="lm", tokens=512, data_rows=32, data=["text"], dp_size=1,
             zero_stage=0, teacher_valid_ce_nats=5.25, teacher_fingerprint="teacher", tags=[],
-            selection=[], switch=SwitchState(),
+            selection=[], switch=SwitchState(), loss_scaler={}, skipped_steps=0,
         ),
         versions=installed_versions(), files=hash_files(path, list_files(path)),
     )  # fmt: skip
@@ -190,6 +237,13 @@ def _checkpoints(folder: Path) -> Iterator[Kind]:
 
     yield Kind("checkpoint, manifest", [path / MANIFEST], reader(lambda path, it: it), True)
     yield Kind("checkpoint, weights", sorted(path.glob("weights/*")), reader(read_weights), True)
+    files = sorted(path.glob("optimizer/*"))
+    yield Kind("checkpoint, optimizer", files, reader(read_optimizer), True)
+    # As if its writer had been wrong: no hash is looked at.
+    yield Kind("checkpoint, optimizer without hashes", files,
+               lambda: read_optimizer(path, replace(manifest, files={
+                   str(file.relative_to(path)): {} for file in files}), verify=False),
+               False)  # fmt: skip
     yield Kind("checkpoint, tokenizer", sorted(path.glob("tokenizer/*")), reader(of_tokenizer),
                True)  # fmt: skip
     yield Kind("checkpoint, held-out losses", sorted(path.glob("held_out/*")),

@@ -80,13 +80,15 @@ def test_written_behind_the_next_steps(
         else:  # the next save waits for the one before; steps do not
             assert there[1] == [] and there[3][:1] == ["step_00000002"]
             assert len(there[-1]) == 3
+    evaluated = [None, 3, 6, 8]  # before the step that was copied
     behind, waiting = (list_checkpoints(folder) for folder in folders.values())
     assert [path.name for path in behind] == [path.name for path in waiting]
-    for one, other in zip(behind, waiting, strict=True):
+    for one, other, last in zip(behind, waiting, evaluated, strict=True):
         mine, theirs = read_checkpoint_manifest(one), read_checkpoint_manifest(other)
         verify_hashes(one, mine, list(mine.files))
         assert mine.files == theirs.files
         assert mine.model.evaluation == theirs.model.evaluation
+        assert (mine.model.evaluation.step if mine.model.evaluation else None) == last
         for field in ("step", "phase", "tokens", "data_rows", "switch", "skipped_steps"):
             assert getattr(mine.run, field) == getattr(theirs.run, field)
     assert without_times(metrics_of(folders["behind"])) == without_times(
