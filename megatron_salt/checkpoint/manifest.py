@@ -169,7 +169,7 @@ def _check_file(path: Path, name: str, record: dict[str, Any], source: Path) -> 
     try:
         there, size = file.is_file(), file.stat().st_size if file.is_file() else 0
         within = file.resolve().is_relative_to(path.resolve()) and ".." not in Path(name).parts
-    except (OSError, ValueError) as error:  # a name that no file can have
+    except (OSError, ValueError, RuntimeError) as error:  # no name of a file; a loop of links
         raise ValueError(f"{file}: {error}; {damaged}") from error
     if not within or Path(name).is_absolute():
         raise ValueError(f"{file}: listed in {source}, and leads out of its folder: do not use it")
