@@ -126,9 +126,10 @@ def build_parser(prog: str) -> ArgumentParser:
 def check_yaml_keys(path: str) -> None:
     """Raise ValueError for a key of the YAML file that is not a setting, naming file and key."""
     try:
-        # By libyaml where it is there, as jsonargparse reads it.
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), loader)
+        text = Path(path).read_text(encoding="utf-8")
+        # Python's says better where a slip is; by libyaml, where it is there, jsonargparse reads.
+        for loader in (yaml.SafeLoader, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            values = yaml.load(text, loader)
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror or error}") from error
     except yaml.YAMLError as error:
