@@ -28,6 +28,7 @@ from tiny import (
     make_config,
     make_deepspeed,
     metrics_of,
+    without_times,
 )
 
 from megatron_salt.config.fields import RunConfig
@@ -188,8 +189,8 @@ class Pair(NamedTuple):
     same_state: bool
     worst_loss: float
     """Largest relative difference of a loss."""
-    same_weights: bool
-    """The last ones, bit by bit; False at another layout."""
+    same_end: bool
+    """Last weights and all metrics, bit by bit; False at another layout."""
 
 
 class Pairs:
@@ -233,6 +234,8 @@ class Pairs:
                 for a, b in zip(mine, saved.weights, strict=True)
                 for name in b
             )
+            metrics = [without_times(metrics_of(each)) for each in (folder, saved.folder)]
+            same = same and metrics[0] == metrics[1]
             pairs.append(
                 Pair(
                     all(np.array_equal(state[key], saved.state[key]) for key in saved.state),
@@ -278,7 +281,7 @@ def try_all(pairs: Pairs) -> bool:
     bad, worst, tolerance = 0, 0.0, TOLERANCE[pairs.precision]
     for at in LAYOUTS:
         for saved, pair in zip(sources, pairs.resume(at, sources), strict=True):
-            exact = pair.same_weights and pair.worst_loss == 0.0
+            exact = pair.same_end and pair.worst_loss == 0.0
             bad += not (
                 pair.same_state and pair.worst_loss <= tolerance and (at != saved.at or exact)
             )

@@ -97,49 +97,6 @@ def test_resumed_run_is_bit_equal(
     assert without_times(records) == without_times(metrics_of(expected_dir))
 
 
-BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-
-
-@pytest.mark.parametrize(
-    ("layout", "deepspeed"),
-    [
-        ({"tp": 2, "pp": 2}, {**BF16, **ZERO1}),
-        ({"tp": 1, "pp": 1}, {"zero_optimization": {"stage": 2}, **BF16}),
-        ({"tp": 1, "pp": 1}, {"zero_optimization": {"stage": 3}}),
-        ({"tp": 1, "pp": 2}, {}),
-    ],
-    ids=["tp2-pp2-bf16-zero1", "dp2-bf16-zero2", "dp2-zero3", "pp2-zero0"],
-)
-def test_every_engine_resumes_bit_equal(
-    dataset: Path,
-    teacher: Path,
-    tmp_path: Path,
-    layout: dict[str, int],
-    deepspeed: dict[str, Any],
-) -> None:
-    """The optimisers that DeepSpeed has for other precisions and ZeRO stages, across the switch."""
-    world_size = max(2, layout["tp"] * layout["pp"])
-    settings: dict[str, Any] = {
-        "parallel__tensor_model_parallel_size": layout["tp"],
-        "parallel__pipeline_model_parallel_size": layout["pp"],
-        "teacher__checkpoint": str(teacher),
-        "salt__kd_steps": 3,
-        "train__steps": 5,
-        "train__checkpoint_interval": 2,
-        "train__keep_checkpoints": 0,
-    }
-    deepspeed_config = make_deepspeed(tmp_path, **deepspeed)
-    whole = make_config(dataset, tmp_path / "whole", **settings)
-    expected = run_ranks(world_size, _train, whole, deepspeed_config)
-    config = make_config(dataset, tmp_path / "run", **settings)
-    cut_back(tmp_path / "whole", tmp_path / "run", 2)
-    assert_same_weights(run_ranks(world_size, _train, config, deepspeed_config), expected)
-    records = without_times(metrics_of(tmp_path / "run"))
-    assert records == without_times(metrics_of(tmp_path / "whole"))
-    losses = [record["loss"] for record in records[1:]]
-    assert losses[-1] == pytest.approx(6.0, abs=0.4)  # finite, and about log(509)
-
-
 def test_steps_after_the_switch_equal_a_run_without_a_teacher(
     uninterrupted: tuple[Path, Any], dataset: Path, tmp_path: Path
 ) -> None:
