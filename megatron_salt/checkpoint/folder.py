@@ -26,6 +26,7 @@ from megatron_salt.checkpoint.manifest import (
     MANIFEST,
     CheckpointManifest,
     ModelRecord,
+    RunRecord,
     installed_versions,
     manifest_text,
     read_checkpoint_manifest,
@@ -126,11 +127,18 @@ def publish(partial: Path, manifest: CheckpointManifest, output_dir: str | Path)
     return final
 
 
-def write_model_manifest(partial: Path, model: ModelRecord) -> None:
-    """Hash the files of a folder and write the manifest of a model that has no run."""
+def write_model_manifest(
+    partial: Path, model: ModelRecord, training: RunRecord | None = None,
+    versions: dict[str, str] | None = None,
+) -> None:  # fmt: skip
+    """Hash the files of a folder and write the manifest of a model, and of the run behind it if
+    there is one.
+
+    Args: versions: of the packages that have made it; None: those that are installed.
+    """
     files = hash_files(partial, list_files(partial))
     manifest = CheckpointManifest(
-        model=model, training=None, versions=installed_versions(), files=files
+        model=model, training=training, versions=versions or installed_versions(), files=files
     )
     _write_manifest(partial, manifest)
 

@@ -12,7 +12,7 @@ A weight that is not cut over tensor-parallel ranks is written by the first of t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -158,6 +158,17 @@ class StoredOptimizer:
             return elements.view(-1, columns)
 
         return read_range(spec, cut, part, self.model.tp_size, self._padded, read_rows)
+
+    def fragments(self) -> Iterator[tuple[Path, str, Tensor]]:
+        """(file, NAME/STATE, elements) of all that ranks have written, padding too.
+
+        Raises: ValueError naming the file that is damaged.
+        """
+        for (name, tp_rank), fragments in self._fragments.items():
+            for start, numel, file in fragments:
+                for state in self.index.states:
+                    elements = self._elements(name, state, tp_rank, start, start + numel)
+                    yield self.folder / file, f"{name}/{state}", elements
 
     def _elements(self, name: str, state: str, tp_rank: int, first: int, last: int) -> Tensor:
         """A run of elements of a flattened shard as saved."""

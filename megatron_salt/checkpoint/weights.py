@@ -87,6 +87,10 @@ class WeightFiles:
         spec, tp_size = self.table[name], self.model.tp_size
         return read_range(spec, cut, part, tp_size, self._padded[name], read_rows)
 
+    def file_of(self, name: str) -> Path:
+        """Where the first part of a weight is."""
+        return self._shards[name][0][0]
+
     def whole(self, name: str) -> Tensor:
         """A weight as a whole, real rows of the vocabulary only."""
         spec = self.table[name]

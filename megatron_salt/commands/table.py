@@ -19,6 +19,7 @@ COMMANDS = {
     "merge": "several datasets to one",
     "subset": "some documents of a dataset: of a source, a share, a number",
     "inspect": "look at a dataset and its tags, or verify every byte",
+    "inspect-checkpoint": "what a checkpoint is; verify it, compare two, change its layout",
     "pretrain": "train a model, with or without a teacher",
     "tag": "a small model's losses and masks of all tokens of a dataset",
     "cache-logits": "a teacher's distributions over a dataset, for many students",
@@ -42,7 +43,7 @@ def program_help() -> str:
     return "\n".join([
         "usage: megatron-salt COMMAND [arguments]", "",
         "Pre-train a large language model with help from a small one (SALT).", "",
-        *(f"  {name:<14}{text}" for name, text in COMMANDS.items()), "",
+        *(f"  {name:<20}{text}" for name, text in COMMANDS.items()), "",
         "`megatron-salt COMMAND --help` explains a command.",
         "`megatron-salt --version` says which this is. On several devices:",
         "torchrun --nproc-per-node 8 -m megatron_salt COMMAND …; deepspeed and srun likewise.",

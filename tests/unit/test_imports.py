@@ -14,8 +14,8 @@ PACKAGE = ROOT / "megatron_salt"
 # The picture of docs/architecture.md is made from it.
 ALLOWED = {
     "entry": "commands config data parallel planner training",
-    "commands": "config corpus data evaluation files generation huggingface parallel planner "
-    "report scoring",
+    "commands": "checkpoint config corpus data evaluation files generation huggingface parallel "
+    "planner report scoring",
     "generation": "checkpoint corpus data kernels model parallel",
     "planner": "checkpoint config data files huggingface method model parallel teacher training",
     "report": "data files teacher",

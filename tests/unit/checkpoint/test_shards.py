@@ -10,49 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from stored import MODEL, TABLE, V, cuts, manifest_of, numbered, record, stored_optimizer
 from torch import Tensor
 
-from megatron_salt.checkpoint.folder import hash_files, list_files
-from megatron_salt.checkpoint.manifest import CheckpointManifest, ModelRecord
 from megatron_salt.checkpoint.optimizer import (
     OPTIMIZER_INDEX,
-    OptimizerPart,
     StoredOptimizer,
     optimizer_file,
     write_optimizer_index,
 )
-from megatron_salt.checkpoint.shards import WHOLE, Cut, read_range
+from megatron_salt.checkpoint.shards import WHOLE, read_range
 from megatron_salt.checkpoint.weights import WeightFiles, write_weights
-from megatron_salt.config.fields import ModelConfig
 from megatron_salt.files.disk import save_tensors
-from megatron_salt.model.weights import as_matrix, padded_vocab, shard, weight_table
-
-# Gated, biases, a vocabulary that no number of ranks divides: every way to cut.
-MODEL = ModelConfig(
-    num_layers=1, hidden_size=16, num_attention_heads=4, num_query_groups=4, ffn_hidden_size=24,
-    add_bias_linear=True, make_vocab_size_divisible_by=4,
-)  # fmt: skip
-V = 21
-TABLE = weight_table(MODEL, V, 8)
-
-
-def numbered(name: str) -> Tensor:
-    spec = TABLE[name]
-    start = 10_000 * list(TABLE).index(name)
-    return torch.arange(start, start + spec.numel, dtype=torch.float64).reshape(spec.shape)
-
-
-def record(tp_size: int, pp_size: int = 1) -> ModelRecord:
-    return ModelRecord(
-        name="m", step=1, config=MODEL, vocab_size=V, num_positions=8, seq_length=8,
-        objective=["causal"], tokenizer_fingerprint="t", precision="fp32", tp_size=tp_size,
-        pp_size=pp_size, evaluation=None,
-    )  # fmt: skip
-
-
-def cuts(tp_size: int) -> list[Cut]:
-    padded = padded_vocab(MODEL, V, tp_size)
-    return [Cut(rank, tp_size, padded) for rank in range(tp_size)]
+from megatron_salt.model.weights import as_matrix, padded_vocab, shard
 
 
 @pytest.mark.parametrize("saved_tp", [1, 2, 4])
@@ -80,39 +50,6 @@ def test_any_part_of_any_shard(saved_tp: int, tp: int) -> None:
                 assert sum(read) <= stop - start + 2 * width + (stop - start) * (
                     max(1, tp // saved_tp) if spec.sharding == "columns" else 0
                 )
-
-
-def stored_optimizer(
-    folder: Path, tp_size: int, seed: int = 0
-) -> tuple[CheckpointManifest, list[OptimizerPart]]:
-    """Fragments of random lengths, over files at random."""
-    draws = random.Random(seed)
-    files: list[dict[str, Tensor]] = [{} for _ in range(3 * tp_size)]
-    parts = [
-        OptimizerPart(file=optimizer_file(rank), tp_rank=rank % tp_size, fragments={})
-        for rank in range(len(files))
-    ]
-    for name, spec in TABLE.items():
-        for cut in cuts(tp_size)[: 1 if spec.sharding == "replicated" else None]:
-            flat = shard(numbered(name), spec, *cut).flatten()
-            ends = sorted({0, len(flat), *draws.sample(range(len(flat) + 1), 2)})
-            ranks = draws.sample(range(cut.tp_rank, len(files), tp_size), len(ends) - 1)
-            for start, stop, rank in zip(ends[:-1], ends[1:], ranks, strict=True):
-                parts[rank].fragments[name] = start, stop - start
-                files[rank][f"{name}/fp32"] = flat[start:stop].clone()
-                files[rank][f"{name}/exp_avg"] = -flat[start:stop]
-    (folder / "optimizer").mkdir(parents=True)
-    for part, tensors in zip(parts, files, strict=True):
-        save_tensors(folder / part.file, tensors)
-    model, num = record(tp_size), len(parts)
-    states, scalars = [["fp32", "exp_avg"]] * num, [{"step": 5.0}] * num
-    write_optimizer_index(folder, model, parts, states, scalars)
-    return manifest_of(folder, model), parts
-
-
-def manifest_of(folder: Path, model: ModelRecord) -> CheckpointManifest:
-    files = hash_files(folder, list_files(folder))
-    return CheckpointManifest(model=model, training=None, versions={}, files=files)
 
 
 @pytest.mark.parametrize("saved_tp", [1, 2])
