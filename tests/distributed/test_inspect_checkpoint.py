@@ -51,7 +51,7 @@ def test_rewritten_and_resumed(
         (pair,) = pairs.resume(now, [saved._replace(folder=archived)])
         assert pair.same_state and pair.worst_loss <= TOLERANCE[precision]
         if now == saved_at:  # to the bit what the run itself did
-            assert pair.worst_loss == 0.0 and pair.same_weights
+            assert pair.worst_loss == 0.0 and pair.same_end
 
 
 def test_what_is_left_of_a_stripped_one(teacher: Path, tmp_path: Path) -> None:

@@ -15,11 +15,11 @@ def test_damaged_files_are_refused_by_name_and_pickles_are_not_run(tmp_path: Pat
     here = Path.cwd()
     try:
         kinds = make_kinds(tmp_path)
-        totals = run_mutations(kinds, count=20 * len(kinds), seed=1)
+        totals = run_mutations(kinds, count=10 * len(kinds), seed=1)
         assert sum(counts["finding"] for counts in totals.values()) == 0, table(totals)
         for kind in kinds:
             counts = totals[kind.name]
-            assert counts["refused"] >= 2, kind.name
+            assert counts["refused"] >= 1, kind.name
             assert counts["read as other"] == 0 or not kind.hashed
         assert run_pickles(kinds, tmp_path) == []
     finally:
