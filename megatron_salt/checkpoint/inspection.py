@@ -6,7 +6,6 @@ What is looked at is only read. Weights are taken one by one, the states of the 
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from bisect import bisect_right
@@ -22,8 +21,14 @@ from torch import Tensor
 from megatron_salt.checkpoint import manifest, optimizer
 from megatron_salt.checkpoint.folder import write_model_manifest
 from megatron_salt.checkpoint.optimizer import MASTER, OPTIMIZER_INDEX
+<<<<<<< HEAD
 from megatron_salt.checkpoint.shards import WHOLE, Cut
 from megatron_salt.checkpoint.weights import WeightFiles, write_weights
+=======
+from megatron_salt.checkpoint.shards import WHOLE, Cut, shard_numel
+from megatron_salt.checkpoint.weights import StoredWeights, write_weights
+from megatron_salt.config.deepspeed import read_json
+>>>>>>> inspect
 from megatron_salt.config.problems import indivisible_sizes
 from megatron_salt.files.disk import atomic_folder, check_new_folder, save_tensors
 from megatron_salt.model.costs import balanced_stages, layer_costs
@@ -206,7 +211,7 @@ def changed_between(first: Path, second: Path) -> list[str]:
         for section, values in sections.items():
             known |= {f"{section}.{field}": value for field, value in values.items()}
         if "deepspeed.json" in about.files:
-            known |= json.loads((folder / "deepspeed.json").read_text(encoding="utf-8"))
+            known |= read_json(str(folder / "deepspeed.json"))
         facts.append({key: value for key, value in known.items() if key not in RESULTS})
     one, other = facts
     keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
@@ -298,7 +303,7 @@ def _write_recut(
         }  # fmt: skip
         part = optimizer.OptimizerPart(
             file=optimizer.optimizer_file(rank), tp_rank=tp_rank,
-            fragments={name: (0, tensors[f"{name}/{MASTER}"].numel()) for name in held},
+            fragments={name: (0, shard_numel(table[name], model.tp_size, padded)) for name in held},
         )  # fmt: skip
         (partial / part.file).parent.mkdir(exist_ok=True)
         save_tensors(partial / part.file, tensors)

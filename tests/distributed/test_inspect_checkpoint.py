@@ -14,6 +14,7 @@ from elastic import LAYOUTS, SAVED, TOLERANCE, At, Pairs
 from tiny import cut_back
 
 from megatron_salt.checkpoint.folder import list_checkpoints
+from megatron_salt.checkpoint.manifest import read_checkpoint_manifest, weights_fingerprint
 
 
 # (the layout to rewrite it at, the layout to go on at)
@@ -42,6 +43,14 @@ def test_rewritten_and_resumed(
         assert call("inspect-checkpoint", "--diff", source, made, "--optimizer") == 0
         last = capsys.readouterr().out.splitlines()[-1]
         assert last.split()[0] == last.split()[2] != "0"
+        # Back at the run's layout its files of weights are those that the run wrote.
+        back = tmp_path / f"back_{at.tp}_{at.pp}"
+        layout = ("--tp", str(saved_at.tp), "--pp", str(saved_at.pp))
+        assert call("inspect-checkpoint", made, "--to", back, *layout) == 0
+        identities = [
+            weights_fingerprint(read_checkpoint_manifest(x)) for x in (source, made, back)
+        ]
+        assert identities[0] == identities[2] != identities[1]
         # The run as it was after this step, with the rewritten checkpoint in the place of its own.
         archived = tmp_path / f"run_{at.tp}_{at.pp}"
         cut_back(saved.folder, archived, SAVED)

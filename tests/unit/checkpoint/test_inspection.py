@@ -232,6 +232,10 @@ def test_differences_at_two_layouts(tmp_path: Path, capsys: pytest.CaptureFixtur
     for line in ("precision: fp32 -> bf16", "train.steps: 5 -> 9", "train_batch_size: 8 -> 16"):
         assert f"{line}\n" in out
     assert f"\n0 of {total} are the same to the bit\n" in out
+    (third / "deepspeed.json").write_text("[]")
+    signed_again(third, about)
+    assert inspect("--diff", first, third) == 2
+    assert f"{third / 'deepspeed.json'}" in capsys.readouterr().err
     # Zeros of two signs are equal numbers and other bits.
     assert not any(
         each.same
