@@ -21,14 +21,9 @@ from torch import Tensor
 from megatron_salt.checkpoint import manifest, optimizer
 from megatron_salt.checkpoint.folder import write_model_manifest
 from megatron_salt.checkpoint.optimizer import MASTER, OPTIMIZER_INDEX
-<<<<<<< HEAD
-from megatron_salt.checkpoint.shards import WHOLE, Cut
-from megatron_salt.checkpoint.weights import WeightFiles, write_weights
-=======
 from megatron_salt.checkpoint.shards import WHOLE, Cut, shard_numel
-from megatron_salt.checkpoint.weights import StoredWeights, write_weights
+from megatron_salt.checkpoint.weights import WeightFiles, write_weights
 from megatron_salt.config.deepspeed import read_json
->>>>>>> inspect
 from megatron_salt.config.problems import indivisible_sizes
 from megatron_salt.files.disk import atomic_folder, check_new_folder, save_tensors
 from megatron_salt.model.costs import balanced_stages, layer_costs
