@@ -126,10 +126,9 @@ def build_parser(prog: str) -> ArgumentParser:
 def check_yaml_keys(path: str) -> None:
     """Raise ValueError for a key of the YAML file that is not a setting, naming file and key."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        # Python's says better where a slip is; by libyaml, where it is there, jsonargparse reads.
-        for loader in (yaml.SafeLoader, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-            values = yaml.load(text, loader)
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        # Half a pair of characters is no text, and jsonargparse names no file for it.
+        json.dumps(values, ensure_ascii=False, skipkeys=True, default=str).encode()
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror or error}") from error
     except yaml.YAMLError as error:
