@@ -8,10 +8,15 @@ from pathlib import Path
 import pytest
 from file_mutations import make_kinds, run_mutations, run_pickles, table
 
+from megatron_salt.parallel import endings
+
 pytestmark = pytest.mark.processes
 
 
-def test_damaged_files_are_refused_by_name_and_pickles_are_not_run(tmp_path: Path) -> None:
+def test_damaged_files_are_refused_by_name_and_pickles_are_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endings, "refuse", endings.refuse)  # which is exchanged here
     here = Path.cwd()
     try:
         kinds = make_kinds(tmp_path)
