@@ -158,12 +158,14 @@ def _datasets(folder: Path) -> Iterator[Kind]:
     def of(name: str) -> list[Path]:
         return [folder / f"{name}.idx", folder / f"{name}.bin"]
 
-    yield Kind("dataset, .idx and .bin", of("data"), lambda: read("data"), True)
+    yield Kind("dataset, .idx and .bin", of("data"), lambda: read("data"), True,
+               names=("data.bin",))  # fmt: skip
     yield Kind("dataset, manifest", [folder / "data.manifest.json"], lambda: read("data"), False,
                names=("data.idx", "data.bin", "the dataset data"))  # fmt: skip
     yield Kind("dataset, sources", [folder / "data.sources.parquet"],
                lambda: vars(load_sources("data")), True)  # fmt: skip
-    yield Kind("dataset without manifest", of("plain"), lambda: read("plain"), False)
+    yield Kind("dataset without manifest", of("plain"), lambda: read("plain"), False,
+               names=("plain.bin",))  # fmt: skip
 
 
 def write_optimizer(path: Path, model: ModelConfig, weights: dict[str, torch.Tensor]) -> None:
@@ -534,6 +536,7 @@ def run_mutations(kinds: list[Kind], count: int, seed: int) -> dict[str, Counter
                 totals[name][f"{what} [{number}]"] += 1
             next_number += 1
         if problem:
+            print(f"{name}: {problem} [{next_number}]", file=sys.stderr, flush=True)
             totals[name]["finding"] += 1
             totals[name][f"{problem} [{next_number}]"] += 1
             next_number += 1

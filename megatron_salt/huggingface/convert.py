@@ -68,6 +68,9 @@ class StoredWeights:
             if not re.fullmatch(family.buffers, name)
         }
 
+    def __len__(self) -> int:
+        return len(self._places)
+
     def __contains__(self, name: str) -> bool:
         return name in self._places
 
@@ -120,6 +123,10 @@ def import_folder(source: Path, target: Path, ignored: Iterable[str] = ()) -> Mo
     bos = values.get("bos_token_id")
     with atomic_folder(target) as partial, ExitStack() as stack:
         stored = StoredWeights(source, family, stack)
+        if model.num_layers > len(stored):  # before a table is made of all that they would have
+            raise ValueError(
+                f"{source / CONFIG}: {model.num_layers} layers, {source} has {len(stored)} tensors"
+            )
         weights = _imported(stored, family, model, rows, positions)
         num_parts, dtype = 0, torch.float32
         for num_parts, part in enumerate(_in_parts(weights), 1):
@@ -148,7 +155,14 @@ def _imported(
     embedding = torch.empty(0)
     for name, spec in weight_table(model, rows, positions).items():
         layout, theirs = family.theirs(name)
-        ours = to_ours(layout, [stored.take(each) for each in theirs], model)
+        taken = [stored.take(each) for each in theirs]
+        try:
+            ours = to_ours(layout, taken, model)
+        except RuntimeError as error:  # of a reshape
+            shapes = [tuple(each.shape) for each in taken]
+            raise ValueError(
+                f"{stored.folder}: {' and '.join(theirs)} of {shapes} make no {name}: {error}"
+            ) from error
         if tuple(ours.shape) != spec.shape:
             raise ValueError(
                 f"{stored.folder}: {' and '.join(theirs)} make {tuple(ours.shape)} of {name}, and "

@@ -405,7 +405,7 @@ def read_config(
     Raises: ValueError naming the field that cannot be converted, and what it is.
     """
     kind = values.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(
             f"{source}: model_type = {kind!r}: only {', '.join(FAMILIES)} can be "
             f"converted{OTHERWISE}"
@@ -419,7 +419,7 @@ def read_config(
         model, rows, longest = family.read(fields)
     except (TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{source}: a field has another type than it should: {error}") from error
-    if type(rows) is not int or type(longest) is not int or min(rows, longest) < 1:
+    if not all(type(each) is int and 1 <= each < 1 << 32 for each in (rows, longest)):
         raise ValueError(f"{source}: {rows} rows of the vocabulary, sequences of {longest} tokens")
     record_of(ModelConfig, dataclasses.asdict(model), source)
     try:
