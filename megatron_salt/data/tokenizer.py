@@ -22,7 +22,7 @@ HUGGING_FACE_NAME = "tokenizer.json"
 SENTINEL = "<extra_id_{}>"
 HUGGING_FACE_EOD_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
 SHOWN_DIFFERENCES = 5
-MOST_UNUSED_IDS = 1 << 16  # all tokens are listed by id, those that are none too
+MOST_UNUSED_IDS = 1 << 20  # all tokens are listed by id, those that are none too
 
 
 class Tokenizer(ABC):

@@ -27,7 +27,7 @@ from megatron_salt.data.tokenizer import load_tokenizer
 from megatron_salt.evaluation.checkpoint_score import ScoreRequest, score_checkpoint
 from megatron_salt.parallel.groups import initialize
 from megatron_salt.training.resume import lock_output_dir
-from megatron_salt.training.run import prepare
+from megatron_salt.training.run import prepare, train
 
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 
@@ -194,11 +194,12 @@ def test_sequences_longer_than_the_teachers(
 
 def _train_until_a_gradient_explodes(config: Any, deepspeed_config: str, explodes_at: int) -> None:
     run = prepare(config, deepspeed_config)
-    for step in range(config.train.steps):
-        if step == explodes_at:
-            parameter = next(iter(run.student.module.parameters()))
-            parameter.register_hook(lambda gradient: gradient * float("inf"))
+    for step in range(explodes_at):
         run.step(step)
+    run.first_step = explodes_at
+    parameter = next(iter(run.student.module.parameters()))
+    parameter.register_hook(lambda gradient: gradient * float("inf"))
+    train(run)
 
 
 @pytest.mark.parametrize(

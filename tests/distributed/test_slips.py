@@ -93,8 +93,8 @@ SLIPS = [
     # Resuming and folders.
     (AGAIN + "--deepspeed_config {place}/batch.json", "{place}/run", "train_batch_size = 16",
      "keep train_batch_size = 8"),
-    (AGAIN + "--deepspeed_config {place}/zero.json", "{place}/run", "= (1, 1, 1, 0), this run",
-     "resume with the same layout"),
+    (AGAIN + "--deepspeed_config {place}/sgd.json", "{place}/sgd.json", "optimizer (type, amsgrad)",
+     "train.init_from"),
     (AGAIN + "--model.num_layers 3", "{place}/run", "model.num_layers: 2 -> 3",
      "choose another train.output_dir"),
     (AGAIN + "--train.resume none", "{place}/run", "train.resume = none", "train.resume auto"),
@@ -192,8 +192,8 @@ def place(dataset: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory
     for name, batch, micro in (("batch", 16, 2), ("five", 16, 5), ("auto", "auto", 2)):
         changed = {"train_batch_size": batch, "train_micro_batch_size_per_gpu": micro}
         (place / f"{name}.json").write_text(json.dumps(deepspeed | changed))
-    zero_1 = deepspeed | {"zero_optimization": {"stage": 1}}
-    (place / "zero.json").write_text(json.dumps(zero_1))
+    other = deepspeed | {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+    (place / "sgd.json").write_text(json.dumps(other))
     (place / "key.json").write_text(json.dumps(deepspeed | {"train_batch_sise": 8}))
     (place / "comma.json").write_text('{"train_batch_size": 8,}')
     for name, text in (
