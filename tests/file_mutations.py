@@ -109,9 +109,9 @@ def seen(value: Any) -> str:
     if isinstance(value, np.ndarray):
         return f"{value.dtype}{value.shape}{value.tobytes()!r}"
     if isinstance(value, dict):
-        return repr([(key, seen(each)) for key, each in value.items()])
+        return f"{{{', '.join(f'{key!r}: {seen(each)}' for key, each in value.items())}}}"
     if isinstance(value, list | tuple):
-        return repr([seen(each) for each in value])
+        return f"[{', '.join(map(seen, value))}]"
     return repr(value)
 
 
