@@ -287,7 +287,7 @@ def _settings(folder: Path, data: Path) -> Iterator[Kind]:
     def read_config(path: str) -> Any:
         return parse_command_line(["--config", path, "--deepspeed_config", "ds.json"])
 
-    sections = tuple(f"{name}." for name in config.to_dict())
+    sections = tuple(f"{name}{end}" for name in config.to_dict() for end in ".:")
     for name in ("run.yaml", "run/config.json"):
         yield Kind(f"settings, {Path(name).name}", [folder / name],
                    lambda name=name: read_config(name), False, names=sections)  # fmt: skip

@@ -19,7 +19,7 @@ from megatron_salt.config.deepspeed import KNOWN_KEYS, read_json
 from megatron_salt.config.fields import KEYS, SECTIONS, RunConfig
 from megatron_salt.config.problems import check_config
 from megatron_salt.config.records import type_text
-from megatron_salt.config.values import nearest
+from megatron_salt.config.values import is_number, nearest
 from megatron_salt.files.disk import atomic_path
 from megatron_salt.parallel import endings
 
@@ -156,9 +156,12 @@ def check_yaml_keys(path: str) -> None:
             raise ValueError(
                 f"{path}: section {section!r} holds {body!r}: give its settings or remove it"
             )
-        for key in (f"{section}.{key}" for key in body):
+        for name, value in body.items():
+            key = f"{section}.{name}"
             if key not in KEYS:
                 raise ValueError(f"{path}: unknown key '{key}'.{hint(key, KEYS)}")
+            if type(value) is int and not is_number(value):  # jsonargparse fails without a name
+                raise ValueError(f"{path}: {key}: the number has too many digits")
 
 
 def check_words(argv: Sequence[str]) -> None:
