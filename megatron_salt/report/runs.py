@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_salt.files.json_files import read_object
+
 # What every line of a training step holds. Only those that the report uses are checked further.
 STEP_KEYS = ("phase", "ce_nats", "kl_nats", "kd_weight", "loss", "lr", "grad_norm", "tokens",
              "step_time_s", "tokens_per_s", "teacher_time_s")  # fmt: skip
@@ -276,13 +278,10 @@ def _read_settings(path: Path, prefix: str = "") -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        message = f"{path}:{error.lineno}: not JSON ({error}). Restore or delete it."
-        raise ValueError(message) from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error}). Restore or delete it.") from None
-    return dict(_flattened(values, prefix)) if isinstance(values, dict) else {}
+        values = read_object(path)
+    except ValueError as error:
+        raise ValueError(f"{error}. Restore or delete it.") from None
+    return dict(_flattened(values, prefix))
 
 
 def _flattened(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from megatron_salt.config.command_line import check_yaml_keys
 from megatron_salt.config.deepspeed import DeepSpeedSettings, load_deepspeed_config
 from megatron_salt.config.fields import SECTIONS, RunConfig
 from megatron_salt.config.problems import check_config
@@ -241,3 +242,21 @@ def test_measured_times_that_are_not_json_are_refused(text: bytes, tmp_path: Pat
     (tmp_path / "times.json").write_bytes(text)
     with pytest.raises(ValueError, match=f"^--measured {tmp_path}/times.json: "):
         read_measured(str(tmp_path / "times.json"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"salt: {kd_weight: " + b"1" * 400 + b"}",
+        b"salt: {kd_weight: " + b"1" * 5000 + b"}",
+        b"salt: {kd_weight: " + b"[" * 5000,
+        b'salt: {kd_weight: "\xff"}',
+        b'salt: {kd_weight: "\\ud800"}',
+        b"salt: {kd_weight: 2001-99-99}",
+    ],
+    ids=["float", "digits", "brackets", "bytes", "half a pair", "date"],
+)
+def test_yaml_that_no_setting_can_hold_is_named(text: bytes, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_bytes(text)
+    with pytest.raises(ValueError, match=f"{tmp_path}/run.yaml: "):
+        check_yaml_keys(str(tmp_path / "run.yaml"))

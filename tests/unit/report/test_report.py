@@ -435,7 +435,7 @@ def test_text_that_cannot_be_checked_is_said(baseline: Path, tmp_path: Path) -> 
     assert table_row(crossings, "other")[1] == "100.0"
     manifest = baseline / "checkpoints" / "step_00000100" / "manifest.json"
     manifest.write_text("{")
-    with pytest.raises(ValueError, match=r"manifest\.json:1: not JSON.*Restore or delete"):
+    with pytest.raises(ValueError, match=r"manifest\.json: cannot be read: .*Restore or delete"):
         load_run(baseline)
 
 
