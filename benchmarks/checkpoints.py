@@ -138,7 +138,9 @@ def steps(yaml_file: str, json_file: str) -> None:
             "saves": len(seconds["behind"]),
             "checkpoint_bytes": sum(
                 path.stat().st_size
-                for path in saver.output_dir.glob("checkpoints/step_*8/**/*.safetensors")
+                for path in sorted(saver.output_dir.glob("checkpoints/step_*"))[-1].rglob(
+                    "*.safetensors"
+                )
             ),
         }
         for kind, saves in seconds.items():
