@@ -165,7 +165,8 @@ def build(
     Raises: BuildError with the compiler's words.
     """
     target = folder / library_name(kind, architectures)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # By the umask: an installation is for all its users. A cache is there already, see `_locked`.
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as scratch:
         output = Path(scratch) / target.name
         command = compile_command(kind, output, architectures)
