@@ -249,26 +249,36 @@ class Pairs:
         return make_deepspeed(self.folder, **at.settings(self.precision))
 
 
+def made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def make_data_and_teacher(folder: Path) -> tuple[Path, Path]:
+    """What the tests' fixtures `dataset` and `teacher` are, for a script."""
+    from conftest import dataset, train_teacher
+
+    class Factory:
+        @staticmethod
+        def mktemp(of: str) -> Path:
+            return made(folder / of)
+
+    data = dataset.__wrapped__(Factory)
+    return data, train_teacher(data, made(folder / "teacher"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--precision", choices=TOLERANCE, default="fp32")
     parser.add_argument("--model", choices=MODELS, default="llama")
     arguments = parser.parse_args()
-    from conftest import VOCAB_SIZE, dataset, train_teacher
+    from conftest import VOCAB_SIZE
 
     with tempfile.TemporaryDirectory() as name:
-
-        class Factory:
-            @staticmethod
-            def mktemp(of: str) -> Path:
-                (Path(name) / of).mkdir()
-                return Path(name) / of
-
-        data = dataset.__wrapped__(Factory)
-        teacher = train_teacher(data, Factory.mktemp("teacher"))
+        data, teacher = make_data_and_teacher(Path(name))
         for step in (SAVED, 2 * SAVED):
             pairs = Pairs(
-                Factory.mktemp(f"step_{step}"), data, teacher, arguments.precision,
+                made(Path(name) / f"step_{step}"), data, teacher, arguments.precision,
                 arguments.model, VOCAB_SIZE, step,
             )  # fmt: skip
             if not try_all(pairs):

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from elastic import At, config_at
+from elastic import At, config_at, made, make_data_and_teacher
 from ranks import RankError, run_ranks
 from tiny import local_weights, make_deepspeed, metrics_of, run_to_end, without_times
 
@@ -162,20 +162,10 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    from conftest import dataset, train_teacher
-
     draws, bad = random.Random(arguments.seed), 0
     with tempfile.TemporaryDirectory() as name:
-
-        class Factory:
-            @staticmethod
-            def mktemp(of: str) -> Path:
-                (Path(name) / of).mkdir()
-                return Path(name) / of
-
-        data = dataset.__wrapped__(Factory)
-        teacher = train_teacher(data, Factory.mktemp("teacher"))
-        runs = [Killing(Factory.mktemp(f"{at.pp}{at.tp}"), data, teacher, at, precision)
+        data, teacher = make_data_and_teacher(Path(name))
+        runs = [Killing(made(Path(name) / f"{at.pp}{at.tp}"), data, teacher, at, precision)
                 for at, precision in RUNS]  # fmt: skip
         for number in range(arguments.count):
             kill = draw(draws, POINTS[number % len(POINTS)])
